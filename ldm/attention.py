@@ -1,0 +1,177 @@
+"""Attention of Stable Diffusion's UNet, under the tensor names of the latent-diffusion checkpoints.
+
+Legend for shapes: B batch, N image tokens, L text tokens, H heads, D head width, C = H·D.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def normalise(channels: int, eps: float) -> nn.GroupNorm:
+    """GroupNorm of 32 groups, or of as many as divide both 32 and `channels` for narrower models."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """The module with all its parameters set to zero: a residual branch that starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def tokens(x: Tensor) -> Tensor:
+    """Pixels as a sequence: (B, C, h, w) -> (B, h·w, C)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def pixels(x: Tensor, size: torch.Size) -> Tensor:
+    """The inverse of `tokens`, given (h, w): (B, h·w, C) -> (B, C, h, w)."""
+    return x.transpose(1, 2).unflatten(2, size)
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What one UNet call hands to every cross-attention layer, untouched by the UNet itself.
+
+    A customisation method subclasses it to carry its own per-call data.
+
+    Attributes:
+        text: encodings of the prompts, float (B, L, D_text).
+    """
+
+    text: Tensor
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of image tokens over text tokens, or over themselves when no context is given.
+
+    Args:
+        query_dim: width of the image tokens.
+        context_dim: width of the text tokens; None for self-attention.
+        heads: number of heads.
+        dim_head: width of a head.
+        upcast: compute logits, softmax and sum in float32 whatever the precision around (SD 2.1 768 overflows fp16).
+    """
+
+    def __init__(
+        self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, upcast: bool = False
+    ):
+        super().__init__()
+        inner = heads * dim_head
+        context_dim = query_dim if context_dim is None else context_dim
+        self.heads = heads
+        self.dim_head = dim_head
+        self.upcast = upcast
+        self.to_q = nn.Linear(query_dim, inner, bias=False)
+        self.to_k = nn.Linear(context_dim, inner, bias=False)
+        self.to_v = nn.Linear(context_dim, inner, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(0.0))
+
+    def split(self, t: Tensor) -> Tensor:
+        """(B, N, H·D) -> (B, H, N, D)."""
+        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def merge(self, t: Tensor) -> Tensor:
+        """(B, H, N, D) -> (B, N, H·D)."""
+        return t.transpose(1, 2).flatten(2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q kᵀ / √D) v, with v of any width: (B, H, N, D), (B, H, L, D), (B, H, L, E) -> (B, H, N, E)."""
+        if not self.upcast:
+            return F.scaled_dot_product_attention(q, k, v)
+        with torch.autocast(q.device.type, enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """Args: x (B, N, query_dim) and a context whose text is (B, L, context_dim). Returns (B, N, query_dim)."""
+        source = x if context is None else context.text
+        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(source)), self.split(self.to_v(source))
+        return self.to_out(self.merge(self.attend(q, k, v)))
+
+
+class GEGLU(nn.Module):
+    """Gated linear unit with an exact GELU as its gate (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """The transformer's MLP, four times as wide inside."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(0.0), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the context, MLP; each behind a LayerNorm and a residual sum."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, context_dim: int, upcast: bool = False):
+        super().__init__()
+        self.attn1 = CrossAttention(dim, None, heads, dim_head, upcast)
+        self.ff = FeedForward(dim)
+        self.attn2 = CrossAttention(dim, context_dim, heads, dim_head, upcast)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.attn1(self.norm1(x))  # (B, N, dim)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map, as a residual branch that starts at zero.
+
+    Args:
+        channels: width of the feature map.
+        heads, dim_head: the attention's heads; the blocks are heads·dim_head wide.
+        context_dim: width of the text tokens.
+        depth: number of transformer blocks.
+        use_linear: project with linear layers (SD 2) instead of 1×1 convolutions (SD 1).
+        upcast: attention in float32.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        dim_head: int,
+        context_dim: int,
+        depth: int = 1,
+        use_linear: bool = False,
+        upcast: bool = False,
+    ):
+        super().__init__()
+        inner = heads * dim_head
+        self.use_linear = use_linear
+        self.norm = normalise(channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, inner) if use_linear else nn.Conv2d(channels, inner, 1)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(inner, heads, dim_head, context_dim, upcast) for _ in range(depth)
+        )
+        self.proj_out = zeroed(nn.Linear(inner, channels) if use_linear else nn.Conv2d(inner, channels, 1))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        h = self.norm(x)
+        h = self.proj_in(tokens(h)) if self.use_linear else tokens(self.proj_in(h))  # (B, N, inner) with N = h·w
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        size = x.shape[2:]
+        h = pixels(self.proj_out(h), size) if self.use_linear else self.proj_out(pixels(h, size))
+        return x + h
