@@ -1,0 +1,117 @@
+"""Batches of the pocket world, for training its models."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+
+from data.pocket.world import CHOICES, Scene, World, caption, draw_scene
+
+
+def labels(scenes: list[Scene]) -> Tensor:
+    """Each scene as indices into `CHOICES`, shape (B, 7), int64."""
+    return torch.tensor([[CHOICES[name].index(getattr(scene, name)) for name in CHOICES] for scene in scenes])
+
+
+def scenes(table: Tensor) -> list[Scene]:
+    """The inverse of `labels`."""
+    return [Scene(**{name: CHOICES[name][i] for name, i in zip(CHOICES, row, strict=True)}) for row in table.tolist()]
+
+
+class WorldBatches(IterableDataset):
+    """Endless batches, drawn as they are asked for; batch i depends on (seed, i) only.
+
+    Yields images (B, 3, 64, 64) in [-1, 1], labels (B, 7) and captions (list of B).
+    """
+
+    def __init__(self, batch_size: int, seed: int, start: int = 0):
+        self.batch_size, self.seed, self.start = batch_size, seed, start
+
+    def __iter__(self) -> Iterator[dict]:
+        world, index = World(), self.start
+        while True:
+            rng = np.random.default_rng([self.seed, index])
+            batch = [draw_scene(rng) for _ in range(self.batch_size)]
+            images, _ = world.render(batch, rng)
+            yield {"images": images * 2 - 1, "labels": labels(batch), "captions": [caption(scene, rng) for scene in batch]}
+            index += 1
+
+
+class WorldData(pl.LightningDataModule):
+    """The world as images; a resumed run goes on with the batch that follows."""
+
+    def __init__(self, batch_size: int, seed: int = 0):
+        super().__init__()
+        self.batch_size, self.seed = batch_size, seed
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(WorldBatches(self.batch_size, self.seed, start=self.trainer.global_step), batch_size=None)
+
+
+class LatentBatches(IterableDataset):
+    """Endless batches from a fixed set of latents; captions are drawn anew every time.
+
+    Yields latents (B, C, h, w) and captions (list of B). Batch i depends on (seed, i) only.
+    """
+
+    def __init__(self, latents: Tensor, table: Tensor, batch_size: int, seed: int, start: int = 0):
+        self.latents, self.table = latents, table
+        self.batch_size, self.seed, self.start = batch_size, seed, start
+
+    def __iter__(self) -> Iterator[dict]:
+        index = self.start
+        while True:
+            rng = np.random.default_rng([self.seed, index])
+            rows = torch.from_numpy(rng.integers(len(self.latents), size=self.batch_size))
+            captions = [caption(scene, rng) for scene in scenes(self.table[rows])]
+            yield {"latents": self.latents[rows].float(), "captions": captions}
+            index += 1
+
+
+class LatentWorldData(pl.LightningDataModule):
+    """The world as latents of the module's autoencoder, encoded once and kept in `cache`.
+
+    Args:
+        count: number of scenes.
+        cache: safetensors file; written when it does not exist, else read. It holds the autoencoder's fingerprint, and a cache
+            of another autoencoder is refused.
+    """
+
+    def __init__(self, batch_size: int, count: int, cache: str, seed: int = 0):
+        super().__init__()
+        self.batch_size, self.count, self.cache, self.seed = batch_size, count, Path(cache), seed
+
+    def setup(self, stage: str) -> None:
+        vae = self.trainer.lightning_module.sd.vae
+        fingerprint = str(float(sum(parameter.double().abs().sum() for parameter in vae.parameters())))
+        if not self.cache.exists():
+            self.encode(vae, fingerprint)
+        with safe_open(self.cache, "pt") as file:
+            known = file.metadata()
+            if known != {"fingerprint": fingerprint, "count": str(self.count)}:
+                raise ValueError(f"{self.cache} holds latents of another autoencoder or count: remove it or name another cache")
+            self.latents, self.table = file.get_tensor("latents"), file.get_tensor("labels")
+
+    @torch.no_grad()
+    def encode(self, vae: torch.nn.Module, fingerprint: str) -> None:
+        stream = iter(WorldBatches(100, self.seed))
+        latents, table = [], []
+        for _ in tqdm(range(self.count // 100), "encoding the world"):
+            batch = next(stream)
+            latents.append(vae.encode(batch["images"].to(next(vae.parameters()).device)).half().cpu())
+            table.append(batch["labels"].to(torch.uint8))
+        self.cache.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.cache.with_suffix(".partial")
+        tensors = {"latents": torch.cat(latents), "labels": torch.cat(table)}
+        save_file(tensors, partial, {"fingerprint": fingerprint, "count": str(self.count)})
+        partial.rename(self.cache)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(LatentBatches(self.latents, self.table, self.batch_size, self.seed, self.trainer.global_step), batch_size=None)
