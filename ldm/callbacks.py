@@ -1,0 +1,43 @@
+"""What training writes beside its resume state."""
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+from safetensors.torch import save_file
+from torchvision.utils import make_grid, save_image
+
+
+class ExportWeights(pl.Callback):
+    """Writes the module's `weights()` to `<run>/models/weights.safetensors` when training ends.
+
+    Listed behind a weight-averaging callback it writes the averaged weights. Floating-point tensors are stored as float16.
+    """
+
+    @rank_zero_only
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        path = Path(trainer.default_root_dir) / "models" / "weights.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half = {name: t.half() if t.is_floating_point() else t for name, t in module.weights().items()}
+        partial = path.with_suffix(".partial")
+        save_file({name: tensor.contiguous() for name, tensor in half.items()}, partial)
+        partial.rename(path)
+
+
+class Reconstructions(pl.Callback):
+    """Every `every` steps, images above their reconstructions, in `<run>/images/`."""
+
+    def __init__(self, every: int = 500):
+        self.every = every
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch: dict, index: int) -> None:
+        if trainer.global_step % self.every:
+            return
+        images = batch["images"][:8]
+        with torch.no_grad():
+            decoded = module.vae.decode(module.vae.encode(images)).float().clamp(-1, 1)
+        folder = Path(trainer.default_root_dir) / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_image(make_grid(torch.cat([images, decoded]) / 2 + 0.5, len(images)), folder / f"step={trainer.global_step:06d}.png")

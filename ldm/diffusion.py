@@ -1,0 +1,39 @@
+"""Trains a text-conditional latent diffusion model."""
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.optimise import adamw
+from ldm.pipeline import StableDiffusion
+
+
+class LatentDiffusion(pl.LightningModule):
+    """The denoising loss of Ho et al. 2020 (eq. 14) on latents (Rombach et al. 2022, eq. 3).
+
+    UNet and text tower are trained, the autoencoder is not. A share of the captions is emptied, for classifier-free guidance.
+    Batches: {"latents": (B, C, h, w), "captions": list of B}.
+    """
+
+    def __init__(self, sd: StableDiffusion, learning_rate: float = 6e-4, caption_dropout: float = 0.1, compile: bool = False):
+        super().__init__()
+        self.sd, self.learning_rate, self.caption_dropout = sd, learning_rate, caption_dropout
+        self.sd.vae.requires_grad_(False)
+        if compile:
+            self.sd.unet.compile()
+
+    def training_step(self, batch: dict, index: int) -> Tensor:
+        latents = batch["latents"]
+        dropped = torch.rand(len(latents)) < self.caption_dropout
+        text = self.sd.text(["" if drop else caption for drop, caption in zip(dropped, batch["captions"], strict=True)])
+        timesteps = torch.randint(len(self.sd.schedule.alphas_cumprod), (len(latents),), device=latents.device)
+        noise = torch.randn_like(latents)
+        prediction = self.sd.unet(self.sd.schedule.add_noise(latents, noise, timesteps), timesteps, text)
+        loss = F.mse_loss(prediction.float(), self.sd.schedule.target(latents, noise, timesteps))
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> dict:
+        trained = [*self.sd.unet.parameters(), *self.sd.text.parameters()]
+        return adamw(trained, self.learning_rate, self.trainer.max_steps)
