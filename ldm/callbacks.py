@@ -41,3 +41,22 @@ class Reconstructions(pl.Callback):
         folder = Path(trainer.default_root_dir) / "images"
         folder.mkdir(parents=True, exist_ok=True)
         save_image(make_grid(torch.cat([images, decoded]) / 2 + 0.5, len(images)), folder / f"step={trainer.global_step:06d}.png")
+
+
+class Samples(pl.Callback):
+    """Every `every` steps, a grid of samples in `<run>/images/`: a column per prompt, `rows` seeds, the same ones every time.
+
+    The module's current weights are sampled, not averaged ones.
+    """
+
+    def __init__(self, prompts: list[str], every: int = 1000, rows: int = 2, steps: int = 25, scale: float = 5.0):
+        self.prompts, self.every, self.rows, self.steps, self.scale = prompts, every, rows, steps, scale
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch: dict, index: int) -> None:
+        if trainer.global_step % self.every or trainer.global_step == 0:
+            return
+        images = module.sd.sample(self.prompts * self.rows, steps=self.steps, scale=self.scale)
+        folder = Path(trainer.default_root_dir) / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_image(make_grid(images, len(self.prompts)), folder / f"step={trainer.global_step:06d}.png")

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.checkpoint import PREFIXES
 from ldm.optimise import adamw
 from ldm.pipeline import StableDiffusion
 
@@ -13,12 +14,16 @@ class LatentDiffusion(pl.LightningModule):
     """The denoising loss of Ho et al. 2020 (eq. 14) on latents (Rombach et al. 2022, eq. 3).
 
     UNet and text tower are trained, the autoencoder is not. A share of the captions is emptied, for classifier-free guidance.
-    Batches: {"latents": (B, C, h, w), "captions": list of B}.
+    `min_snr` is γ of Hang et al. 2023 (eq. 7): the loss on ε is weighted by min(SNR, γ) / SNR, so that steps with little noise do
+    not take most of the capacity. Batches: {"latents": (B, C, h, w), "captions": list of B}.
     """
 
-    def __init__(self, sd: StableDiffusion, learning_rate: float = 6e-4, caption_dropout: float = 0.1, compile: bool = False):
+    def __init__(self, sd: StableDiffusion, learning_rate: float = 6e-4, caption_dropout: float = 0.1, min_snr: float = 5.0,
+                 compile: bool = False):  # fmt: skip
         super().__init__()
-        self.sd, self.learning_rate, self.caption_dropout = sd, learning_rate, caption_dropout
+        if sd.schedule.prediction_type != "epsilon":
+            raise ValueError(f"min_snr weights an ε-prediction, and this model predicts {sd.schedule.prediction_type}")
+        self.sd, self.learning_rate, self.caption_dropout, self.min_snr = sd, learning_rate, caption_dropout, min_snr
         self.sd.vae.requires_grad_(False)
         if compile:
             self.sd.unet.compile()
@@ -30,10 +35,16 @@ class LatentDiffusion(pl.LightningModule):
         timesteps = torch.randint(len(self.sd.schedule.alphas_cumprod), (len(latents),), device=latents.device)
         noise = torch.randn_like(latents)
         prediction = self.sd.unet(self.sd.schedule.add_noise(latents, noise, timesteps), timesteps, text)
-        loss = F.mse_loss(prediction.float(), self.sd.schedule.target(latents, noise, timesteps))
+        errors = F.mse_loss(prediction.float(), noise, reduction="none").mean((1, 2, 3))  # (B,)
+        signal = self.sd.schedule.alphas_cumprod.to(latents.device)[timesteps]
+        snr = signal / (1 - signal)
+        loss = (errors * snr.clamp(max=self.min_snr) / snr).mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> dict:
         trained = [*self.sd.unet.parameters(), *self.sd.text.parameters()]
-        return adamw(trained, self.learning_rate, self.trainer.max_steps)
+        return adamw(trained, self.learning_rate)
+
+    def weights(self) -> dict[str, Tensor]:
+        return {prefix + name: tensor for part, prefix in PREFIXES.items() for name, tensor in getattr(self.sd, part).state_dict().items()}

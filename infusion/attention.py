@@ -1,0 +1,180 @@
+"""The two streams: a foundation pass that records its attention, and a customised pass that is steered by it.
+
+Legend for shapes: B batch, N image tokens, L text tokens, K concepts, H heads, D head width, C = H·D.
+
+The customised stream is `A_F (V + g rᵀ)`, with the foundation's attention map A_F. Both streams read the same text, so
+`A_F V` is the foundation's own output and the edit is a rank-one addition: `out_F + a ⊗ r` with the attention mass
+`a = A_F g` (DESIGN section 2).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.attention import Context, CrossAttention
+
+Tape = dict[str, tuple[Tensor, Tensor]]  # layer name -> attention output before to_out (B, N, C), mass (B, K, H, N)
+PAD = 8  # head widths in multiples of this keep the fused attention kernels
+
+
+@dataclass(frozen=True, eq=False)
+class FoundationPass(Context):
+    """A pass of the frozen UNet that leaves each edited layer's attention on the tape.
+
+    Attributes:
+        gates: (B, K, L), how strongly each concept is blended at each text token.
+        tape: filled by the pass, one entry a layer.
+    """
+
+    gates: Tensor
+    tape: Tape
+
+
+@dataclass(frozen=True, eq=False)
+class CustomisedPass(Context):
+    """A pass that takes the attention of every edited layer from the tape of a foundation pass.
+
+    Attributes:
+        tape: as a foundation pass of the same text, latents and timesteps left it.
+        strengths: (K,), the factor on each concept's residual.
+        rows: which rows of the foundation pass this pass continues, (B,) indices; None is all of them.
+    """
+
+    tape: Tape
+    strengths: Tensor
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class OwnPass(Context):
+    """A single pass whose edited layers attend with their own queries: `A (V + g rᵀ)`, the released code's behaviour.
+
+    Attributes:
+        gates: (B, K, L).
+        tape: filled by the pass, detached, for the record alone.
+        strengths: (K,).
+    """
+
+    gates: Tensor
+    tape: Tape
+    strengths: Tensor
+
+
+class ResidualValue(nn.Module):
+    """r, the residual value embedding of one concept at one layer: float32 (C,), zero before it is trained."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.residual = nn.Parameter(torch.zeros(width))
+
+    @classmethod
+    def of(cls, value: Tensor) -> "ResidualValue":
+        """A fixed residual with the given value (C,), on its device, in float32."""
+        edit = cls(value.numel()).requires_grad_(False).to(value.device)
+        edit.residual.copy_(value)
+        return edit
+
+
+class EditedCrossAttention(nn.Module):
+    """A frozen cross-attention with the residuals of K concepts. What it does is decided by the context of the call:
+
+    - plain `Context`: the base layer, exactly.
+    - `FoundationPass`: the base layer's output; its attention goes on the tape.
+    - `CustomisedPass`: the taped output plus the gated residuals; no query, no softmax.
+    - `OwnPass`: the same sum, over attention computed here.
+
+    Nothing is kept on the module between calls.
+
+    Args:
+        base: the frozen layer; while it is wrapped, its tensors are called `….base.to_q.weight` and so on.
+        name: the layer's name in the UNet, its key on the tape.
+        edits: one residual for each of the K concepts.
+    """
+
+    def __init__(self, base: CrossAttention, name: str, edits: nn.ModuleList):
+        super().__init__()
+        self.base = base
+        self.name = name
+        self.edits = edits
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(B, N, query_dim) -> (B, N, query_dim).
+
+        Raises:
+            ValueError: a customised pass whose tape has no entry for this layer.
+        """
+        if isinstance(context, FoundationPass):
+            out, mass = self.attend(x, context.text, context.gates)
+            context.tape[self.name] = out, mass
+        elif isinstance(context, CustomisedPass):
+            if self.name not in context.tape:
+                raise ValueError(f"nothing on the tape for {self.name}: a customised pass follows a foundation pass")
+            out, mass = context.tape[self.name]
+            if context.rows is not None:
+                out, mass = out[context.rows], mass[context.rows]
+            out = self.blend(out, mass, context.strengths)
+        elif isinstance(context, OwnPass):
+            out, mass = self.attend(x, context.text, context.gates)
+            context.tape[self.name] = out.detach(), mass.detach()
+            out = self.blend(out, mass, context.strengths)
+        else:
+            return self.base(x, context)
+        return self.base.to_out(out)
+
+    def attend(self, x: Tensor, text: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention output `A V` and mass `A g` from one softmax: the gates are extra channels of the values.
+
+        Queries and keys are widened by zeros to match, which leaves the logits as they are and keeps the fused
+        kernels, which want one width for all three: twice as fast, and in general equal to the base layer to the bit.
+
+        Args:
+            x: (B, N, query_dim); text: (B, L, context_dim); gates: (B, K, L).
+
+        Returns:
+            (B, N, C) before to_out, and (B, K, H, N).
+        """
+        base, concepts = self.base, gates.shape[1]
+        q, k, v = base.split(base.to_q(x)), base.split(base.to_k(text)), base.split(base.to_v(text))  # (B, H, N|L, D)
+        extra = math.ceil(concepts / PAD) * PAD
+        channels = F.pad(gates.to(v.dtype).mT, (0, extra - concepts))[:, None]  # (B, 1, L, extra)
+        v = torch.cat([v, channels.expand(-1, base.heads, -1, -1)], dim=-1)  # (B, H, L, D + extra)
+        q, k = F.pad(q, (0, extra)), F.pad(k, (0, extra))
+        out = _attention(q, k, v, 1 / math.sqrt(base.dim_head), base.upcast)  # (B, H, N, D + extra)
+        mass = out[..., base.dim_head : base.dim_head + concepts]
+        return base.merge(out[..., : base.dim_head]), mass.permute(0, 3, 1, 2)
+
+    def blend(self, out: Tensor, mass: Tensor, strengths: Tensor) -> Tensor:
+        """`out + Σ_k strength_k a_k ⊗ r_k`: (B, N, C), (B, K, H, N), (K,) -> (B, N, C)."""
+        residuals = torch.stack([edit.residual for edit in self.edits]) * strengths[:, None]  # (K, C)
+        residuals = residuals.to(mass.dtype).unflatten(1, (self.base.heads, -1))  # (K, H, D)
+        return out + torch.einsum("bkhn,khd->bnhd", mass, residuals).flatten(2).to(out.dtype)
+
+
+@torch.no_grad()
+def residual_share(out: Tensor, mass: Tensor, residuals: Tensor) -> Tensor:
+    """‖Σ_k a_k ⊗ r_k‖ / ‖out_F‖ of each row: how large the edit is beside what it is added to.
+
+    The Gram matrices of mass and residuals give the norm without forming the sum.
+
+    Args:
+        out: (B, N, C), mass: (B, K, H, N), as on the tape. residuals: (K, C).
+
+    Returns:
+        (B,) float32.
+    """
+    mass = mass.float()
+    residuals = residuals.float().unflatten(1, (mass.shape[2], -1))  # (K, H, D)
+    overlap = torch.einsum("bkhn,bjhn->bhkj", mass, mass)
+    gram = torch.einsum("khd,jhd->hkj", residuals, residuals)
+    squared = (overlap * gram).sum(dim=(1, 2, 3)).clamp(min=0)  # (B,)
+    return squared.sqrt() / out.float().flatten(1).norm(dim=1).clamp(min=1e-12)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, upcast: bool) -> Tensor:
+    if not upcast:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale).to(v.dtype)

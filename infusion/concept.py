@@ -1,0 +1,209 @@
+"""A learned concept and its file: safetensors, one tensor per edited layer, everything else as metadata strings."""
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from infusion.gate import IDENTITY, Gate
+
+FORMAT = "infusion-concept"
+VERSION = 1
+MODELSPEC_ARCHITECTURES = {
+    "sd15": "stable-diffusion-v1",
+    "sd21": "stable-diffusion-v2-512",
+    "sd21_768": "stable-diffusion-v2-768-v",
+}
+
+
+def now() -> str:
+    """The present time as ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """What was learned, and what it was learned from.
+
+    Attributes:
+        tensors: layer name -> residual value embedding, float32 (C,).
+        superclass: the noun that stands for the concept in prompts.
+        templates: the training prompts, with {} for the concept; they define the gate's target input.
+        architecture: the base model's architecture, such as "sd15".
+        base_hash: sha256 of the base model's checkpoint; None when it came from no file.
+        gate: as it was trained.
+        covariance: fingerprint of the gate's inverse covariance (`infusion.gate.fingerprint`).
+        method: name of the customisation method. attention: its attention, "foundation" or "own".
+        steps, learning_rate, seed: how it was trained. date: ISO 8601.
+
+    Raises:
+        ValueError: no tensors, a tensor that is not floating or not finite, no superclass word, no templates.
+    """
+
+    tensors: dict[str, Tensor]
+    superclass: str
+    templates: tuple[str, ...]
+    architecture: str
+    base_hash: str | None = None
+    gate: Gate = field(default_factory=Gate)
+    covariance: str = IDENTITY
+    method: str = "infusion"
+    attention: str = "foundation"
+    steps: int = 0
+    learning_rate: float = 0.0
+    seed: int = 0
+    date: str = field(default_factory=now)
+
+    def __post_init__(self) -> None:
+        if not self.tensors:
+            raise ValueError("a concept needs at least one tensor; this one has none")
+        for name, tensor in self.tensors.items():
+            if not tensor.is_floating_point():
+                raise ValueError(f"the concept's tensor {name} holds {tensor.dtype}, not floating-point numbers")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"the concept's tensor {name} is not finite (NaN or infinity): the training diverged")
+        if not self.superclass.strip():
+            raise ValueError("a concept needs a superclass word")
+        if not self.templates:
+            raise ValueError("a concept needs its training prompts")
+        tensors = {name: tensor.detach().cpu().float().clone() for name, tensor in self.tensors.items()}
+        object.__setattr__(self, "tensors", tensors)
+        object.__setattr__(self, "templates", tuple(self.templates))
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers were learned."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    def check_base(self, architecture: str, base_hash: str | None) -> None:
+        """Warn when the base model is another one than the concept was trained on.
+
+        Raises:
+            ValueError: it is of another architecture.
+        """
+        if architecture != self.architecture:
+            raise ValueError(
+                f"{self.superclass!r} was trained on {self.architecture!r}: it does not fit {architecture!r}"
+            )
+        if base_hash != self.base_hash:
+            warnings.warn(
+                f"the concept {self.superclass!r} was trained on another checkpoint of {architecture!r} "
+                f"(sha256 {_short(self.base_hash)}, here {_short(base_hash)}): expect another likeness",
+                stacklevel=2,
+            )
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says beside its tensors."""
+        name = MODELSPEC_ARCHITECTURES.get(self.architecture, self.architecture)
+        return {
+            "format": FORMAT,
+            "format_version": str(VERSION),
+            "method": self.method,
+            "attention": self.attention,
+            "superclass": self.superclass,
+            "templates": json.dumps(self.templates),
+            "gate": self.gate.kind,
+            "beta": str(self.gate.beta),
+            "tau": str(self.gate.tau),
+            "covariance": self.covariance,
+            "layers": json.dumps(list(self.tensors)),
+            "base_architecture": self.architecture,
+            "base_sha256": self.base_hash or "",
+            "steps": str(self.steps),
+            "learning_rate": str(self.learning_rate),
+            "seed": str(self.seed),
+            "date": self.date,
+            "trained_words": json.dumps([self.superclass]),
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": f"{name}/{self.method}",
+            "modelspec.implementation": "infusion",
+            "modelspec.title": f"{self.superclass} ({self.method})",
+            "modelspec.date": self.date,
+            "modelspec.trigger_phrase": self.superclass,
+            "modelspec.usage_hint": "Write {} in the prompt where the concept goes, for example: a photo of a {}",
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the file in one go: it is there whole, or not at all. Makes the folder if need be."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            save_file({name: t.contiguous() for name, t in self.tensors.items()}, partial, metadata=self.metadata())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Concept":
+        """Read a concept file.
+
+        Raises:
+            ValueError: the file is missing, damaged, no concept file, of a newer version, or has unusable contents;
+                the message names the file.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: there is no such concept file")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                _check_format(metadata)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls._from_metadata(tensors, metadata)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: damaged, or no safetensors file ({error})") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def _from_metadata(cls, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> "Concept":
+        try:
+            layers = _strings(metadata["layers"])
+            if tensors and set(layers) != set(tensors):
+                raise ValueError("the layers that the metadata lists are not those of the tensors")
+            return cls(
+                tensors={name: tensors[name] for name in layers if name in tensors},
+                superclass=metadata["superclass"],
+                templates=tuple(_strings(metadata["templates"])),
+                architecture=metadata["base_architecture"],
+                base_hash=metadata["base_sha256"] or None,
+                gate=Gate(metadata["gate"], float(metadata["beta"]), float(metadata["tau"])),
+                covariance=metadata["covariance"],
+                method=metadata["method"],
+                attention=metadata["attention"],
+                steps=int(metadata["steps"]),
+                learning_rate=float(metadata["learning_rate"]),
+                seed=int(metadata["seed"]),
+                date=metadata["date"],
+            )
+        except KeyError as error:
+            raise ValueError(f"the metadata lacks {error}") from error
+
+
+def _check_format(metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"no concept file: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+    version = metadata.get("format_version", "")
+    if not version.isdigit():
+        raise ValueError(f"the format version {version!r} is no number")
+    if int(version) > VERSION:
+        raise ValueError(f"written by a newer version (format {version}; this code reads up to {VERSION}): update")
+
+
+def _strings(text: str) -> list[str]:
+    values = json.loads(text)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"expected a JSON list of strings, not {text[:80]!r}")
+    return values
+
+
+def _short(base_hash: str | None) -> str:
+    return base_hash[:12] if base_hash else "unknown"

@@ -1,0 +1,110 @@
+"""The gate: how strongly a concept is blended at each text token (DESIGN section 2; sigmoid gate of Perfusion)."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from infusion.tokens import concept_mask
+
+IDENTITY = "identity"  # the fingerprint of having no covariance file
+
+
+@dataclass(frozen=True)
+class Gate:
+    """g_j = sigmoid((s_j / E - beta) / tau), with s_j = e_j' C^-1 i* and E = i*' C^-1 i*.
+
+    Attributes:
+        kind: "sigmoid": on the concept's tokens, 0 elsewhere. "hard": 1 on the concept's tokens, 0 elsewhere (what
+            the released code does). "global": the sigmoid on every token (as in Perfusion).
+        beta: similarity to the target input at which the gate is half open; 1 is the target input itself.
+        tau: temperature of the sigmoid, above 0.
+
+    Raises:
+        ValueError: an unknown kind, or tau not above 0.
+    """
+
+    kind: Literal["sigmoid", "hard", "global"] = "sigmoid"
+    beta: float = 0.75
+    tau: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("sigmoid", "hard", "global"):
+            raise ValueError(f"the gate must be 'sigmoid', 'hard' or 'global', not {self.kind!r}")
+        if not self.tau > 0:
+            raise ValueError(f"the gate's tau must be above 0, not {self.tau}")
+
+    def __call__(
+        self, encodings: Tensor, mask: Tensor, target_input: Tensor, inverse_covariance: Tensor | None = None
+    ) -> Tensor:
+        """The gate at every text token.
+
+        Args:
+            encodings: e, (B, L, D), the text encoder's output.
+            mask: (B, L) bool, True on the concept's tokens.
+            target_input: i*, (D,).
+            inverse_covariance: C^-1, (D, D), of text encodings, uncentred; None is the identity.
+
+        Returns:
+            (B, L) in [0, 1], in float32 or the encodings' own type where that is wider.
+
+        Raises:
+            ValueError: the target input has no energy E > 0.
+        """
+        dtype = torch.promote_types(encodings.dtype, torch.float32)
+        if self.kind == "hard":
+            return mask.to(encodings.device, dtype)
+        target = target_input.to(encodings.device, dtype)
+        direction = target  # C^-1 i*, for a symmetric C
+        if inverse_covariance is not None:
+            direction = inverse_covariance.to(encodings.device, dtype) @ target  # (D,)
+        energy = target @ direction
+        if not energy > 0:
+            raise ValueError(f"the target input's energy i*' C^-1 i* must be above 0, not {energy.item()}")
+        similarity = encodings.to(dtype) @ direction / energy  # (B, L)
+        gates = torch.sigmoid((similarity - self.beta) / self.tau)
+        return gates if self.kind == "global" else gates * mask.to(gates)
+
+    def with_blending(self, beta: float | None = None, tau: float | None = None) -> "Gate":
+        """The same kind of gate with another beta or tau; None keeps this one's."""
+        return replace(self, beta=self.beta if beta is None else beta, tau=self.tau if tau is None else tau)
+
+
+@torch.no_grad()
+def target_input(text_encoder: torch.nn.Module, templates: Sequence[str], noun: str) -> Tensor:
+    """i*: the mean encoding of the concept's tokens over the training prompts.
+
+    Each prompt counts the same, whatever the number of its concept tokens.
+
+    Args:
+        text_encoder: as in `ldm.text`: a list of B strings to (B, L, D), with a `tokenizer`.
+        templates: training prompts, each with a placeholder for the concept.
+        noun: the superclass word.
+
+    Returns:
+        (D,), in float32 or the encoder's own type where that is wider.
+
+    Raises:
+        ValueError: no templates, or one without a placeholder; whatever `concept_mask` refuses.
+    """
+    if not templates:
+        raise ValueError("the target input needs at least one training prompt")
+    prompts, masks = zip(*(concept_mask(text_encoder.tokenizer, template, noun) for template in templates), strict=True)
+    for template, mask in zip(templates, masks, strict=True):
+        if not mask.any():
+            raise ValueError(f"the training prompt {template!r} has no {{}} for the concept")
+    encodings = text_encoder(list(prompts))  # (B, L, D)
+    encodings = encodings.to(torch.promote_types(encodings.dtype, torch.float32))
+    weights = torch.stack(masks).to(encodings)  # (B, L)
+    weights = weights / weights.sum(1, keepdim=True)
+    return torch.einsum("bl,bld->bd", weights, encodings).mean(0)
+
+
+def fingerprint(inverse_covariance: Tensor | None) -> str:
+    """What a concept file says about its covariance: "identity", or the sha256 of C^-1 as float32."""
+    if inverse_covariance is None:
+        return IDENTITY
+    return hashlib.sha256(inverse_covariance.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,209 @@
+"""Sampling with concepts: a denoiser with a foundation and a customised stream in place of the plain UNet."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infusion.attention import CustomisedPass, FoundationPass, OwnPass, ResidualValue, Tape
+from infusion.concept import Concept
+from infusion.gate import fingerprint, target_input
+from infusion.inject import cross_attention_layers, edited
+from infusion.methods import find_method
+from infusion.tokens import concept_masks
+from ldm.pipeline import StableDiffusion
+
+BETA, TAU = 0.7, 0.15  # the gate when sampling; training uses 0.75 and 0.1
+
+
+class Customised:
+    """Classifier-free guidance towards prompts with concepts in them; a denoiser for `ldm.sampler.sample`.
+
+    Three rows per image in two UNet calls: unconditional and foundation, then customised on the foundation's attention.
+    An image without a concept needs no third row; a scale of 1 needs no first. Concepts trained with `attention: own`
+    take one call. The UNet is edited inside the `with` only:
+
+        with Customised(sd, [concept], ["a photo of a {}"], "", scale=7.5) as denoise:
+            latents = sample(denoise, sd.schedule.scheduler("ddim"), noise, steps=50)
+
+    Args:
+        sd: the base model.
+        concepts: K concepts; "{}" in a template is the only one, "{1}", "{2}" … are several.
+        templates: one prompt for each of B images.
+        negative: what to be guided away from, one for all images or one each.
+        scale: guidance; 1 is none.
+        beta, tau: of the gates, one for all concepts or one each; None is 0.7 and 0.15.
+        strengths: factors on the concepts' residuals, one for all or one each; None is 1.
+        inverse_covariance: C^-1, (D, D), when the concepts were trained with one.
+        map_grid: (rows, columns) of the `attention_maps` to collect; None collects none.
+
+    Raises:
+        ValueError: no concepts or prompts, a concept of another architecture, of an unknown method, with layers that
+            the UNet does not have or with another covariance; concepts of different attention; numbers that do not
+            match; whatever `concept_masks` refuses in a template.
+    """
+
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        concepts: Sequence[Concept],
+        templates: Sequence[str],
+        negative: str | Sequence[str] = "",
+        scale: float = 7.5,
+        beta: float | Sequence[float] | None = None,
+        tau: float | Sequence[float] | None = None,
+        strengths: float | Sequence[float] | None = None,
+        inverse_covariance: Tensor | None = None,
+        map_grid: tuple[int, int] | None = None,
+    ) -> None:
+        if not concepts or not templates:
+            raise ValueError("customised sampling needs at least one concept and one prompt")
+        negatives = [negative] * len(templates) if isinstance(negative, str) else list(negative)
+        if len(negatives) != len(templates):
+            raise ValueError(f"there are {len(negatives)} negative prompts for {len(templates)} prompts")
+        _check(sd, concepts, fingerprint(inverse_covariance))
+        self.unet = sd.unet
+        self.scale = scale
+        self.own = concepts[0].attention == "own"
+        self.map_grid = map_grid
+        self._maps, self._calls = 0.0, 0
+
+        betas = _each(BETA if beta is None else beta, len(concepts), "beta")
+        taus = _each(TAU if tau is None else tau, len(concepts), "tau")
+        nouns = [concept.superclass for concept in concepts]
+        prompts, masks = zip(*(concept_masks(sd.text.tokenizer, t, nouns) for t in templates), strict=True)
+        with torch.no_grad():
+            text = sd.text(list(prompts))  # (B, L, D)
+            masks = torch.stack(masks).to(text.device)  # (B, K, L)
+            gates = []
+            for k, concept in enumerate(concepts):
+                target = target_input(sd.text, concept.templates, concept.superclass)
+                gate = concept.gate.with_blending(betas[k], taus[k])
+                gates.append(gate(text, masks[:, k], target, inverse_covariance))
+            gates = torch.stack(gates, dim=1)  # (B, K, L)
+            if scale != 1:
+                text = torch.cat([sd.text(negatives), text])
+            text = text.to(sd.dtype)
+        self.rows = len(templates)
+        self.text = text  # (B or 2B, L, D)
+        self.gates = F.pad(gates, (0, 0, 0, 0, len(text) - self.rows, 0))  # the unconditional rows have none
+        strengths = _each(1.0 if strengths is None else strengths, len(concepts), "strength")
+        self.strengths = torch.tensor(strengths, device=text.device)
+        self.active = gates.flatten(1).any(1).nonzero().flatten()  # images with a concept in them
+        self.edits = _edits(sd.unet, concepts, text.device)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Customised":
+        self._stack.enter_context(edited(self.unet, self.edits))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.__exit__(*exception)
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """The guided prediction.
+
+        Args:
+            latents: noisy, (B, 4, h, w). timestep: integer scalar, or (B,).
+
+        Returns:
+            (B, 4, h, w) in the model's own prediction type and the latents' dtype.
+
+        Raises:
+            ValueError: not one image for each prompt.
+        """
+        if len(latents) != self.rows:
+            raise ValueError(f"{len(latents)} latents for {self.rows} prompts")
+        guided = len(self.text) - self.rows  # how many unconditional rows come first
+        inputs, timesteps = latents.to(self.text.dtype), timestep.expand(self.rows)
+        copies = 2 if guided else 1
+        tape: Tape = {}
+        context = self._context(tape)
+        prediction = self.unet(inputs.repeat(copies, 1, 1, 1), timesteps.repeat(copies), context).to(latents.dtype)
+        conditional = prediction[guided:]
+        if len(self.active) and not self.own:
+            rows = self.active
+            context = CustomisedPass(self.text[guided + rows], tape, self.strengths, guided + rows)
+            customised = self.unet(inputs[rows], timesteps[rows], context).to(latents.dtype)
+            conditional = conditional.index_copy(0, rows, customised)
+        self._record(tape, latents.shape[2:])
+        if not guided:
+            return conditional
+        unconditional = prediction[:guided]
+        return unconditional + self.scale * (conditional - unconditional)
+
+    @property
+    def attention_maps(self) -> Tensor:
+        """Foundation attention on each concept's tokens, weighted by its gate: mean over heads, layers and calls.
+
+        Returns:
+            (B, K, *map_grid) float32 in [0, 1].
+
+        Raises:
+            ValueError: none were asked for, or there has been no call.
+        """
+        if self.map_grid is None or not self._calls:
+            raise ValueError("no attention maps: construct with map_grid=(rows, columns), and denoise first")
+        return self._maps / self._calls
+
+    def _context(self, tape: Tape) -> Tensor | FoundationPass | OwnPass:
+        if not len(self.active):
+            return self.text  # no concept anywhere: the base model, exactly
+        if self.own:
+            return OwnPass(self.text, self.gates, tape, self.strengths)
+        return FoundationPass(self.text, self.gates, tape)
+
+    def _record(self, tape: Tape, size: torch.Size) -> None:
+        if self.map_grid is None:
+            return
+        self._calls += 1
+        maps = torch.zeros(self.rows, self.gates.shape[1], *self.map_grid, device=self.text.device)
+        for _, mass in tape.values():
+            mass = mass[-self.rows :].float().mean(2)  # (B, K, N)
+            factor = round((size.numel() / mass.shape[2]) ** 0.5)
+            mass = mass.unflatten(2, (size[0] // factor, size[1] // factor))
+            maps += F.interpolate(mass, self.map_grid, mode="bilinear") / len(tape)
+        self._maps = self._maps + maps
+
+
+def _check(sd: StableDiffusion, concepts: Sequence[Concept], covariance: str) -> None:
+    for concept in concepts:
+        find_method(concept.method)
+        concept.check_base(sd.architecture, sd.hash)
+        if concept.attention != concepts[0].attention:
+            raise ValueError(
+                f"{concepts[0].superclass!r} was trained with {concepts[0].attention} attention and "
+                f"{concept.superclass!r} with {concept.attention} attention: they cannot be sampled together"
+            )
+        if concept.covariance != covariance:
+            raise ValueError(
+                f"{concept.superclass!r} was trained with the covariance {concept.covariance[:12]}, "
+                f"not {covariance[:12]}: its gate needs the same one"
+            )
+
+
+def _edits(unet: nn.Module, concepts: Sequence[Concept], device: torch.device) -> dict[str, nn.ModuleList]:
+    """Every layer with one residual for each concept, zero where a concept has none."""
+    layers = cross_attention_layers(unet)
+    for concept in concepts:
+        if unknown := [name for name in concept.tensors if name not in layers]:
+            raise ValueError(f"{concept.superclass!r} has a residual for {unknown[0]!r}, which the UNet does not have")
+    return {
+        name: nn.ModuleList(
+            ResidualValue.of(concept.tensors.get(name, torch.zeros(layer.heads * layer.dim_head)).to(device))
+            for concept in concepts
+        )
+        for name, layer in layers.items()
+    }
+
+
+def _each(value: float | Sequence[float], concepts: int, name: str) -> list[float]:
+    values = [value] if isinstance(value, int | float) else list(value)
+    if len(values) == 1:
+        values = values * concepts
+    if len(values) != concepts:
+        raise ValueError(f"give one {name} for all concepts or one for each of {concepts}, not {len(values)}")
+    return [float(v) for v in values]

@@ -1,0 +1,95 @@
+"""Where a concept sits in a tokenized prompt: found in the tokenizer's own ids, never by counting words."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ldm.tokenizer import Tokenizer
+
+PLACEHOLDER = re.compile(r"\{(\d*)\}")  # "{}" for the only concept, "{1}", "{2}" for several
+
+
+def concept_mask(tokenizer: Tokenizer, template: str, noun: str) -> tuple[str, Tensor]:
+    """`concept_masks` for one concept.
+
+    Returns:
+        The prompt, and a bool mask (L,), True on the tokens of the concept.
+    """
+    prompt, masks = concept_masks(tokenizer, template, [noun])
+    return prompt, masks[0]
+
+
+def concept_masks(tokenizer: Tokenizer, template: str, nouns: Sequence[str]) -> tuple[str, Tensor]:
+    """Put each concept's superclass word into a template and find its tokens.
+
+    Every occurrence of a placeholder is the concept; the same noun written out in the template is not. A noun
+    may be several tokens. A placeholder that is cut off at the tokenizer's length keeps what remains.
+
+    Args:
+        tokenizer: as in `ldm.tokenizer`; L is its context length, counting the begin and the end token.
+        template: "{}" stands for the only concept; "{1}", "{2}" … for several.
+        nouns: the superclass word of each of K concepts.
+
+    Returns:
+        The prompt with the nouns filled in, and a bool mask (K, L); all False for a concept that is not named.
+
+    Raises:
+        ValueError: no noun or an empty noun; a placeholder of no concept; a placeholder glued to letters, so that
+            its noun is no token of its own; a concept of which nothing is left after truncation.
+    """
+    if not nouns:
+        raise ValueError("there is no concept to put into the template: give at least one noun")
+    nouns_ids = [tokenizer.encode(noun) for noun in nouns]
+    for noun, ids in zip(nouns, nouns_ids, strict=True):
+        if not ids:
+            raise ValueError(f"the concept's noun {noun!r} has no tokens: give a word such as 'cat'")
+
+    prompt = fill(template, nouns)
+    row = tokenizer([prompt])[0].tolist()
+    end = len(row) - 1  # the end token keeps the last place, whatever is cut
+    masks = torch.zeros(len(nouns), len(row), dtype=torch.bool)
+    for match, concept in _placeholders(template, len(nouns)):
+        before = tokenizer.encode(fill(template[: match.start()], nouns))
+        ids = nouns_ids[concept]
+        start = 1 + len(before)  # the begin token comes first
+        stop = start + len(ids)
+        if row[1 : min(stop, end)] != (before + ids)[: end - 1]:
+            raise ValueError(
+                f"{match.group()} in {template!r} is glued to its neighbours: {nouns[concept]!r} is not a word of its "
+                f"own in {prompt!r}. Put spaces around {match.group()}."
+            )
+        masks[concept, start : min(stop, end)] = True
+    for match, concept in _placeholders(template, len(nouns)):
+        if not masks[concept].any():
+            raise ValueError(
+                f"{match.group()} in {template!r} lies wholly beyond the {len(row)} tokens that the text encoder "
+                "reads: shorten the prompt, or move the concept forward."
+            )
+    return prompt, masks
+
+
+def fill(template: str, nouns: Sequence[str]) -> str:
+    """The template with each placeholder replaced by its noun.
+
+    Raises:
+        ValueError: a placeholder of no concept.
+    """
+    filled, last = "", 0
+    for match, concept in _placeholders(template, len(nouns)):
+        filled += template[last : match.start()] + nouns[concept]
+        last = match.end()
+    return filled + template[last:]
+
+
+def _placeholders(template: str, concepts: int) -> Iterator[tuple[re.Match[str], int]]:
+    """Each placeholder of the template with the index of its concept."""
+    for match in PLACEHOLDER.finditer(template):
+        number = match.group(1)
+        if not number and concepts > 1:
+            raise ValueError(f"{{}} in {template!r} could be any of {concepts} concepts: write {{1}}, {{2}} …")
+        concept = int(number or 1) - 1
+        if not 0 <= concept < concepts:
+            raise ValueError(f"{match.group()} in {template!r} names no concept: there are {concepts}, counted from 1")
+        yield match, concept

@@ -1,0 +1,228 @@
+"""Trains a concept: the foundation stream without gradients, the customised stream with gradients to its edits."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+from infusion.attention import Tape, residual_share
+from infusion.concept import Concept
+from infusion.gate import Gate, fingerprint, target_input
+from infusion.inject import inject
+from infusion.loss import masked_loss
+from infusion.methods.infusion import Infusion
+from infusion.tokens import concept_mask
+from ldm.pipeline import StableDiffusion
+
+
+class ConceptTrainer(pl.LightningModule):
+    """One concept on one base model (DESIGN section 2). Injects the method's edits into the UNet for good.
+
+    A batch is a dict: latents (B, 4, h, w), scaled; template, a list of B prompts with {} for the concept; mask
+    (B, 1, h, w) in [0, 1], or no such key for a loss over the whole image. Timesteps and noise depend on seed, step,
+    batch and rank alone, so a resumed run draws the same.
+
+    Args:
+        sd: the base model, which is frozen.
+        method: what is learned.
+        superclass: the noun in place of {}.
+        templates: the training prompts, over which the gate's target input is averaged.
+        gate: its beta and tau are for training.
+        learning_rate: of AdamW.
+        weight_decay: of AdamW.
+        normalise_loss: divide each image's loss by its mask's area.
+        seed: of timesteps and noise.
+        inverse_covariance: C^-1, (D, D), of the gate; None is the identity.
+
+    Raises:
+        ValueError: no templates, or one without {}; whatever `concept_mask` refuses; a method that matches no layer.
+    """
+
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        method: Infusion,
+        superclass: str,
+        templates: Sequence[str],
+        gate: Gate | None = None,
+        learning_rate: float = 0.01,
+        weight_decay: float = 0.01,
+        normalise_loss: bool = False,
+        seed: int = 0,
+        inverse_covariance: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.sd = sd.requires_grad_(False).eval()
+        self.method = method
+        self.superclass = superclass
+        self.templates = tuple(templates)
+        self.gate = Gate() if gate is None else gate
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.normalise_loss = normalise_loss
+        self.seed = seed
+        self.inverse_covariance = inverse_covariance
+        for template in self.templates:
+            concept_mask(sd.text.tokenizer, template, superclass)
+        self.edits = method.edits(sd.unet)  # layer name -> edit; registered by inject() as parts of the UNet
+        inject(sd.unet, self.edits)
+        self._texts: dict[str, tuple[Tensor, Tensor]] = {}  # template -> encoding (L, D), gate (L,)
+        self._target_input: Tensor | None = None
+
+    @property
+    def learned(self) -> dict[str, torch.nn.Parameter]:
+        """The trainable parameters, by layer."""
+        return {name: edit.residual for name, edit in self.edits.items() if edit.residual.requires_grad}
+
+    def on_fit_start(self) -> None:
+        """Raises ValueError when the trainer's precision has cast the learned numbers to half precision."""
+        if any(parameter.dtype != torch.float32 for parameter in self.learned.values()):
+            raise ValueError("what is learned must stay in float32: use precision 32-true, bf16-mixed or 16-mixed")
+
+    def training_step(self, batch: Mapping[str, Tensor | list[str]], batch_idx: int) -> Tensor:
+        latents, schedule = batch["latents"], self.sd.schedule
+        generator = self._generator(batch_idx)
+        timesteps = torch.randint(schedule.timesteps, (len(latents),), generator=generator).to(latents.device)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        text, gates = self.encode(batch["template"])
+        noisy = schedule.add_noise(latents, noise, timesteps).to(text.dtype)
+        tape: Tape = {}
+        prediction = self.method.predict(self.sd.unet, noisy, timesteps, text, gates, tape)
+        target = schedule.target(latents, noise, timesteps)
+        loss = masked_loss(prediction, target, batch.get("mask"), self.normalise_loss)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(latents))
+        if self._logs_now():
+            self.log_dict({f"share/{name}": s for name, s in self.shares(tape).items()}, batch_size=len(latents))
+        return loss
+
+    def encode(self, templates: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Text encodings (B, L, D) and gates (B, L); the text encoder runs once for each template.
+
+        Raises:
+            ValueError: whatever `concept_mask` refuses.
+        """
+        for template in templates:
+            if template not in self._texts:
+                self._texts[template] = self._encode(template)
+        text, gates = zip(*(self._texts[template] for template in templates), strict=True)
+        return torch.stack(text).to(self.device), torch.stack(gates).to(self.device)
+
+    def shares(self, tape: Tape) -> dict[str, Tensor]:
+        """Norm of the gated residual as a share of the values it is added to, by layer, averaged over the rows."""
+        return {name: residual_share(*tape[name], residual[None]).mean() for name, residual in self.learned.items()}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.learned.values(), lr=self.learning_rate, weight_decay=self.weight_decay)
+
+    def concept(self) -> Concept:
+        """What has been learned so far.
+
+        Raises:
+            ValueError: the residuals are not finite.
+        """
+        return Concept(
+            tensors=dict(self.learned),
+            superclass=self.superclass,
+            templates=self.templates,
+            architecture=self.sd.architecture,
+            base_hash=self.sd.hash,
+            gate=self.gate,
+            covariance=fingerprint(self.inverse_covariance),
+            method=self.method.name,
+            attention=self.method.attention,
+            steps=self.global_step,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+        )
+
+    def train(self, mode: bool = True) -> "ConceptTrainer":
+        """Sets the mode of this module; the base model stays in evaluation mode."""
+        super().train(mode)
+        self.sd.eval()
+        return self
+
+    def state_dict(
+        self, *, destination: dict[str, Tensor] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Tensor]:
+        """The learned parameters alone, by layer: the base model is in its own file."""
+        state = {} if destination is None else destination
+        for name, parameter in self.learned.items():
+            state[prefix + name] = parameter if keep_vars else parameter.detach()
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
+        """Strict, whatever `strict` says.
+
+        Raises:
+            ValueError: a layer too few, too many, or of another shape.
+        """
+        learned = self.learned
+        if odd := sorted(set(learned) ^ set(state_dict)):
+            raise ValueError(f"the resume state does not fit the method: {odd[0]} is in one of them only")
+        for name, parameter in learned.items():
+            if parameter.shape != state_dict[name].shape:
+                found = tuple(state_dict[name].shape)
+                raise ValueError(f"the resume state does not fit: {name} is {found}, not {tuple(parameter.shape)}")
+        with torch.no_grad():
+            for name, parameter in learned.items():
+                parameter.copy_(state_dict[name])
+
+    @torch.no_grad()
+    def _encode(self, template: str) -> tuple[Tensor, Tensor]:
+        if self._target_input is None:
+            self._target_input = target_input(self.sd.text, self.templates, self.superclass)
+        prompt, mask = concept_mask(self.sd.text.tokenizer, template, self.superclass)
+        text = self.sd.text([prompt])  # (1, L, D)
+        gates = self.gate(text, mask[None].to(text.device), self._target_input, self.inverse_covariance)
+        return text[0].to(self.sd.dtype), gates[0]
+
+    def _generator(self, batch_idx: int) -> torch.Generator:
+        entropy = (self.seed, self.global_step, batch_idx, self.global_rank)
+        return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+    def _logs_now(self) -> bool:
+        """Whether Lightning writes to the logger at the end of this optimiser step."""
+        return self._trainer is not None and (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+
+
+class SaveConcept(pl.Callback):
+    """Writes `step=000500.safetensors` every so many optimiser steps, and once more when training ends.
+
+    Args:
+        every: optimiser steps between two files.
+        dirpath: folder; None is `models/` in the trainer's root folder.
+
+    Raises:
+        ValueError: `every` is below 1.
+    """
+
+    def __init__(self, every: int = 100, dirpath: str | Path | None = None) -> None:
+        if every < 1:
+            raise ValueError(f"save a concept every 1 or more steps, not {every}")
+        self.every = every
+        self.dirpath = dirpath
+        self._saved = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: ConceptTrainer) -> None:
+        self._saved = trainer.global_step  # of the run that this one resumes, or 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: ConceptTrainer, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every == 0:
+            self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: ConceptTrainer) -> None:
+        self._save(trainer, pl_module)
+
+    @rank_zero_only
+    def _save(self, trainer: pl.Trainer, pl_module: ConceptTrainer) -> None:
+        step = trainer.global_step
+        if step == self._saved:  # between the micro-batches of one optimiser step
+            return
+        folder = Path(trainer.default_root_dir) / "models" if self.dirpath is None else Path(self.dirpath)
+        pl_module.concept().save(folder / f"step={step:06d}.safetensors")
+        self._saved = step

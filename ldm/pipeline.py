@@ -1,0 +1,252 @@
+"""Stable Diffusion as one object: text encoder, UNet, autoencoder and schedule, from a config and a checkpoint."""
+
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+from warnings import warn
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from ldm import checkpoint as files
+from ldm.autoencoder import AutoencoderKL
+from ldm.config import ConfigError, build, load_config
+from ldm.sampler import Denoiser, Guided, initial_noise, sample
+from ldm.schedule import Schedule
+from ldm.text import ClipText, OpenClipText
+from ldm.unet import UNet
+
+if TYPE_CHECKING:
+    from infusion.concept import Concept
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACEHOLDER = re.compile(r"\{\d*\}")  # where a concept goes in a prompt: {} or {1}, {2}, …
+
+
+class StableDiffusion(nn.Module):
+    """A latent diffusion model (Rombach et al. 2022, arXiv 2112.10752).
+
+    Args:
+        unet, vae, text, schedule: the parts.
+        name: architecture, such as "sd15", "sd21" or "pocket"; concepts remember it.
+        image_size: height and width of the images that it was trained on, in pixels.
+        checkpoint: its usual weights, relative to the working directory or else to the repository.
+
+    Attributes:
+        architecture: `name`.
+        weights: the file that the weights came from, or None.
+
+    Raises:
+        ValueError: parts that do not fit together.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        vae: AutoencoderKL,
+        text: ClipText | OpenClipText,
+        schedule: Schedule,
+        name: str = "",
+        image_size: int = 512,
+        checkpoint: str | None = None,
+    ) -> None:
+        super().__init__()
+        if unet.context_dim != text.width:
+            raise ValueError(f"the UNet takes text of width {unet.context_dim}, the text encoder gives {text.width}")
+        self.unet, self.vae, self.text, self.schedule = unet, vae, text, schedule
+        self.architecture = name
+        self.image_size = image_size
+        self.checkpoint = checkpoint
+        self.weights: Path | None = None
+
+    @classmethod
+    def from_config(cls, config: str | Path | DictConfig) -> Self:
+        """A model with random weights, on the CPU or on the device that `torch.device` sets.
+
+        Args:
+            config: a YAML file, or what `load_config` made of several; the model is its node `sd`.
+
+        Raises:
+            ValueError: a mistake in the config, named by its path there.
+        """
+        if not isinstance(config, DictConfig):
+            config = load_config(config)
+        if "sd" not in config:
+            raise ConfigError("sd: the config has no such node, so it names no model")
+        pipeline = build(OmegaConf.to_container(config.sd, resolve=True), "sd")
+        if not isinstance(pipeline, cls):
+            raise ConfigError(f"sd.target: must be a {cls.__name__}, not a {type(pipeline).__name__}")
+        return pipeline.eval()
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        config_path: str | Path | DictConfig,
+        ckpt_path: str | Path | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """A trained model, frozen.
+
+        Args:
+            config_path: as for `from_config`.
+            ckpt_path: `.safetensors` (or `.ckpt`) in LDM's layout; None takes the model's usual file.
+            device: where it goes.
+            dtype: of the UNet and the text encoder; the autoencoder, which overflows float16, stays in float32.
+
+        Raises:
+            ValueError: a mistake in the config, no such file, or a file that does not hold exactly this model.
+        """
+        config = config_path if isinstance(config_path, DictConfig) else load_config(config_path)
+        with torch.device("meta"):
+            pipeline = cls.from_config(config)
+        pipeline.unet.to(dtype)
+        pipeline.text.to(dtype)
+        pipeline.load(pipeline._usual_weights(config.get("ckpt_source")) if ckpt_path is None else ckpt_path)
+        return pipeline.requires_grad_(False).to(device)
+
+    def load(self, path: str | Path | None = None) -> None:
+        """Load weights from a checkpoint file, strictly; None is the model's usual file.
+
+        Warns of tensors of the file that the model has no place for.
+
+        Raises:
+            ValueError: no such file, or a file that does not hold exactly this model.
+        """
+        path = self._usual_weights() if path is None else Path(path)
+        modules = {prefix: getattr(self, name) for name, prefix in files.PREFIXES.items()}
+        unexpected = [name for name in files.load_into(modules, path) if name.startswith(tuple(modules))]
+        if unexpected:
+            shown = ", ".join(unexpected[: files.SHOWN])
+            warn(f"{path}: {len(unexpected)} tensors have no place in {self.architecture}: {shown}", stacklevel=2)
+        self.weights = path
+        self.__dict__.pop("hash", None)
+
+    @cached_property
+    def hash(self) -> str | None:
+        """SHA-256 of the file that the weights came from, in hexadecimal; None for random weights."""
+        return None if self.weights is None else files.sha256(self.weights)
+
+    @property
+    def device(self) -> torch.device:
+        """The UNet's device."""
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The UNet's dtype."""
+        return next(self.unet.parameters()).dtype
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """Shape (C, h, w) of the latents of one image; None is the size of training.
+
+        Raises:
+            ValueError: a size, in pixels, that the autoencoder and the UNet cannot halve as often as they need.
+        """
+        height = self.image_size if height is None else height
+        width = self.image_size if width is None else width
+        multiple = self.vae.factor * self.unet.factor
+        for side, size in (("height", height), ("width", width)):
+            if size < multiple or size % multiple:
+                raise ValueError(f"{side} must be a multiple of {multiple} pixels, not {size}")
+        return self.vae.embed_dim, height // self.vae.factor, width // self.vae.factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of scaled latents (B, C, h, w), in the autoencoder's own dtype throughout."""
+        dtype = next(self.vae.parameters()).dtype
+        with torch.autocast(latents.device.type, enabled=False):
+            images = self.vae.decode(latents.to(dtype))
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        concepts: Sequence["Concept"] = (),
+        steps: int = 50,
+        scale: float = 7.5,
+        seed: int = 0,
+        negative_prompt: str = "",
+        eta: float = 0.0,
+        sampler: str = "ddim",
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+        beta: float | Sequence[float] | None = None,
+        tau: float | Sequence[float] | None = None,
+    ) -> Tensor:
+        """One image per prompt; image `i` has the seed `seed + i`, so it depends on no other image and no batch size.
+
+        Args:
+            prompts: with concepts, `{}` is the concept (`{1}`, `{2}`, … several) and reads as its superclass.
+            concepts: what to customise the model with, in the order of `{1}`, `{2}`, …
+            steps: sampling steps.
+            scale: classifier-free guidance; 1 is none.
+            seed: of the first image.
+            negative_prompt: what to guide away from.
+            eta: share of DDIM's noise, in [0, 1]; for the ddim sampler only.
+            sampler: a key of `ldm.schedule.SAMPLERS`.
+            height, width: in pixels; None is the size of training.
+            batch_size: images at a time; None is all of them.
+            progress: show a progress bar.
+            beta, tau: the concepts' gates, one value or one per concept; None is the default for sampling.
+
+        Returns:
+            (B, 3, H, W) float32 in [0, 1], on the model's device.
+
+        Raises:
+            ValueError: an argument is out of range, or a prompt has a `{}` and there is no concept for it.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts must be a list of at least one string, not {prompts!r}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        for prompt in (*prompts, negative_prompt):
+            if not concepts and PLACEHOLDER.search(prompt):
+                raise ValueError(f"there is no concept for {PLACEHOLDER.search(prompt)[0]} in the prompt {prompt!r}")
+        shape = self.latent_shape(height, width)
+        size = len(prompts) if batch_size is None else batch_size
+        images = []
+        for start in range(0, len(prompts), size):
+            batch = list(prompts[start : start + size])
+            generators = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(batch))]
+            noise = initial_noise(generators, shape, self.device)  # (B, C, h, w), float32
+            scheduler = self.schedule.scheduler(sampler)
+            with self._denoiser(batch, negative_prompt, concepts, scale, beta, tau) as denoise:
+                latents = sample(denoise, scheduler, noise, steps, eta, generators, progress)
+            images.append(self.decode(latents))
+        return torch.cat(images)
+
+    def _denoiser(
+        self,
+        prompts: list[str],
+        negative_prompt: str,
+        concepts: Sequence["Concept"],
+        scale: float,
+        beta: float | Sequence[float] | None,
+        tau: float | Sequence[float] | None,
+    ) -> AbstractContextManager[Denoiser]:
+        if concepts:
+            from infusion.sampling import Customised  # the method builds on this package, not the other way round
+
+            negative = [negative_prompt] * len(prompts)
+            return Customised(self, concepts, prompts, negative, scale, beta=beta, tau=tau)
+        text = self.text(prompts).to(self.dtype)
+        negative = self.text([negative_prompt]).to(self.dtype)
+        return nullcontext(Guided(self.unet, text, negative, scale))
+
+    def _usual_weights(self, source: str | None = None) -> Path:
+        """The usual weights' file; `source` says where to get it when it is not there."""
+        if self.checkpoint is None:
+            raise ValueError(f"the model {self.architecture!r} has no usual checkpoint file: name one")
+        for path in (Path(self.checkpoint), ROOT / self.checkpoint):
+            if path.is_file():
+                return path
+        hint = f"get it from {source}, or " if source else ""
+        raise ValueError(f"{self.checkpoint}: no such file; {hint}name another checkpoint of {self.architecture}")

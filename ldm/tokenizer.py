@@ -1,0 +1,72 @@
+"""CLIP's byte-pair tokenizer, from the table that open_clip ships: no hub, no download."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor
+
+BYTES = 512  # 256 bytes, and the same 256 as the end of a word
+
+
+class Tokenizer:
+    """Text to CLIP token ids, framed by a begin and an end token and padded to a fixed length.
+
+    Args:
+        merges: keep only the first `merges` merges of CLIP's table, for a small vocabulary; ids stay dense:
+            512 bytes, the merges, begin, end. None keeps all of them, and the ids are CLIP's own.
+        context_length: length L of every row, begin and end included.
+        pad: what follows the end token: the end token again ("end", SD 1.5) or id 0 ("zero", OpenCLIP).
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self, merges: int | None = None, context_length: int = 77, pad: Literal["end", "zero"] = "end"
+    ) -> None:
+        if pad not in ("end", "zero"):
+            raise ValueError(f'pad must be "end" or "zero", not {pad!r}')
+        if context_length < 2:
+            raise ValueError(f"context_length must be at least 2, not {context_length}")
+        self.table = SimpleTokenizer(context_length=context_length)
+        if merges is not None:
+            _keep_merges(self.table, merges)
+        self.context_length = context_length
+        self.vocab_size: int = self.table.vocab_size
+        self.bos: int = self.table.sot_token_id
+        self.eos: int = self.table.eot_token_id
+        self.pad: int = self.eos if pad == "end" else 0
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` alone: no begin, no end, no padding, not truncated."""
+        return self.table.encode(text)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """(B, L) int64 ids; a text that is too long is cut, and its row still closes with the end token.
+
+        Raises:
+            ValueError: `texts` is one string instead of a list of strings.
+        """
+        if isinstance(texts, str):
+            raise ValueError(f"expected a list of strings, not one string: {texts!r}")
+        ids = torch.full((len(texts), self.context_length), self.pad, dtype=torch.long)
+        for row, text in zip(ids, texts, strict=True):
+            tokens = [self.bos, *self.encode(text)[: self.context_length - 2], self.eos]
+            row[: len(tokens)] = torch.tensor(tokens)
+        return ids
+
+
+def _keep_merges(table: SimpleTokenizer, merges: int) -> None:
+    """Cut the table to its `merges` most frequent merges and renumber the ids without gaps."""
+    if not 0 <= merges <= len(table.bpe_ranks):
+        raise ValueError(f"merges must lie between 0 and {len(table.bpe_ranks)}, not {merges}")
+    specials = [table.decoder[i] for i in table.all_special_ids]
+    vocabulary = [table.decoder[i] for i in range(BYTES + merges)] + specials
+    table.bpe_ranks = {pair: rank for pair, rank in table.bpe_ranks.items() if rank < merges}
+    table.encoder = {token: i for i, token in enumerate(vocabulary)}
+    table.decoder = dict(enumerate(vocabulary))
+    table.all_special_ids = [table.encoder[token] for token in specials]
+    table.sot_token_id, table.eot_token_id = table.all_special_ids
+    table.vocab_size = len(vocabulary)

@@ -1,0 +1,247 @@
+"""Training: flags -> config -> objects -> Trainer.fit.
+
+A config has the nodes `model` (a LightningModule), `data` (a LightningDataModule), `trainer` (the parameters of
+`pytorch_lightning.Trainer`) and, optionally, `callbacks` (a list of nodes, or a mapping of names to nodes where null
+drops one). `ckpt` is the checkpoint that the model's `sd` starts from, `ckpt_source` where to get it; `parts` maps
+components of `sd` (unet, vae, text) to files that hold one each. `save_every` is the number of optimiser steps between
+two `models/last.ckpt`.
+"""
+
+import json
+import logging
+import warnings
+from argparse import Namespace
+from datetime import datetime
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from ldm.checkpoint import PREFIXES, TensorFile, load_into
+from ldm.config import ConfigError, build, check, check_params, load_config, refuse_unused, resolve
+from ldm.errors import Parser, UserError, report, suggestion
+from ldm.pipeline import StableDiffusion
+
+ROOT = Path(__file__).resolve().parent
+DEFAULTS = {"trainer": {}, "callbacks": {}, "parts": {}, "seed": 23, "save_every": 500}
+NODES = ("model", "data", "ckpt", "ckpt_source", *DEFAULTS)
+TRAINER = {"accelerator": "auto", "devices": 1, "enable_model_summary": False, "log_every_n_steps": 10}
+
+
+def parse(arguments: list[str] | None = None) -> Namespace:
+    usage = "main.py --base A.yaml [B.yaml ...] [flags] [key=value ...]"
+    parser = Parser(description="Trains what a config describes.", usage=usage)
+    add = parser.add_argument
+    add("-b", "--base", nargs="+", metavar="FILE", help="configs, merged from left to right", default=[])
+    add("-t", "--train", action="store_true", help="train; without it everything is built, reported and left")
+    add("-n", "--name", help="name of the run; None: the last config's", default=None)
+    add("--basedir", metavar="DIR", help="where run folders <time>_<name> go", default="logs")
+    add("--logdir", metavar="DIR", help="exactly this run folder", default=None)
+    add("--gpus", metavar="LIST", help="indices of the GPUs to use, such as 0,1", default=None)
+    add("--devices", help="number of devices, or auto", default=None)
+    add("--num_nodes", type=int, help="number of machines", default=None)
+    add("--strategy", help="Lightning's strategy, such as ddp", default=None)
+    add("-s", "--seed", type=int, help=f"None: the config's `seed`, else {DEFAULTS['seed']}", default=None)
+    add("-r", "--resume", metavar="RUN", help="run folder to go on with, by its own config", default=None)
+    add("--summary", action="store_true", help="print the model's size as JSON; needs no weights and no images")
+    flags, rest = parser.parse_known_args(arguments)
+    flags.overrides = [word for word in flags.base + rest if "=" in word and not Path(word).is_file()]
+    flags.base = [word for word in flags.base if word not in flags.overrides]
+    for word in rest:
+        if word.startswith("-") or "=" not in word:
+            parser.error(f"unknown argument `{word}`")
+    if bool(flags.base) == bool(flags.resume):
+        parser.error("--base FILE starts a run, --resume RUN goes on with one: give one of the two")
+    for name in ("name", "logdir", "seed"):
+        if flags.resume and getattr(flags, name) is not None:
+            parser.error(f"--{name}: a resumed run keeps its own")
+    if flags.gpus and flags.devices:
+        parser.error("--gpus and --devices: give one of the two")
+    return flags
+
+
+def read_config(flags: Namespace) -> DictConfig:
+    """The resolved config: files, defaults, then overrides and flags."""
+    if flags.resume:
+        for name in ("config.yaml", "models/last.ckpt"):
+            if not (Path(flags.resume) / name).is_file():
+                raise UserError(f"--resume: {flags.resume} has no {name}")
+        for override in flags.overrides:
+            if override.split("=")[0].split(".")[0] not in NODES:
+                raise UserError(
+                    f"override `{override}`: a run's config is resolved; name its place under `model` or `data`"
+                )
+    files = [Path(flags.resume) / "config.yaml"] if flags.resume else flags.base
+    config = load_config(files, flags.overrides, DEFAULTS)
+    if not flags.resume:
+        refuse_unused(config, NODES)
+    if flags.seed is not None:
+        config.seed = flags.seed
+    for node in ("model", "data"):
+        if node not in config:
+            raise ConfigError(f"{', '.join(map(str, files))}: the config has no `{node}`")
+    for key in ("seed", "save_every"):
+        if not isinstance(config[key], int):
+            raise ConfigError(f"{key}: an integer is wanted, not {config[key]!r}")
+    for key in [str(key) for key in config if OmegaConf.is_missing(config, key)]:
+        if not flags.summary:
+            raise ConfigError(f"{key}: not set yet; set it in the config or by {key}=…")
+        config[key] = "object"  # the size depends on no word and no folder
+    return resolve(config)
+
+
+def trainer_params(flags: Namespace, config: DictConfig) -> dict:
+    """Parameters of the Trainer: ours, then the config's, then the flags'."""
+    params = TRAINER | OmegaConf.to_container(config.trainer)
+    given = {name: getattr(flags, name) for name in ("num_nodes", "strategy") if getattr(flags, name) is not None}
+    if flags.gpus:
+        try:
+            indices = [int(index) for index in flags.gpus.split(",") if index]
+        except ValueError as error:
+            raise UserError(f"--gpus: `{flags.gpus}` is not a list of indices such as 0,1") from error
+        count = torch.cuda.device_count()
+        if not indices or max(indices) >= count:
+            raise UserError(f"--gpus: `{flags.gpus}` was asked for, and this machine has {count} CUDA devices")
+        given |= {"accelerator": "gpu", "devices": indices}
+    if flags.devices:
+        given["devices"] = int(flags.devices) if flags.devices.isdigit() else flags.devices
+    return params | given
+
+
+def callback_nodes(config: DictConfig) -> list:
+    nodes = OmegaConf.to_container(config.callbacks) or []
+    return [node for node in (nodes.values() if isinstance(nodes, dict) else nodes) if node is not None]
+
+
+def check_config(config: DictConfig, params: dict) -> None:
+    """Every mistake that can be seen without building anything."""
+    check(config.model, "model")
+    check(config.data, "data")
+    check(callback_nodes(config), "callbacks")
+    check_params(pl.Trainer, params, "trainer")
+
+
+def summarise(config: DictConfig) -> str:
+    with torch.device("meta"):
+        model = build(config.model, "model")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    owners = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    counts = {"trainable_parameters": sum(p.numel() for p in trained), "layers": len(owners)}
+    return json.dumps(counts | {"bytes": sum(p.numel() * p.element_size() for p in trained)}, indent=2)
+
+
+def weight_files(config: DictConfig) -> dict[str, Path]:
+    """Config key (`ckpt`, `parts.vae`, …) -> file of weights, here or in the repository; UserError if there is none."""
+    parts = OmegaConf.to_container(config.parts) or {}
+    for component in parts:
+        if component not in PREFIXES:
+            raise ConfigError(f"parts.{component}: unknown component{suggestion(component, list(PREFIXES))}")
+    found = {}
+    for key, name in {
+        "ckpt": config.get("ckpt"),
+        **{f"parts.{component}": name for component, name in parts.items()},
+    }.items():
+        files = [file for file in (Path(str(name)), ROOT / str(name)) if file.is_file()]
+        if name is not None and not files:
+            source = config.get("ckpt_source") if key == "ckpt" else None
+            source = f"get it from {source} or " if source else ""
+            raise UserError(f"{key}: there is no file {name}; {source}name another by {key}=FILE")
+        if name is not None:
+            found[key] = files[0]
+    return found
+
+
+def load_weights(sd: StableDiffusion, files: dict[str, Path]) -> None:
+    """Loads the checkpoint, then single components, whose tensors may be named as there or as in the module."""
+    for key, file in files.items():
+        component = key.removeprefix("parts.")
+        if key == "ckpt":
+            sd.load(file)
+            continue
+        with TensorFile(file) as tensors:
+            candidates = (PREFIXES[component], f"{component}.", "")
+            prefixes = [prefix for prefix in candidates if any(name.startswith(prefix) for name in tensors.shapes)]
+        load_into({prefixes[0]: getattr(sd, component)}, file)
+
+
+def build_model(config: DictConfig, files: dict[str, Path]) -> pl.LightningModule:
+    """The model; its `sd` gets its weights before the model changes anything in it."""
+    if not files:
+        return build(config.model, "model")
+    if "sd" not in (config.model.get("params") or {}):
+        raise ConfigError(f"{next(iter(files))}: names weights, and model.params has no `sd` to load them into")
+    sd = build(config.model.params.sd, "model.params.sd")
+    load_weights(sd, files)
+    return build(config.model, "model", given={"sd": sd})
+
+
+def run_folder(flags: Namespace) -> Path:
+    if flags.resume:
+        return Path(flags.resume)
+    name = flags.name or Path(flags.base[-1]).stem
+    folder = Path(flags.logdir or Path(flags.basedir) / f"{datetime.now():%Y-%m-%dT%H-%M-%S}_{name}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--logdir: {folder} exists already; go on with it by --resume {folder}, or name another")
+    return folder
+
+
+def make_trainer(folder: Path, config: DictConfig, params: dict) -> pl.Trainer:
+    """A Trainer that keeps everything in the run folder."""
+
+    @rank_zero_only
+    def write_config(trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, folder / "config.yaml")
+
+    def save_last(trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        trainer.save_checkpoint(folder / "models" / "last.ckpt")
+
+    params = build(params, "trainer")
+    if params.get("max_steps", -1) > 0:  # one epoch of known length, so that the progress bar can tell the time left
+        params.setdefault("limit_train_batches", params["max_steps"] * params.get("accumulate_grad_batches", 1))
+    params.setdefault("logger", TensorBoardLogger(folder, name="", version="tensorboard"))
+    checkpoint = {"filename": "last", "every_n_train_steps": config.save_every, "enable_version_counter": False}
+    params["callbacks"] = [
+        LambdaCallback(on_train_start=write_config, on_train_epoch_end=save_last),
+        *build(callback_nodes(config), "callbacks"),
+        *([TQDMProgressBar()] if params.get("enable_progress_bar", True) else []),
+        ModelCheckpoint(folder / "models", **checkpoint),
+    ]
+    try:
+        return pl.Trainer(default_root_dir=folder, **params)
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise ConfigError(f"trainer: {error}") from error
+
+
+@report
+def main() -> None:
+    for noise in ("does not have many workers", "treespec, LeafSpec", "smaller than the logging interval"):
+        warnings.filterwarnings("ignore", message=f".*{noise}")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("pytorch_lightning", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    flags = parse()
+    config = read_config(flags)
+    params = trainer_params(flags, config)
+    check_config(config, params)
+    if flags.summary:
+        print(summarise(config))
+        return
+    folder, files = run_folder(flags), weight_files(config)
+    pl.seed_everything(config.seed, workers=True)
+    data = build(config.data, "data")
+    model = build_model(config, files)
+    trainer = make_trainer(folder, config, params)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logging.info("%s: %s trainable parameters, %s", type(model).__name__, f"{trained:,}", folder)
+    if flags.train:
+        trainer.fit(model, data, ckpt_path=folder / "models" / "last.ckpt" if flags.resume else None, weights_only=True)
+
+
+if __name__ == "__main__":
+    main()

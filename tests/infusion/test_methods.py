@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from infusion.inject import inject
+from infusion.methods import METHODS, find_method
+from infusion.methods.infusion import Infusion
+from tests.infusion.conftest import inputs, random_residuals, tiny_unet
+
+
+def test_registry():
+    assert find_method("infusion") is Infusion
+    assert all(method.name == name for name, method in METHODS.items())
+    with pytest.raises(ValueError, match="there are: infusion"):
+        find_method("infusoin")
+
+
+def test_layers_restrict_what_is_learned():
+    edits = Infusion(layers=r"^(middle|output)").edits(tiny_unet())
+    assert len(edits) == 7
+    assert {name.partition("_")[0] for name, edit in edits.items() if edit.residual.requires_grad} == {"middle", "output"}
+
+
+@pytest.mark.parametrize("arguments", [{"attention": "both"}, {"layers": "("}])
+def test_unusable_options_are_errors(arguments):
+    with pytest.raises(ValueError):
+        Infusion(**arguments)
+
+
+def test_matching_no_layer_is_an_error():
+    with pytest.raises(ValueError, match="matches none.*input_blocks.1.1"):
+        Infusion(layers="attn1").edits(tiny_unet())
+    with pytest.raises(ValueError, match="there are none"):
+        Infusion().edits(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("attention", ["foundation", "own"])
+def test_gradients_reach_the_residuals_and_nothing_else(attention):
+    unet = tiny_unet()
+    method = Infusion(attention)
+    edits = method.edits(unet)
+    random_residuals(edits)
+    inject(unet, edits)
+    latents, timesteps, text, gates = inputs(dtype=torch.float32)
+    tape = {}
+    method.predict(unet, latents, timesteps, text, gates[:, 0], tape).square().mean().backward()
+    with_gradient = {name for name, parameter in unet.named_parameters() if parameter.grad is not None}
+    assert with_gradient == {f"{name}.edits.0.residual" for name in edits}
+    assert list(tape) == list(edits)
+    assert not any(tensor.requires_grad for entry in tape.values() for tensor in entry)

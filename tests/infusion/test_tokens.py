@@ -1,0 +1,73 @@
+import pytest
+
+from infusion.tokens import concept_mask, concept_masks
+from ldm.tokenizer import Tokenizer
+
+
+def words(tokenizer, template, noun):
+    """The tokens under the mask, decoded."""
+    prompt, mask = concept_mask(tokenizer, template, noun)
+    row = tokenizer([prompt])[0]
+    return [tokenizer.table.decoder[int(i)] for i in row[mask]]
+
+
+@pytest.mark.parametrize("template, noun, expected", [
+    ("a photo of a {}", "cat", [5]),
+    ("{}", "cat", [1]),
+    ("{} on the {}", "cat", [1, 4]),
+    ("a cat and a {}", "cat", [5]),  # the cat that is written out is not the concept
+    ("a photo of a {} sitting", "stuffed animal", [5, 6]),
+    ("a {}, red", "cat", [2]),
+    ("the {}'s hat", "cat", [2]),
+    ("a   photo\tof a {}", "Cat", [5]),
+    ("a photo of a cat", "cat", []),
+])
+def test_positions(tokenizer, template, noun, expected):
+    prompt, mask = concept_mask(tokenizer, template, noun)
+    assert prompt == template.replace("{}", noun)
+    assert mask.shape == (77,)
+    assert mask.nonzero().flatten().tolist() == expected
+
+
+def test_masked_tokens_spell_the_noun(tokenizer):
+    assert words(tokenizer, "a {} of the {}", "stuffed animal") == ["stuffed</w>", "animal</w>"] * 2
+    small = Tokenizer(merges=300)  # few merges: every word is several tokens
+    assert "".join(words(small, "photo of a {} outside", "teapot")) == "teapot</w>"
+    assert len(words(small, "photo of a {} outside", "teapot")) > 1
+
+
+def test_truncation_keeps_what_remains(tokenizer):
+    _, mask = concept_mask(tokenizer, "red " * 74 + "{}", "stuffed animal")  # tokens 75 and 76; 76 is the end
+    assert mask.nonzero().flatten().tolist() == [75]
+    _, mask = concept_mask(tokenizer, "a {} " + "red " * 90 + "{}", "cat")
+    assert mask.nonzero().flatten().tolist() == [2]
+
+
+def test_a_concept_beyond_the_end_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="beyond the 77 tokens"):
+        concept_mask(tokenizer, "red " * 75 + "{}", "cat")
+
+
+@pytest.mark.parametrize("template", ["a photo of {}s", "a super{}", "un{}like"])
+def test_a_glued_placeholder_is_an_error(tokenizer, template):
+    with pytest.raises(ValueError, match="glued"):
+        concept_mask(tokenizer, template, "cat")
+
+
+def test_several_concepts(tokenizer):
+    prompt, masks = concept_masks(tokenizer, "a {2} beside a {1} and a {2}", ["cat", "stuffed animal"])
+    assert prompt == "a stuffed animal beside a cat and a stuffed animal"
+    assert [mask.nonzero().flatten().tolist() for mask in masks] == [[6], [2, 3, 9, 10]]
+    assert not concept_masks(tokenizer, "a {1}", ["cat", "dog"])[1][1].any()
+
+
+@pytest.mark.parametrize("template, nouns, message", [
+    ("a {}", ["cat", "dog"], "any of 2 concepts"),
+    ("a {3}", ["cat", "dog"], "names no concept"),
+    ("a {0}", ["cat"], "names no concept"),
+    ("a {}", [], "at least one noun"),
+    ("a {}", ["  "], "no tokens"),
+])
+def test_unusable_concepts_are_errors(tokenizer, template, nouns, message):
+    with pytest.raises(ValueError, match=message):
+        concept_masks(tokenizer, template, nouns)

@@ -1,0 +1,247 @@
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint import PREFIXES, save, sha256
+from ldm.pipeline import StableDiffusion
+
+ROOT = Path(__file__).parents[2]
+MANIFESTS = Path(__file__).parent / "manifests"
+CONFIG = """
+sd:
+  target: ldm.pipeline.StableDiffusion
+  params:
+    name: tiny
+    image_size: 16
+    checkpoint: ${ckpt}
+    unet:
+      target: ldm.unet.UNet
+      params: {model_channels: 32, channel_mult: [1, 2], num_res_blocks: 1, attention_resolutions: [2], num_heads: 4,
+               context_dim: 24}
+    vae:
+      target: ldm.autoencoder.AutoencoderKL
+      params: {ch: 8, ch_mult: [1, 2], num_res_blocks: 1, scale_factor: 0.5}
+    text:
+      target: ldm.text.ClipText
+      params:
+        tokenizer: {target: ldm.tokenizer.Tokenizer, params: {merges: 300, context_length: 12}}
+        hidden_size: 24
+        intermediate_size: 48
+        layers: 2
+        heads: 2
+        max_length: 12
+    schedule: {target: ldm.schedule.Schedule}
+ckpt: TINY
+ckpt_source: https://example.org/tiny
+"""
+PROMPTS = ["a cat", "a dog", "a cat on a hill"]
+FAST = {"steps": 3, "scale": 3.0}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config and its weights, none of them zero."""
+    folder = tmp_path_factory.mktemp("tiny")
+    path = folder / "tiny.yaml"
+    path.write_text(CONFIG.replace("TINY", str(folder / "tiny.safetensors")))
+    torch.manual_seed(0)
+    sd = StableDiffusion.from_config(path)
+    with torch.no_grad():
+        for parameter in [*sd.unet.parameters(), *sd.text.parameters()]:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    save(folder / "tiny.safetensors", sd, torch.float32)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sd(config: Path) -> StableDiffusion:
+    return StableDiffusion.from_checkpoint(config)
+
+
+def manifest(name: str, prefix: str) -> dict[str, str]:
+    tensors = dict(line.split(" ") for line in (MANIFESTS / f"{name}.txt").read_text().splitlines())
+    return {prefix + name: shape for name, shape in tensors.items() if name != "embeddings.position_ids"}
+
+
+def shapes(sd: StableDiffusion) -> dict[str, str]:
+    return {
+        prefix + name: "[" + ",".join(map(str, t.shape)) + "]"
+        for component, prefix in PREFIXES.items()
+        for name, t in getattr(sd, component).state_dict().items()
+    }
+
+
+@pytest.mark.parametrize(
+    "name, unet, text, level, size, kind, upcast",
+    [
+        ("sd15", "UNET-v1-SD", "CLIP-v1-SD", "transformer.text_model.", 512, "epsilon", False),
+        ("sd21", "UNET-v2-SD", "CLIP-v2-SD", "model.", 512, "epsilon", False),
+        ("sd21_768", "UNET-v2-SD", "CLIP-v2-SD", "model.", 768, "v_prediction", True),
+    ],
+)
+def test_backbones_are_the_published_ones(name, unet, text, level, size, kind, upcast):
+    with torch.device("meta"):
+        sd = StableDiffusion.from_config(ROOT / f"configs/backbone/{name}.yaml")
+    assert shapes(sd) == {
+        **manifest(unet, PREFIXES["unet"]),
+        **manifest("VAE-v1-SD", PREFIXES["vae"]),
+        **manifest(text, PREFIXES["text"] + level),
+    }
+    assert (sd.architecture, sd.image_size, sd.schedule.prediction_type) == (name, size, kind)
+    assert sd.latent_shape() == (4, size // 8, size // 8)
+    assert sd.vae.scale_factor == 0.18215
+    assert sd.text.tokenizer.pad == (49407 if name == "sd15" else 0)
+    assert {m.upcast for n, m in sd.unet.named_modules() if n.endswith(("attn1", "attn2"))} == {upcast}
+    assert sd.hash is None
+
+
+def test_a_trained_model_is_frozen_and_complete(sd, config):
+    file = config.with_suffix(".safetensors")
+    assert sd.architecture == "tiny" and sd.hash == sha256(file) and sd.weights == file
+    assert not sd.training and not any(p.requires_grad for p in sd.parameters())
+    assert not any(t.is_meta for t in [*sd.parameters(), *sd.buffers()])
+    again = StableDiffusion.from_config(config)
+    assert again.hash is None
+    again.load(file)
+    assert again.hash == sd.hash
+    assert all(torch.equal(a, b) for a, b in zip(sd.parameters(), again.parameters(), strict=True))
+
+
+def test_images_are_in_range_and_repeat(sd):
+    images = sd.sample(PROMPTS, **FAST)
+    assert images.shape == (3, 3, 16, 16) and images.dtype == torch.float32
+    assert 0 <= images.min() and images.max() <= 1 and images.std() > 0.01
+    assert torch.equal(images, sd.sample(PROMPTS, **FAST))
+    assert (images - sd.sample(PROMPTS, seed=9, **FAST)).abs().amax((1, 2, 3)).min() > 0.01
+    assert sd.sample(["a cat"], height=8, width=24, **FAST).shape == (1, 3, 8, 24)
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("plms", 0.0), ("euler_a", 0.0), ("unipc", 0.0)])
+def test_images_do_not_depend_on_the_batch_size(sd, sampler, eta):
+    images = sd.sample(PROMPTS, sampler=sampler, eta=eta, seed=4, **FAST)
+    for batch_size in (1, 2):
+        other = sd.sample(PROMPTS, sampler=sampler, eta=eta, seed=4, batch_size=batch_size, **FAST)
+        torch.testing.assert_close(other, images, atol=1e-5, rtol=0)
+    alone = sd.sample(PROMPTS[2:], sampler=sampler, eta=eta, seed=6, **FAST)  # image 2 has the seed 4 + 2
+    torch.testing.assert_close(alone, images[2:], atol=1e-5, rtol=0)
+
+
+def test_sampling_is_guided_ddim_on_seeded_noise(sd):
+    """The whole path once more, in plain torch."""
+    text, negative = sd.text(["a cat"]), sd.text(["a dog"])
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    alphas = sd.schedule.alphas_cumprod
+    for t, before in ((667, 334), (334, 1), (1, 0)):
+        prompt, away = (sd.unet(latents, torch.tensor([t]), c) for c in (text, negative))
+        noise = away + 3 * (prompt - away)
+        clean = (latents - (1 - alphas[t]).sqrt() * noise) / alphas[t].sqrt()
+        alpha = alphas[before]
+        latents = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+    expected = ((sd.vae.decode(latents) + 1) / 2).clamp(0, 1)
+    images = sd.sample(["a cat"], negative_prompt="a dog", seed=5, **FAST)
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+
+
+def test_half_precision_leaves_the_autoencoder_alone(sd, config):
+    half = StableDiffusion.from_checkpoint(config, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half.device.type == "cpu"
+    assert half.text(["a cat"]).dtype == torch.bfloat16  # fits the UNet without a cast
+    assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
+    torch.testing.assert_close(half.sample(["a cat"], **FAST), sd.sample(["a cat"], **FAST), atol=0.1, rtol=0)
+
+
+def test_autocast_does_not_reach_the_autoencoder(sd):
+    latents = torch.randn(1, 4, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sd.decode(latents), sd.decode(latents).float())
+        images = sd.decode(latents)
+    assert torch.equal(images, sd.decode(latents))
+
+
+class Recorder:
+    """Stands in for `infusion.sampling.Customised`."""
+
+    calls: list["Recorder"] = []
+
+    def __init__(self, sd, concepts, templates, negative, scale, beta=None, tau=None):
+        self.arguments = (list(concepts), templates, negative, scale, beta, tau)
+        self.inside, self.times = False, 0
+        Recorder.calls.append(self)
+
+    def __enter__(self) -> "Recorder":
+        self.inside = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.inside = False
+
+    def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        assert self.inside
+        self.times += 1
+        return latents
+
+
+def test_concepts_are_sampled_by_the_method(sd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "infusion.sampling", SimpleNamespace(Customised=Recorder))
+    monkeypatch.setattr(Recorder, "calls", [])
+    concept = SimpleNamespace(superclass="cat")
+    prompts = ["a {}", "the {} on a hill", "{}"]
+    images = sd.sample(prompts, [concept], negative_prompt="blurry", batch_size=2, beta=0.6, tau=0.2, **FAST)
+    assert images.shape == (3, 3, 16, 16)
+    first, second = Recorder.calls
+    assert first.arguments == ([concept], prompts[:2], ["blurry"] * 2, 3.0, 0.6, 0.2)
+    assert second.arguments == ([concept], prompts[2:], ["blurry"], 3.0, 0.6, 0.2)
+    assert (first.times, second.times) == (3, 3) and not first.inside and not second.inside
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prompts": ["a photo of a {}"]}, r"no concept for \{\} in the prompt 'a photo of a \{\}'"),
+        ({"prompts": ["{1} and {2}"]}, r"no concept for \{1\}"),
+        ({"negative_prompt": "{}"}, "no concept"),
+        ({"prompts": []}, "at least one string"),
+        ({"prompts": "a cat"}, "must be a list"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"height": 18}, "height must be a multiple of 4 pixels, not 18"),
+        ({"width": 0}, "width must be a multiple of 4 pixels, not 0"),
+        ({"sampler": "ddpm"}, "choose one of ddim"),
+        ({"steps": 0}, "steps"),
+    ],
+)
+def test_mistakes_are_refused(sd, options, message):
+    with pytest.raises(ValueError, match=message):
+        sd.sample(**{"prompts": ["a cat"], **FAST, **options})
+
+
+def test_files_that_are_not_there(config, tmp_path):
+    lost = tmp_path / "lost.yaml"
+    lost.write_text(CONFIG.replace("TINY", "ckpt/lost.safetensors"))
+    with pytest.raises(ValueError, match="ckpt/lost.safetensors: no such file; get it from https://example.org/tiny"):
+        StableDiffusion.from_checkpoint(lost)
+    with pytest.raises(ValueError, match="other.safetensors: no such file"):
+        StableDiffusion.from_checkpoint(config, tmp_path / "other.safetensors")
+    lost.write_text(CONFIG.replace("TINY", "null"))
+    with pytest.raises(ValueError, match="'tiny' has no usual checkpoint file"):
+        StableDiffusion.from_checkpoint(lost)
+    lost.write_text("seed: 1")
+    with pytest.raises(ValueError, match="sd: the config has no such node"):
+        StableDiffusion.from_config(lost)
+
+
+def test_a_file_with_more_in_it_warns(sd, tmp_path, config):
+    larger = StableDiffusion.from_config(config)
+    larger.unet.adapter = nn.Linear(2, 2)
+    save(tmp_path / "larger.safetensors", larger, torch.float32)
+    with pytest.warns(UserWarning, match="2 tensors have no place in tiny: model.diffusion_model.adapter.bias"):
+        StableDiffusion.from_checkpoint(config, tmp_path / "larger.safetensors")
+
+
+def test_parts_must_fit(sd):
+    text = SimpleNamespace(width=32)
+    with pytest.raises(ValueError, match="width 24, the text encoder gives 32"):
+        StableDiffusion(sd.unet, sd.vae, text, sd.schedule)
