@@ -23,11 +23,10 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.checkpoint import PREFIXES, TensorFile, load_into
-from ldm.config import ConfigError, build, check, check_params, load_config, refuse_unused, resolve
+from ldm.config import ConfigError, build, check, check_params, find, load_config, refuse_unused, resolve
 from ldm.errors import Parser, UserError, report, suggestion
 from ldm.pipeline import StableDiffusion
 
-ROOT = Path(__file__).resolve().parent
 DEFAULTS = {"trainer": {}, "callbacks": {}, "parts": {}, "seed": 23, "save_every": 500}
 NODES = ("model", "data", "ckpt", "ckpt_source", *DEFAULTS)
 TRAINER = {"accelerator": "auto", "devices": 1, "enable_model_summary": False, "log_every_n_steps": 10}
@@ -73,9 +72,7 @@ def read_config(flags: Namespace) -> DictConfig:
                 raise UserError(f"--resume: {flags.resume} has no {name}")
         for override in flags.overrides:
             if override.split("=")[0].split(".")[0] not in NODES:
-                raise UserError(
-                    f"override `{override}`: a run's config is resolved; name its place under `model` or `data`"
-                )
+                raise UserError(f"override `{override}`: a run's config is resolved; name its place in the node itself")
     files = [Path(flags.resume) / "config.yaml"] if flags.resume else flags.base
     config = load_config(files, flags.overrides, DEFAULTS)
     if not flags.resume:
@@ -127,8 +124,7 @@ def check_config(config: DictConfig, params: dict) -> None:
 
 
 def summarise(config: DictConfig) -> str:
-    with torch.device("meta"):
-        model = build(config.model, "model")
+    model = build_model(config, {}, meta=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     owners = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
     counts = {"trainable_parameters": sum(p.numel() for p in trained), "layers": len(owners)}
@@ -141,18 +137,14 @@ def weight_files(config: DictConfig) -> dict[str, Path]:
     for component in parts:
         if component not in PREFIXES:
             raise ConfigError(f"parts.{component}: unknown component{suggestion(component, list(PREFIXES))}")
-    found = {}
-    for key, name in {
-        "ckpt": config.get("ckpt"),
-        **{f"parts.{component}": name for component, name in parts.items()},
-    }.items():
-        files = [file for file in (Path(str(name)), ROOT / str(name)) if file.is_file()]
-        if name is not None and not files:
-            source = config.get("ckpt_source") if key == "ckpt" else None
-            source = f"get it from {source} or " if source else ""
-            raise UserError(f"{key}: there is no file {name}; {source}name another by {key}=FILE")
+    found, names = {}, {"ckpt": config.get("ckpt")} | {f"parts.{component}": name for component, name in parts.items()}
+    for key, name in names.items():
         if name is not None:
-            found[key] = files[0]
+            found[key] = find(name)
+            if not found[key].is_file():
+                source = config.get("ckpt_source") if key == "ckpt" else None
+                source = f"get it from {source} or " if source else ""
+                raise UserError(f"{key}: there is no file {name}; {source}name another by {key}=FILE")
     return found
 
 
@@ -169,15 +161,18 @@ def load_weights(sd: StableDiffusion, files: dict[str, Path]) -> None:
         load_into({prefixes[0]: getattr(sd, component)}, file)
 
 
-def build_model(config: DictConfig, files: dict[str, Path]) -> pl.LightningModule:
-    """The model; its `sd` gets its weights before the model changes anything in it."""
-    if not files:
-        return build(config.model, "model")
-    if "sd" not in (config.model.get("params") or {}):
+def build_model(config: DictConfig, files: dict[str, Path], meta: bool = False) -> pl.LightningModule:
+    """The model; its `sd` gets its weights before the model changes anything in it. With `meta`, nothing has values."""
+    device = torch.device("meta" if meta or "ckpt" in files else "cpu")  # a checkpoint brings the values of all tensors
+    if "sd" in (config.model.get("params") or {}):
+        with device:
+            sd = build(config.model.params.sd, "model.params.sd")
+        load_weights(sd, files)
+        return build(config.model, "model", given={"sd": sd})
+    if files:
         raise ConfigError(f"{next(iter(files))}: names weights, and model.params has no `sd` to load them into")
-    sd = build(config.model.params.sd, "model.params.sd")
-    load_weights(sd, files)
-    return build(config.model, "model", given={"sd": sd})
+    with device:
+        return build(config.model, "model")
 
 
 def run_folder(flags: Namespace) -> Path:

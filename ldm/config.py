@@ -31,6 +31,9 @@ PACKAGES = (
 )
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
 class ConfigError(ValueError):
     """A mistake in a config; the message names the config path."""
 
@@ -74,6 +77,12 @@ def _load(path: Path, parents: tuple[Path, ...]) -> DictConfig:
     included = [included] if isinstance(included, str) else list(included)
     parents = (*parents, path.resolve())
     return OmegaConf.merge(OmegaConf.create(), *(_load(path.parent / name, parents) for name in included), config)
+
+
+def find(path: str | Path) -> Path:
+    """A file or folder that a config names: relative to the working directory or else to the repository."""
+    path = Path(path)
+    return path if path.exists() or not (ROOT / path).exists() else ROOT / path
 
 
 def refuse_unused(config: DictConfig, used: Iterable[str]) -> None:

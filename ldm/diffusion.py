@@ -18,15 +18,12 @@ class LatentDiffusion(pl.LightningModule):
     not take most of the capacity. Batches: {"latents": (B, C, h, w), "captions": list of B}.
     """
 
-    def __init__(self, sd: StableDiffusion, learning_rate: float = 6e-4, caption_dropout: float = 0.1, min_snr: float = 5.0,
-                 compile: bool = False):  # fmt: skip
+    def __init__(self, sd: StableDiffusion, learning_rate: float = 6e-4, caption_dropout: float = 0.1, min_snr: float = 5.0):
         super().__init__()
         if sd.schedule.prediction_type != "epsilon":
             raise ValueError(f"min_snr weights an ε-prediction, and this model predicts {sd.schedule.prediction_type}")
         self.sd, self.learning_rate, self.caption_dropout, self.min_snr = sd, learning_rate, caption_dropout, min_snr
         self.sd.vae.requires_grad_(False)
-        if compile:
-            self.sd.unet.compile()
 
     def training_step(self, batch: dict, index: int) -> Tensor:
         latents = batch["latents"]

@@ -102,10 +102,12 @@ class LatentWorldData(pl.LightningDataModule):
     @torch.no_grad()
     def encode(self, vae: torch.nn.Module, fingerprint: str) -> None:
         stream = iter(WorldBatches(100, self.seed))
+        device = next(vae.parameters()).device
         latents, table = [], []
         for _ in tqdm(range(self.count // 100), "encoding the world"):
             batch = next(stream)
-            latents.append(vae.encode(batch["images"].to(next(vae.parameters()).device)).half().cpu())
+            with self.trainer.precision_plugin.forward_context():
+                latents.append(vae.encode(batch["images"].to(device)).half().cpu())
             table.append(batch["labels"].to(torch.uint8))
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         partial = self.cache.with_suffix(".partial")

@@ -114,13 +114,13 @@ def test_a_trained_model_is_frozen_and_complete(sd, config):
 def test_images_are_in_range_and_repeat(sd):
     images = sd.sample(PROMPTS, **FAST)
     assert images.shape == (3, 3, 16, 16) and images.dtype == torch.float32
-    assert 0 <= images.min() and images.max() <= 1 and images.std() > 0.01
+    assert images.min() >= 0 and images.max() <= 1 and images.std() > 0.01
     assert torch.equal(images, sd.sample(PROMPTS, **FAST))
     assert (images - sd.sample(PROMPTS, seed=9, **FAST)).abs().amax((1, 2, 3)).min() > 0.01
     assert sd.sample(["a cat"], height=8, width=24, **FAST).shape == (1, 3, 8, 24)
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("plms", 0.0), ("euler_a", 0.0), ("unipc", 0.0)])
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("plms", 0.0), ("euler_a", 0.0)])
 def test_images_do_not_depend_on_the_batch_size(sd, sampler, eta):
     images = sd.sample(PROMPTS, sampler=sampler, eta=eta, seed=4, **FAST)
     for batch_size in (1, 2):
@@ -156,10 +156,10 @@ def test_half_precision_leaves_the_autoencoder_alone(sd, config):
 
 def test_autocast_does_not_reach_the_autoencoder(sd):
     latents = torch.randn(1, 4, 8, 8)
+    expected = sd.decode(latents)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(sd.decode(latents), sd.decode(latents).float())
-        images = sd.decode(latents)
-    assert torch.equal(images, sd.decode(latents))
+        assert torch.equal(sd.decode(latents), expected)
+        assert not torch.equal((sd.vae.decode(latents).float() / 2 + 0.5).clamp(0, 1), expected)
 
 
 class Recorder:

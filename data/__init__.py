@@ -1,0 +1,1 @@
+"""Photos of concepts, their masks and latents, and the pocket world."""

@@ -1,0 +1,133 @@
+"""Training batches of one concept: latents of its photos, encoded once."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+
+from data.dataset import ConceptImages
+from data.prompts import TEMPLATES
+from ldm.autoencoder import AutoencoderKL
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """Latents and masks of N photos, as they are and, with two sides, mirrored."""
+
+    latents: Tensor  # (sides, N, C, h, w) float32, scaled
+    masks: Tensor | None  # (sides, N, 1, h, w) float32 in [0, 1]
+
+    @classmethod
+    @torch.no_grad()
+    def encode(cls, images: ConceptImages, vae: AutoencoderKL, flip: bool) -> "LatentCache":
+        """Encodes every photo (and, with `flip`, its mirror image) on the autoencoder's device; the posterior's mean.
+
+        Raises:
+            ValueError: the autoencoder gives values that are not finite.
+        """
+        weight = next(vae.parameters())
+        sides = [images.images, images.images.flip(-1)] if flip else [images.images]
+        photos = tqdm(torch.cat(sides), "encoding photos", leave=False)
+        latents = torch.cat([vae.encode(photo[None].to(weight)).float().cpu() for photo in photos])
+        if not latents.isfinite().all():
+            raise ValueError(f"the autoencoder overflows in {weight.dtype}: run it in float32")
+        masks = None
+        if images.masks is not None:
+            both = torch.cat([images.masks, images.masks.flip(-1)] if flip else [images.masks])
+            masks = F.interpolate(both, latents.shape[-2:], mode="bilinear").unflatten(0, (len(sides), -1))
+        return cls(latents.unflatten(0, (len(sides), -1)), masks)
+
+
+class ConceptBatches(IterableDataset):
+    """Endless batches, drawn with replacement; batch i depends on (seed, rank, i) only.
+
+    Yields latents (B, C, h, w), mask (B, 1, h, w) where there are masks, and template (list of B).
+
+    Args:
+        cache: what to draw from.
+        templates: for each photo, the templates to draw from.
+        flip_p: chance of the mirror image.
+        start: index of the first batch.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        templates: Sequence[Sequence[str]],
+        batch_size: int,
+        flip_p: float = 0.0,
+        seed: int = 0,
+        rank: int = 0,
+        start: int = 0,
+    ) -> None:
+        self.cache, self.templates = cache, templates
+        self.batch_size, self.flip_p = batch_size, flip_p
+        self.seed, self.rank, self.start = seed, rank, start
+
+    def __iter__(self) -> Iterator[dict]:
+        index = self.start
+        while True:
+            rng = np.random.default_rng([self.seed, self.rank, index])
+            photos = rng.integers(len(self.templates), size=self.batch_size)
+            sides = (rng.random(self.batch_size) < self.flip_p).astype(int)
+            choices = rng.random(self.batch_size)
+            own = [self.templates[photo] for photo in photos]
+            template = [options[int(choice * len(options))] for options, choice in zip(own, choices, strict=True)]
+            batch = {"latents": self.cache.latents[sides, photos], "template": template}
+            yield batch if self.cache.masks is None else batch | {"mask": self.cache.masks[sides, photos]}
+            index += 1
+
+
+class ConceptData(pl.LightningDataModule):
+    """Batches for training one concept; the autoencoder is that of the Lightning module's `sd`.
+
+    A resumed run goes on with the batch that follows.
+
+    Args:
+        images: the photos.
+        batch_size: of every batch, on every device.
+        templates: prompts with `{}` for the concept; a photo with captions of its own uses these instead.
+        flip_p: chance of the mirror image; 0 for subjects that are not symmetric.
+        seed: of the draws.
+
+    Raises:
+        ValueError: a template without `{}` or with another placeholder; a number out of range.
+    """
+
+    def __init__(
+        self,
+        images: ConceptImages,
+        batch_size: int = 4,
+        templates: Sequence[str] = TEMPLATES,
+        flip_p: float = 0.5,
+        seed: int = 23,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size: must be at least 1, not {batch_size}")
+        if not 0 <= flip_p <= 1:
+            raise ValueError(f"flip_p: must be between 0 and 1, not {flip_p}")
+        if not templates:
+            raise ValueError("templates: at least one is needed")
+        self.templates = [own or list(templates) for own in images.captions]
+        for template in [*templates, *(line for own in images.captions for line in own)]:
+            if "{}" not in template or set("{}") & set(template.replace("{}", "")):
+                raise ValueError(f"templates: {template!r} must have {{}} for the concept, and no other braces")
+        self.images, self.batch_size, self.flip_p, self.seed = images, batch_size, flip_p, seed
+        self.cache: LatentCache | None = None
+
+    def setup(self, stage: str) -> None:
+        if self.cache is None:
+            vae = self.trainer.lightning_module.sd.vae.to(self.trainer.strategy.root_device)
+            self.cache = LatentCache.encode(self.images, vae, flip=self.flip_p > 0)
+
+    def train_dataloader(self) -> DataLoader:
+        start = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        draws = (self.batch_size, self.flip_p, self.seed, self.trainer.global_rank, start)
+        return DataLoader(ConceptBatches(self.cache, self.templates, *draws), batch_size=None)
