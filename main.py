@@ -215,7 +215,7 @@ def make_trainer(folder: Path, config: DictConfig, params: dict) -> pl.Trainer:
 
 @report
 def main() -> None:
-    for noise in ("does not have many workers", "treespec, LeafSpec", "smaller than the logging interval"):
+    for noise in ("many workers", "LeafSpec", "smaller than the logging", "directory .* not empty", "is not resumable"):
         warnings.filterwarnings("ignore", message=f".*{noise}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("pytorch_lightning", "lightning"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from infusion.tokens import concept_mask
+from ldm.tokenizer import Tokenizer
 
 IDENTITY = "identity"  # the fingerprint of having no covariance file
 
@@ -88,19 +89,29 @@ def target_input(text_encoder: torch.nn.Module, templates: Sequence[str], noun: 
         (D,), in float32 or the encoder's own type where that is wider.
 
     Raises:
+        ValueError: whatever `training_prompts` refuses.
+    """
+    prompts, masks = training_prompts(text_encoder.tokenizer, templates, noun)
+    encodings = text_encoder(prompts)  # (B, L, D)
+    encodings = encodings.to(torch.promote_types(encodings.dtype, torch.float32))
+    weights = masks.to(encodings)  # (B, L)
+    weights = weights / weights.sum(1, keepdim=True)
+    return torch.einsum("bl,bld->bd", weights, encodings).mean(0)
+
+
+def training_prompts(tokenizer: Tokenizer, templates: Sequence[str], noun: str) -> tuple[list[str], Tensor]:
+    """The prompts that the templates make, and the concept's tokens in them, bool (B, L).
+
+    Raises:
         ValueError: no templates, or one without a placeholder; whatever `concept_mask` refuses.
     """
     if not templates:
-        raise ValueError("the target input needs at least one training prompt")
-    prompts, masks = zip(*(concept_mask(text_encoder.tokenizer, template, noun) for template in templates), strict=True)
+        raise ValueError("a concept needs at least one training prompt")
+    prompts, masks = zip(*(concept_mask(tokenizer, template, noun) for template in templates), strict=True)
     for template, mask in zip(templates, masks, strict=True):
         if not mask.any():
             raise ValueError(f"the training prompt {template!r} has no {{}} for the concept")
-    encodings = text_encoder(list(prompts))  # (B, L, D)
-    encodings = encodings.to(torch.promote_types(encodings.dtype, torch.float32))
-    weights = torch.stack(masks).to(encodings)  # (B, L)
-    weights = weights / weights.sum(1, keepdim=True)
-    return torch.einsum("bl,bld->bd", weights, encodings).mean(0)
+    return list(prompts), torch.stack(masks)
 
 
 def fingerprint(inverse_covariance: Tensor | None) -> str:

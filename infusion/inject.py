@@ -41,9 +41,7 @@ def inject(unet: nn.Module, edits: Mapping[str, nn.Module]) -> None:
         raise ValueError("the UNet is edited already: remove() the edits first, or use edited() to set them aside")
     if unknown := [name for name in edits if name not in layers]:
         raise ValueError(f"the UNet has no cross-attention layer {unknown[0]!r}; it has {', '.join(layers) or 'none'}")
-    lists = {
-        name: edit if isinstance(edit, nn.ModuleList) else nn.ModuleList([edit]) for name, edit in edits.items()
-    }
+    lists = {name: edit if isinstance(edit, nn.ModuleList) else nn.ModuleList([edit]) for name, edit in edits.items()}
     for name, residuals in lists.items():
         _check_widths(name, layers[name], residuals)
     for name, residuals in lists.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infusion.attention import Tape, residual_share
 from infusion.concept import Concept
-from infusion.gate import Gate, fingerprint, target_input
+from infusion.gate import Gate, fingerprint, target_input, training_prompts
 from infusion.inject import inject
 from infusion.loss import masked_loss
 from infusion.methods.infusion import Infusion
@@ -39,7 +39,7 @@ class ConceptTrainer(pl.LightningModule):
         inverse_covariance: C^-1, (D, D), of the gate; None is the identity.
 
     Raises:
-        ValueError: no templates, or one without {}; whatever `concept_mask` refuses; a method that matches no layer.
+        ValueError: templates that `training_prompts` refuses; a method that matches no layer.
     """
 
     def __init__(
@@ -65,8 +65,7 @@ class ConceptTrainer(pl.LightningModule):
         self.normalise_loss = normalise_loss
         self.seed = seed
         self.inverse_covariance = inverse_covariance
-        for template in self.templates:
-            concept_mask(sd.text.tokenizer, template, superclass)
+        training_prompts(sd.text.tokenizer, self.templates, superclass)  # refuses what cannot be trained
         self.edits = method.edits(sd.unet)  # layer name -> edit; registered by inject() as parts of the UNet
         inject(sd.unet, self.edits)
         self._texts: dict[str, tuple[Tensor, Tensor]] = {}  # template -> encoding (L, D), gate (L,)

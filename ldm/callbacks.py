@@ -10,9 +10,9 @@ from torchvision.utils import make_grid, save_image
 
 
 class ExportWeights(pl.Callback):
-    """Writes the module's `weights()` to `<run>/models/weights.safetensors` when training ends.
+    """Writes the module's `weights()` to `<run>/models/weights.safetensors` when training ends, in float16.
 
-    Listed behind a weight-averaging callback it writes the averaged weights. Floating-point tensors are stored as float16.
+    Listed behind a weight-averaging callback it writes the averaged weights.
     """
 
     @rank_zero_only
@@ -32,7 +32,9 @@ class Reconstructions(pl.Callback):
         self.every = every
 
     @rank_zero_only
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch: dict, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch: dict, index: int
+    ) -> None:
         if trainer.global_step % self.every:
             return
         images = batch["images"][:8]
@@ -40,11 +42,14 @@ class Reconstructions(pl.Callback):
             decoded = module.vae.decode(module.vae.encode(images)).float().clamp(-1, 1)
         folder = Path(trainer.default_root_dir) / "images"
         folder.mkdir(parents=True, exist_ok=True)
-        save_image(make_grid(torch.cat([images, decoded]) / 2 + 0.5, len(images)), folder / f"step={trainer.global_step:06d}.png")
+        save_image(
+            make_grid(torch.cat([images, decoded]) / 2 + 0.5, len(images)),
+            folder / f"step={trainer.global_step:06d}.png",
+        )
 
 
 class Samples(pl.Callback):
-    """Every `every` steps, a grid of samples in `<run>/images/`: a column per prompt, `rows` seeds, the same ones every time.
+    """Every `every` steps, a grid of samples in `<run>/images/`: a column per prompt, `rows` seeds, always the same.
 
     The module's current weights are sampled, not averaged ones.
     """
@@ -53,7 +58,9 @@ class Samples(pl.Callback):
         self.prompts, self.every, self.rows, self.steps, self.scale = prompts, every, rows, steps, scale
 
     @rank_zero_only
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch: dict, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch: dict, index: int
+    ) -> None:
         if trainer.global_step % self.every or trainer.global_step == 0:
             return
         images = module.sd.sample(self.prompts * self.rows, steps=self.steps, scale=self.scale)

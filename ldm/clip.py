@@ -29,7 +29,9 @@ class Clip(nn.Module):
     def image_features(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> (B, features), resized to the tower's size."""
         if images.shape[-1] != self.image_size or images.shape[-2] != self.image_size:
-            images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", antialias=True).clamp(0, 1)
+            images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", antialias=True).clamp(
+                0, 1
+            )
         mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
         pooled = self.vision(pixel_values=(images - mean) / std).pooler_output
         return F.normalize(self.visual_projection(pooled).float(), dim=-1)

@@ -13,12 +13,14 @@ from ldm.pipeline import StableDiffusion
 class LatentDiffusion(pl.LightningModule):
     """The denoising loss of Ho et al. 2020 (eq. 14) on latents (Rombach et al. 2022, eq. 3).
 
-    UNet and text tower are trained, the autoencoder is not. A share of the captions is emptied, for classifier-free guidance.
-    `min_snr` is γ of Hang et al. 2023 (eq. 7): the loss on ε is weighted by min(SNR, γ) / SNR, so that steps with little noise do
-    not take most of the capacity. Batches: {"latents": (B, C, h, w), "captions": list of B}.
+    UNet and text tower are trained, the autoencoder is not. A share of the captions is emptied, for classifier-free
+    guidance. `min_snr` is γ of Hang et al. 2023 (eq. 7): the loss on ε is weighted by min(SNR, γ) / SNR, so that steps
+    with little noise do not take most of the capacity. Batches: {"latents": (B, C, h, w), "captions": list of B}.
     """
 
-    def __init__(self, sd: StableDiffusion, learning_rate: float = 6e-4, caption_dropout: float = 0.1, min_snr: float = 5.0):
+    def __init__(
+        self, sd: StableDiffusion, learning_rate: float = 6e-4, caption_dropout: float = 0.1, min_snr: float = 5.0
+    ):
         super().__init__()
         if sd.schedule.prediction_type != "epsilon":
             raise ValueError(f"min_snr weights an ε-prediction, and this model predicts {sd.schedule.prediction_type}")
@@ -44,4 +46,8 @@ class LatentDiffusion(pl.LightningModule):
         return adamw(trained, self.learning_rate)
 
     def weights(self) -> dict[str, Tensor]:
-        return {prefix + name: tensor for part, prefix in PREFIXES.items() for name, tensor in getattr(self.sd, part).state_dict().items()}
+        return {
+            prefix + name: tensor
+            for part, prefix in PREFIXES.items()
+            for name, tensor in getattr(self.sd, part).state_dict().items()
+        }

@@ -8,11 +8,16 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 
 def adamw(
-    parameters: Iterable[Parameter], learning_rate: float, steps: int | None = None, warmup: int = 200, weight_decay: float = 0.01
+    parameters: Iterable[Parameter],
+    learning_rate: float,
+    steps: int | None = None,
+    warmup: int = 200,
+    weight_decay: float = 0.01,
 ) -> dict:
     """AdamW with a linear warm-up, in the form that Lightning takes.
 
-    With `steps` a cosine falls to a fiftieth of the learning rate over them; without, the rate stays, and a run can be lengthened.
+    With `steps` a cosine falls to a fiftieth of the learning rate over them; without, the rate stays, and a run can be
+    lengthened.
     """
     optimizer = torch.optim.AdamW(list(parameters), learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
     rise = LinearLR(optimizer, 0.01, total_iters=warmup)

@@ -1,7 +1,8 @@
 """Smooth backgrounds of the pocket world: waves, gradients, bricks, planks. Nothing varies at the scale of a pixel.
 
-Each painter takes coordinates x, y in [0, 1], shape (B, s, s), and random numbers u in [0, 1], shape (B, 6, 1, 1), and returns a
-tone in [0, 1], shape (B, s, s), that runs through the background's colours. A cartoon's tone is cut to three flat steps.
+Each painter takes coordinates x, y in [0, 1], shape (B, s, s), and random numbers u in [0, 1], shape (B, 6, 1, 1), and
+returns a tone in [0, 1], shape (B, s, s), that runs through the background's colours. A cartoon's tone is cut to three
+flat steps.
 """
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 # name -> words of a caption
-BACKGROUNDS = {"grass": "on grass", "sand": "on sand", "snow": "on snow", "water": "on water", "bricks": "on a brick wall",
+BACKGROUNDS = {"grass": "on grass", "sand": "on sand", "snow": "on snow", "water": "on water",
+               "bricks": "on a brick wall",
                "wood": "on a wooden floor", "night": "in the night sky", "fabric": "on pink fabric"}  # fmt: skip
 
 # name -> colours at tone 0, 1/2 and 1
@@ -76,7 +78,16 @@ def fabric(x: Tensor, y: Tensor, u: Tensor) -> Tensor:
     return wave(slant + 0.3 * wave((1 + u[:, 2]) * y - x + u[:, 3]) + u[:, 4])
 
 
-PAINTERS = {"grass": grass, "sand": sand, "snow": snow, "water": water, "bricks": bricks, "wood": wood, "night": night, "fabric": fabric}
+PAINTERS = {
+    "grass": grass,
+    "sand": sand,
+    "snow": snow,
+    "water": water,
+    "bricks": bricks,
+    "wood": wood,
+    "night": night,
+    "fabric": fabric,
+}
 
 
 def paint(names: list[str], cartoon: list[bool], size: int, rng: np.random.Generator) -> Tensor:
@@ -95,5 +106,7 @@ def paint(names: list[str], cartoon: list[bool], size: int, rng: np.random.Gener
         smooth_steps = (steps + ((tone * 3 - steps - 0.5) * 6 + 0.5).clamp(0, 1)) / 3  # flat areas, soft edges
         tone = torch.where(flat, smooth_steps, tone)
         low, middle, high = (torch.tensor(colour).view(3, 1, 1) for colour in PALETTES[name])
-        images[rows] = torch.where(tone < 0.5, low + (middle - low) * 2 * tone, middle + (high - middle) * (2 * tone - 1))
+        images[rows] = torch.where(
+            tone < 0.5, low + (middle - low) * 2 * tone, middle + (high - middle) * (2 * tone - 1)
+        )
     return (images * tint).clamp(0, 1)

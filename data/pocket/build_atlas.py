@@ -3,8 +3,8 @@
     npm install @lobehub/fluent-emoji-3d @iconify-json/noto @iconify-json/twemoji emoji-datasource-google
     python data/pocket/build_atlas.py --packages node_modules
 
-Fluent 3D (MIT) gives the sprites of the style "photo", Noto (Apache-2.0) those of "cartoon"; Twemoji (CC-BY-4.0) is a third
-drawing of the same nouns that the world never shows, from which concepts with an unseen shape are made.
+Fluent 3D (MIT) gives the sprites of the style "photo", Noto (Apache-2.0) those of "cartoon"; Twemoji (CC-BY-4.0) is a
+third drawing of the same nouns that the world never shows, from which concepts with an unseen shape are made.
 """
 
 import argparse
@@ -20,8 +20,8 @@ SPRITE = 48  # pixels; objects are drawn 28 to 46 pixels wide, so sprites are on
 ALIASES = {"apple": "red apple", "airplane": "airplane", "avocado": "avocado", "backpack": "school satchel",
            "balloon": "balloon", "bee": "honeybee", "book": "closed book", "bus": "bus", "car": "automobile",
            "cat": "cat face", "cow": "cow face", "crown": "crown", "dog": "dog face", "fish": "tropical fish",
-           "gift": "wrapped present", "hat": "top hat", "horse": "horse face", "pig": "pig face", "pizza": "slice of pizza",
-           "rabbit": "rabbit face", "umbrella": "umbrella with rain drops"}  # fmt: skip
+           "gift": "wrapped present", "hat": "top hat", "horse": "horse face", "pig": "pig face",
+           "pizza": "slice of pizza", "rabbit": "rabbit face", "umbrella": "umbrella with rain drops"}  # fmt: skip
 
 
 def code_points(packages: Path) -> dict[str, str]:

@@ -34,7 +34,7 @@ class SceneClassifier(nn.Module):
 
 
 class ClassifierTraining(pl.LightningModule):
-    """Cross-entropy over every part of the scene. Images are blurred and perturbed at random, as a decoder's output is."""
+    """Cross-entropy over every part of the scene. Images are blurred and perturbed at random, as a decoder does."""
 
     def __init__(self, classifier: SceneClassifier, learning_rate: float = 2e-3):
         super().__init__()
@@ -47,7 +47,10 @@ class ClassifierTraining(pl.LightningModule):
         images = images + 0.05 * torch.rand_like(blur) * torch.randn_like(images)
         logits = self.classifier(images)
         losses = {name: F.cross_entropy(logits[name], batch["labels"][:, i]) for i, name in enumerate(CHOICES)}
-        hits = {f"train/{name}": (logits[name].argmax(1) == batch["labels"][:, i]).float().mean() for i, name in enumerate(CHOICES)}
+        hits = {
+            f"train/{name}": (logits[name].argmax(1) == batch["labels"][:, i]).float().mean()
+            for i, name in enumerate(CHOICES)
+        }
         loss = torch.stack(list(losses.values())).sum()
         self.log_dict({"train/loss": loss, **hits}, prog_bar=True)
         return loss

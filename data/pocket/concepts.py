@@ -2,8 +2,9 @@
 
     python -m data.pocket.concepts            # draws data/pocket/concepts/ and docs/pocket-world.png anew
 
-Level 1 combines known attributes as training never did; level 2 has an unseen pattern or pair of colours; level 3 is a third
-drawing set's shape of a known noun. One context each (a style and a background), so that a method can overfit to it.
+Level 1 combines known attributes as training never did; level 2 has an unseen pattern or pair of colours; level 3 is a
+third drawing set's shape of a known noun. One context each (a style and a background), so that a method can overfit to
+it.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,13 @@ from data.pocket.world import NATURAL, Scene, World, draw_scene, to_images
 
 FOLDER = Path(__file__).with_name("concepts")
 SHEET = Path(__file__).parents[2] / "docs" / "pocket-world.png"
-LAYOUT = (("large", "middle"), ("medium", "left"), ("medium", "right"), ("large", "bottom"), ("medium", "top"))  # the five pictures
+LAYOUT = (
+    ("large", "middle"),
+    ("medium", "left"),
+    ("medium", "right"),
+    ("large", "bottom"),
+    ("medium", "top"),
+)  # the five pictures
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,10 @@ class PocketConcept:
     style: str = "photo"
 
     def scenes(self) -> list[Scene]:
-        return [Scene(self.noun, self.style, self.colour, self.pattern, size, self.background, place) for size, place in LAYOUT]
+        return [
+            Scene(self.noun, self.style, self.colour, self.pattern, size, self.background, place)
+            for size, place in LAYOUT
+        ]
 
 
 CONCEPTS = {
@@ -73,7 +83,9 @@ def write_sheet(path: Path = SHEET) -> None:
     images, _ = world.render([draw_scene(rng) for _ in range(6 * 15)], rng)
     rows = [images]
     for seed in range(0, len(CONCEPTS), 3):  # three concepts a row
-        rows += [draw(concept, world, seed + i)[0] for i, concept in enumerate(list(CONCEPTS.values())[seed : seed + 3])]
+        rows += [
+            draw(concept, world, seed + i)[0] for i, concept in enumerate(list(CONCEPTS.values())[seed : seed + 3])
+        ]
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(make_grid(F.interpolate(torch.cat(rows), scale_factor=1.25, mode="bilinear"), 15, pad_value=1.0), path)
 

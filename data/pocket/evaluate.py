@@ -2,8 +2,9 @@
 
     python -m data.pocket.evaluate                 # 256 prompts, the shipped weights; prints JSON
 
-Each prompt names every part of a scene that has an untrained combination (`data.pocket.world.untrained`). A classifier that was
-trained on the world reads the samples; its own accuracy on drawn scenes of that kind is printed beside, as the ceiling.
+Each prompt names every part of a scene that has an untrained combination (`data.pocket.world.untrained`). A classifier
+that was trained on the world reads the samples; its own accuracy on drawn scenes of that kind is printed beside, as the
+ceiling.
 """
 
 import json
@@ -34,7 +35,10 @@ def load_classifier(path: str | Path = ROOT / "ckpt" / "pocket" / "classifier.sa
 def hits(classifier: SceneClassifier, images: Tensor, scenes: list[Scene]) -> dict[str, list[bool]]:
     """For each part of a scene, whether the classifier reads off each image (B, 3, 64, 64) what the scene has."""
     found = classifier.read(images)
-    return {name: [word == getattr(scene, name) for word, scene in zip(found[name], scenes, strict=True)] for name in CHOICES}
+    return {
+        name: [word == getattr(scene, name) for word, scene in zip(found[name], scenes, strict=True)]
+        for name in CHOICES
+    }
 
 
 def rates(table: dict[str, list[bool]]) -> dict[str, float]:
@@ -46,7 +50,9 @@ def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default=str(ROOT / "configs" / "backbone" / "pocket.yaml"), help="backbone config")
     parser.add_argument("--ckpt", default=None, help="weights of the pocket model; none: the shipped ones")
-    parser.add_argument("--classifier", default=str(ROOT / "ckpt" / "pocket" / "classifier.safetensors"), help="weights of the judge")
+    parser.add_argument(
+        "--classifier", default=str(ROOT / "ckpt" / "pocket" / "classifier.safetensors"), help="weights of the judge"
+    )
     parser.add_argument("--n", type=int, default=256, help="number of prompts, one sample each")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
     parser.add_argument("--scale", type=float, default=5.0, help="guidance scale")

@@ -40,7 +40,11 @@ class WorldBatches(IterableDataset):
             rng = np.random.default_rng([self.seed, index])
             batch = [draw_scene(rng) for _ in range(self.batch_size)]
             images, _ = world.render(batch, rng)
-            yield {"images": images * 2 - 1, "labels": labels(batch), "captions": [caption(scene, rng) for scene in batch]}
+            yield {
+                "images": images * 2 - 1,
+                "labels": labels(batch),
+                "captions": [caption(scene, rng) for scene in batch],
+            }
             index += 1
 
 
@@ -80,8 +84,8 @@ class LatentWorldData(pl.LightningDataModule):
 
     Args:
         count: number of scenes.
-        cache: safetensors file; written when it does not exist, else read. It holds the autoencoder's fingerprint, and a cache
-            of another autoencoder is refused.
+        cache: safetensors file; written when it does not exist, else read. It holds the autoencoder's fingerprint, and
+            a cache of another autoencoder is refused.
     """
 
     def __init__(self, batch_size: int, count: int, cache: str, seed: int = 0):
@@ -96,7 +100,9 @@ class LatentWorldData(pl.LightningDataModule):
         with safe_open(self.cache, "pt") as file:
             known = file.metadata()
             if known != {"fingerprint": fingerprint, "count": str(self.count)}:
-                raise ValueError(f"{self.cache} holds latents of another autoencoder or count: remove it or name another cache")
+                raise ValueError(
+                    f"{self.cache} holds latents of another autoencoder or count: remove it or name another cache"
+                )
             self.latents, self.table = file.get_tensor("latents"), file.get_tensor("labels")
 
     @torch.no_grad()
@@ -116,4 +122,7 @@ class LatentWorldData(pl.LightningDataModule):
         partial.rename(self.cache)
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(LatentBatches(self.latents, self.table, self.batch_size, self.seed, self.trainer.global_step), batch_size=None)
+        return DataLoader(
+            LatentBatches(self.latents, self.table, self.batch_size, self.seed, self.trainer.global_step),
+            batch_size=None,
+        )

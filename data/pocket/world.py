@@ -1,8 +1,8 @@
 """The pocket world: captioned 64-pixel scenes of one object, with masks, drawn from a sprite atlas.
 
-A scene is seven independent choices: noun, drawing style, colour, pattern, size, background, place. Because colour and pattern vary
-independently of the noun, a text-to-image model of this world has directions for them in its values. Some combinations are
-never trained on (`untrained`), so that composition can be tested.
+A scene is seven independent choices: noun, drawing style, colour, pattern, size, background, place. Because colour and
+pattern vary independently of the noun, a text-to-image model of this world has directions for them in its values. Some
+combinations are never trained on (`untrained`), so that composition can be tested.
 """
 
 from dataclasses import dataclass, fields
@@ -20,13 +20,16 @@ ATLAS = Path(__file__).with_name("atlas.png")
 SIZE = 64  # pixels of a scene's side
 
 NOUNS = ("cat", "dog", "horse", "cow", "pig", "rabbit", "elephant", "penguin", "owl", "fish",
-         "turtle", "butterfly", "bee", "apple", "banana", "pineapple", "strawberry", "avocado", "carrot", "mushroom",
+         "turtle", "butterfly", "bee", "apple", "banana", "pineapple", "strawberry", "avocado", "carrot",
+         "mushroom",
          "hamburger", "pizza", "cupcake", "bus", "car", "airplane", "rocket", "sailboat", "guitar", "book",
-         "umbrella", "balloon", "gift", "teapot", "rose", "sunflower", "cactus", "crown", "hat", "backpack")  # fmt: skip
+         "umbrella", "balloon", "gift", "teapot", "rose", "sunflower", "cactus", "crown", "hat",
+         "backpack")  # fmt: skip
 STYLES = ("photo", "cartoon")
 DRAWINGS = ("photo", "cartoon", "unseen")  # rows of the atlas; the third is never shown by the world
-COLOURS = {"red": (0.85, 0.10, 0.10), "orange": (1.0, 0.52, 0.05), "yellow": (0.98, 0.86, 0.10), "green": (0.10, 0.60, 0.18),
-           "blue": (0.10, 0.32, 0.90), "purple": (0.52, 0.16, 0.72), "black": (0.13, 0.13, 0.14), "white": (0.96, 0.96, 0.96)}  # fmt: skip
+COLOURS = {"red": (0.85, 0.10, 0.10), "orange": (1.0, 0.52, 0.05), "yellow": (0.98, 0.86, 0.10),
+           "green": (0.10, 0.60, 0.18), "blue": (0.10, 0.32, 0.90), "purple": (0.52, 0.16, 0.72),
+           "black": (0.13, 0.13, 0.14), "white": (0.96, 0.96, 0.96)}  # fmt: skip
 PATTERNS = ("plain", "striped", "dotted")
 UNSEEN_PATTERNS = ("checkered", "zigzag", "halved")  # for concepts only
 SIZES = {"small": 28, "medium": 36, "large": 46}  # pixels
@@ -63,7 +66,9 @@ def untrained(scene: Scene) -> bool:
     noun = NOUNS.index(scene.noun)
     colour = scene.colour != NATURAL and tuple(COLOURS).index(scene.colour) == (3 * noun + 1) % len(COLOURS)
     pattern = noun % 2 == 0 and PATTERNS.index(scene.pattern) == 1 + (noun // 2) % 2
-    context = tuple(BACKGROUNDS).index(scene.background) == (5 * noun + 3 * STYLES.index(scene.style)) % len(BACKGROUNDS)
+    context = tuple(BACKGROUNDS).index(scene.background) == (5 * noun + 3 * STYLES.index(scene.style)) % len(
+        BACKGROUNDS
+    )
     return colour or pattern or context
 
 
@@ -82,9 +87,18 @@ def draw_scene(rng: np.random.Generator, untrained_only: bool = False) -> Scene:
 
 # --- captions ---------------------------------------------------------------------------------------------------------
 
-STYLE_WORDS = {"photo": ("a photo of", "a photo of", "a photograph of"), "cartoon": ("a cartoon of", "a cartoon of", "a drawing of")}
+STYLE_WORDS = {
+    "photo": ("a photo of", "a photo of", "a photograph of"),
+    "cartoon": ("a cartoon of", "a cartoon of", "a drawing of"),
+}
 NEUTRAL_WORDS = ("", "", "a picture of", "an image of", "a close-up of", "a rendering of")
-PLACE_WORDS = {"middle": "in the middle", "left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
+PLACE_WORDS = {
+    "middle": "in the middle",
+    "left": "on the left",
+    "right": "on the right",
+    "top": "at the top",
+    "bottom": "at the bottom",
+}
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None, keep: float = 0.75) -> str:
@@ -124,7 +138,9 @@ def load_atlas(path: Path = ATLAS) -> Tensor:
     """Sprites as premultiplied RGBA in [0, 1], shape (drawings, nouns, 4, sprite, sprite)."""
     sheet = torch.from_numpy(np.asarray(Image.open(path).convert("RGBA")).copy()).float().div_(255)  # (3 S, nouns S, 4)
     side = sheet.shape[0] // len(DRAWINGS)
-    sprites = sheet.unflatten(0, (len(DRAWINGS), side)).unflatten(2, (len(NOUNS), side)).permute(0, 2, 4, 1, 3).contiguous()
+    sprites = (
+        sheet.unflatten(0, (len(DRAWINGS), side)).unflatten(2, (len(NOUNS), side)).permute(0, 2, 4, 1, 3).contiguous()
+    )
     sprites[:, :, :3] *= sprites[:, :, 3:]
     return sprites
 
@@ -146,7 +162,7 @@ def pattern_mask(pattern: str, side: int) -> Tensor:
 def dye(sprite: Tensor, colour: str, pattern: str, second: str | None = None) -> Tensor:
     """Recolour and pattern one premultiplied RGBA sprite (4, s, s), keeping its shading.
 
-    Luminance l becomes a ramp through the colour: dark shades at l = 0, the colour at the sprite's mean luminance, tints at l = 1.
+    Luminance becomes a ramp through the colour: itself at the sprite's mean luminance, shades below, tints above.
     The pattern's other colour is `second`, by default white, or navy on light objects.
     """
     rgb, alpha = sprite[:3] / sprite[3:].clamp_min(1e-4), sprite[3:]
@@ -178,22 +194,28 @@ class World:
             self._dyed[key] = dye(self.sprites[DRAWINGS.index(drawing), NOUNS.index(noun)], colour, pattern, second)
         return self._dyed[key]
 
-    def render(self, scenes: list[Scene], rng: np.random.Generator, drawing: str | None = None, second: str | None = None
-               ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def render(
+        self, scenes: list[Scene], rng: np.random.Generator, drawing: str | None = None, second: str | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Draw scenes.
 
         Returns images (B, 3, 64, 64) in [0, 1] and the objects' masks (B, 1, 64, 64) in [0, 1], both float32.
-        `drawing` replaces each scene's own drawing (`DRAWINGS`), keeping its style of background and outline, and `second` its
-        pattern's other colour.
+        `drawing` replaces each scene's own drawing (`DRAWINGS`), keeping its style of background and outline, and
+        `second` its pattern's other colour.
         """
-        sprites = torch.stack([self.sprite(drawing or s.style, s.noun, s.colour, s.pattern, second) for s in scenes])  # (B, 4, s, s)
+        sprites = torch.stack(
+            [self.sprite(drawing or s.style, s.noun, s.colour, s.pattern, second) for s in scenes]
+        )  # (B, 4, s, s)
         widths = np.array([SIZES[s.size] for s in scenes]) * rng.uniform(0.94, 1.06, len(scenes))
         reach = (SIZE - widths) / 2 + 2
         centres = np.array([PLACES[s.place] for s in scenes]) * reach[:, None] + rng.uniform(-2, 2, (len(scenes), 2))
         angles = np.deg2rad(rng.uniform(-6, 6, len(scenes)))
 
         zoom = SIZE / widths
-        rotation = np.stack([np.cos(angles), np.sin(angles), -np.sin(angles), np.cos(angles)], 1).reshape(-1, 2, 2) * zoom[:, None, None]
+        rotation = (
+            np.stack([np.cos(angles), np.sin(angles), -np.sin(angles), np.cos(angles)], 1).reshape(-1, 2, 2)
+            * zoom[:, None, None]
+        )
         shift = -np.einsum("bij,bj->bi", rotation, centres / (SIZE / 2))
         theta = torch.from_numpy(np.concatenate([rotation, shift[:, :, None]], 2)).float()
         grid = F.affine_grid(theta, (len(scenes), 4, SIZE, SIZE), align_corners=False)

@@ -97,21 +97,24 @@ def test_truncated_files_are_errors(concept, tmp_path, keep):
         Concept.load(path)
 
 
-@pytest.mark.parametrize("metadata, message", [
-    ({"format": None}, "no concept file"),
-    ({"format": "pt"}, "no concept file"),
-    ({"format_version": "2"}, "newer version"),
-    ({"format_version": "one"}, "no number"),
-    ({"superclass": None}, "lacks 'superclass'"),
-    ({"superclass": " "}, "superclass"),
-    ({"templates": "a photo"}, "c.safetensors"),
-    ({"templates": '{"a": 1}'}, "list of strings"),
-    ({"templates": "[]"}, "training prompts"),
-    ({"layers": json.dumps(LAYERS[:1])}, "not those of the tensors"),
-    ({"gate": "soft"}, "soft"),
-    ({"tau": "0"}, "tau"),
-    ({"steps": "many"}, "many"),
-])
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        ({"format": None}, "no concept file"),
+        ({"format": "pt"}, "no concept file"),
+        ({"format_version": "2"}, "newer version"),
+        ({"format_version": "one"}, "no number"),
+        ({"superclass": None}, "lacks 'superclass'"),
+        ({"superclass": " "}, "superclass"),
+        ({"templates": "a photo"}, "c.safetensors"),
+        ({"templates": '{"a": 1}'}, "list of strings"),
+        ({"templates": "[]"}, "training prompts"),
+        ({"layers": json.dumps(LAYERS[:1])}, "not those of the tensors"),
+        ({"gate": "soft"}, "soft"),
+        ({"tau": "0"}, "tau"),
+        ({"steps": "many"}, "many"),
+    ],
+)
 def test_unusable_metadata_is_an_error(concept, tmp_path, metadata, message):
     path = tmp_path / "c.safetensors"
     concept.save(path)
@@ -120,11 +123,14 @@ def test_unusable_metadata_is_an_error(concept, tmp_path, metadata, message):
         Concept.load(path)
 
 
-@pytest.mark.parametrize("tensors, message", [
-    ({}, "has none"),
-    ({LAYERS[0]: torch.full((64,), float("nan")), LAYERS[1]: torch.zeros(32)}, "not finite"),
-    ({LAYERS[0]: torch.zeros(64, dtype=torch.int32), LAYERS[1]: torch.zeros(32)}, "floating"),
-])
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        ({}, "has none"),
+        ({LAYERS[0]: torch.full((64,), float("nan")), LAYERS[1]: torch.zeros(32)}, "not finite"),
+        ({LAYERS[0]: torch.zeros(64, dtype=torch.int32), LAYERS[1]: torch.zeros(32)}, "floating"),
+    ],
+)
 def test_unusable_tensors_are_errors(concept, tmp_path, tensors, message):
     path = tmp_path / "c.safetensors"
     concept.save(path)

@@ -57,12 +57,15 @@ def test_edited_sets_other_edits_aside():
     assert not isinstance(unet.get_submodule(LAYERS[2]), EditedCrossAttention)
 
 
-@pytest.mark.parametrize("edits, message", [
-    ({}, "nothing to inject"),
-    ({"middle_block.9.attn2": ResidualValue(64)}, "no cross-attention layer"),
-    ({LAYERS[2]: ResidualValue(64), LAYERS[0]: ResidualValue(64)}, "32 wide"),
-    ({LAYERS[0]: nn.ModuleList([ResidualValue(32), ResidualValue(31)])}, "32 wide"),
-])
+@pytest.mark.parametrize(
+    "edits, message",
+    [
+        ({}, "nothing to inject"),
+        ({"middle_block.9.attn2": ResidualValue(64)}, "no cross-attention layer"),
+        ({LAYERS[2]: ResidualValue(64), LAYERS[0]: ResidualValue(64)}, "32 wide"),
+        ({LAYERS[0]: nn.ModuleList([ResidualValue(32), ResidualValue(31)])}, "32 wide"),
+    ],
+)
 def test_what_does_not_fit_is_an_error_and_changes_nothing(edits, message):
     unet = tiny_unet()
     modules = state(unet)

@@ -85,11 +85,12 @@ def test_two_calls_with_three_rows_per_image(sd, latents):
 
 def test_several_concepts_commute_and_have_their_own_blending(sd, latents):
     cat, dog = make_concept(sd, "cat", seed=1), make_concept(sd, "stuffed animal", seed=2)
-    first = denoise(sd, [cat, dog], ["a {1} and a {2}", "a {2}"], latents, beta=[0.6, 0.9], tau=0.1, strengths=[1, 0.5])
-    second = denoise(sd, [dog, cat], ["a {2} and a {1}", "a {1}"], latents, beta=[0.9, 0.6], tau=0.1, strengths=[0.5, 1])
+    prompts, swapped = ["a {1} and a {2}", "a {2}"], ["a {2} and a {1}", "a {1}"]
+    first = denoise(sd, [cat, dog], prompts, latents, beta=[0.6, 0.9], tau=0.1, strengths=[1, 0.5])
+    second = denoise(sd, [dog, cat], swapped, latents, beta=[0.9, 0.6], tau=0.1, strengths=[0.5, 1])
     torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)
     alone = denoise(sd, [cat], ["a {1} and a stuffed animal", "a stuffed animal"], latents, beta=0.6, tau=0.1)
-    silent = denoise(sd, [cat, dog], ["a {1} and a {2}", "a {2}"], latents, beta=0.6, tau=0.1, strengths=[1, 0])
+    silent = denoise(sd, [cat, dog], prompts, latents, beta=0.6, tau=0.1, strengths=[1, 0])
     torch.testing.assert_close(silent, alone, atol=1e-4, rtol=1e-4)
 
 
@@ -157,17 +158,20 @@ def test_whole_images(sd):
     torch.testing.assert_close(images[1:], alone, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("concepts, options, message", [
-    ([], {}, "at least one concept"),
-    ([{}], {"templates": []}, "at least one concept"),
-    ([{}], {"negative": ["", "", ""]}, "3 negative prompts for 2"),
-    ([{}], {"beta": [0.1, 0.2]}, "one beta for all"),
-    ([{}], {"strengths": [1, 1, 1]}, "one strength for all"),
-    ([{}], {"tau": 0.0}, "tau"),
-    ([{}, {"attention": "own"}], {}, "cannot be sampled together"),
-    ([{"method": "dreambooth"}], {}, "no method 'dreambooth'"),
-    ([{"covariance": "ab" * 32}], {}, "same one"),
-])
+@pytest.mark.parametrize(
+    "concepts, options, message",
+    [
+        ([], {}, "at least one concept"),
+        ([{}], {"templates": []}, "at least one concept"),
+        ([{}], {"negative": ["", "", ""]}, "3 negative prompts for 2"),
+        ([{}], {"beta": [0.1, 0.2]}, "one beta for all"),
+        ([{}], {"strengths": [1, 1, 1]}, "one strength for all"),
+        ([{}], {"tau": 0.0}, "tau"),
+        ([{}, {"attention": "own"}], {}, "cannot be sampled together"),
+        ([{"method": "dreambooth"}], {}, "no method 'dreambooth'"),
+        ([{"covariance": "ab" * 32}], {}, "same one"),
+    ],
+)
 def test_what_does_not_fit_is_an_error(sd, concepts, options, message):
     options = {"templates": PROMPTS, **options}
     if len(concepts) > 1:

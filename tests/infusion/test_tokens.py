@@ -11,17 +11,20 @@ def words(tokenizer, template, noun):
     return [tokenizer.table.decoder[int(i)] for i in row[mask]]
 
 
-@pytest.mark.parametrize("template, noun, expected", [
-    ("a photo of a {}", "cat", [5]),
-    ("{}", "cat", [1]),
-    ("{} on the {}", "cat", [1, 4]),
-    ("a cat and a {}", "cat", [5]),  # the cat that is written out is not the concept
-    ("a photo of a {} sitting", "stuffed animal", [5, 6]),
-    ("a {}, red", "cat", [2]),
-    ("the {}'s hat", "cat", [2]),
-    ("a   photo\tof a {}", "Cat", [5]),
-    ("a photo of a cat", "cat", []),
-])
+@pytest.mark.parametrize(
+    "template, noun, expected",
+    [
+        ("a photo of a {}", "cat", [5]),
+        ("{}", "cat", [1]),
+        ("{} on the {}", "cat", [1, 4]),
+        ("a cat and a {}", "cat", [5]),  # the cat that is written out is not the concept
+        ("a photo of a {} sitting", "stuffed animal", [5, 6]),
+        ("a {}, red", "cat", [2]),
+        ("the {}'s hat", "cat", [2]),
+        ("a   photo\tof a {}", "Cat", [5]),
+        ("a photo of a cat", "cat", []),
+    ],
+)
 def test_positions(tokenizer, template, noun, expected):
     prompt, mask = concept_mask(tokenizer, template, noun)
     assert prompt == template.replace("{}", noun)
@@ -61,13 +64,16 @@ def test_several_concepts(tokenizer):
     assert not concept_masks(tokenizer, "a {1}", ["cat", "dog"])[1][1].any()
 
 
-@pytest.mark.parametrize("template, nouns, message", [
-    ("a {}", ["cat", "dog"], "any of 2 concepts"),
-    ("a {3}", ["cat", "dog"], "names no concept"),
-    ("a {0}", ["cat"], "names no concept"),
-    ("a {}", [], "at least one noun"),
-    ("a {}", ["  "], "no tokens"),
-])
+@pytest.mark.parametrize(
+    "template, nouns, message",
+    [
+        ("a {}", ["cat", "dog"], "any of 2 concepts"),
+        ("a {3}", ["cat", "dog"], "names no concept"),
+        ("a {0}", ["cat"], "names no concept"),
+        ("a {}", [], "at least one noun"),
+        ("a {}", ["  "], "no tokens"),
+    ],
+)
 def test_unusable_concepts_are_errors(tokenizer, template, nouns, message):
     with pytest.raises(ValueError, match=message):
         concept_masks(tokenizer, template, nouns)

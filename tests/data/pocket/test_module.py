@@ -11,7 +11,10 @@ def take(stream, count):
 
 
 def test_labels_and_scenes_are_inverse():
-    table = [Scene("cat", "photo", "natural", "plain", "small", "grass", "left"), Scene(NOUNS[-1], "cartoon", "white", "dotted", "large", "fabric", "bottom")]
+    table = [
+        Scene("cat", "photo", "natural", "plain", "small", "grass", "left"),
+        Scene(NOUNS[-1], "cartoon", "white", "dotted", "large", "fabric", "bottom"),
+    ]
     assert scenes(labels(table)) == table
 
 

@@ -23,7 +23,15 @@ from data.pocket.world import (
 )
 from ldm.tokenizer import Tokenizer
 
-CENTRE = {"noun": "cat", "style": "photo", "colour": "red", "pattern": "plain", "size": "small", "background": "snow", "place": "middle"}
+CENTRE = {
+    "noun": "cat",
+    "style": "photo",
+    "colour": "red",
+    "pattern": "plain",
+    "size": "small",
+    "background": "snow",
+    "place": "middle",
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +51,21 @@ def test_training_scenes_never_have_an_untrained_combination():
     held_out = [draw_scene(rng, untrained_only=True) for _ in range(300)]
     assert all(untrained(scene) for scene in held_out)
     seen = {(scene.noun, scene.colour) for scene in scenes if scene.colour != NATURAL}
-    assert not seen & {(s.noun, s.colour) for s in held_out if untrained(Scene(**{**vars(s), "pattern": "plain"})) and (s.noun, s.colour) not in seen}
+    assert not seen & {
+        (s.noun, s.colour)
+        for s in held_out
+        if untrained(Scene(**{**vars(s), "pattern": "plain"})) and (s.noun, s.colour) not in seen
+    }
     assert len(seen) > 0.95 * len(NOUNS) * (len(COLOURS) - 1)
 
 
 def test_every_noun_lacks_exactly_one_colour():
     for noun in NOUNS:
-        lacking = [c for c in COLOURS if all(untrained(Scene(noun, "photo", c, "plain", "small", b, "left")) for b in BACKGROUNDS)]
+        lacking = [
+            c
+            for c in COLOURS
+            if all(untrained(Scene(noun, "photo", c, "plain", "small", b, "left")) for b in BACKGROUNDS)
+        ]
         assert len(lacking) == 1
 
 
@@ -82,7 +98,9 @@ def test_same_numbers_same_picture_and_other_numbers_another(world):
     assert (first - third).abs().max() > 0.05
 
 
-@pytest.mark.parametrize(("place", "axis", "sign"), [("left", 1, -1), ("right", 1, 1), ("top", 0, -1), ("bottom", 0, 1)])
+@pytest.mark.parametrize(
+    ("place", "axis", "sign"), [("left", 1, -1), ("right", 1, 1), ("top", 0, -1), ("bottom", 0, 1)]
+)
 def test_mask_lies_where_the_caption_says(world, place, axis, sign):
     _, masks = world.render([Scene(**{**CENTRE, "place": place})], np.random.default_rng(0))
     weights = masks[0, 0] / masks.sum()
@@ -92,7 +110,10 @@ def test_mask_lies_where_the_caption_says(world, place, axis, sign):
 
 
 def test_sizes_grow_by_name(world):
-    areas = [world.render([Scene(**{**CENTRE, "size": s})], np.random.default_rng(0))[1].sum().item() for s in CHOICES["size"]]
+    areas = [
+        world.render([Scene(**{**CENTRE, "size": s})], np.random.default_rng(0))[1].sum().item()
+        for s in CHOICES["size"]
+    ]
     assert areas[0] < 0.75 * areas[1] and areas[1] < 0.75 * areas[2]
 
 
@@ -123,7 +144,10 @@ def test_three_concepts_a_level_each_in_one_context():
 def test_level_one_is_untrained_and_the_other_levels_cannot_be_drawn_by_the_world():
     for concept in CONCEPTS.values():
         if concept.level == 1:
-            neutral = [Scene(concept.noun, concept.style, concept.colour, concept.pattern, "small", b, "left") for b in BACKGROUNDS]
+            neutral = [
+                Scene(concept.noun, concept.style, concept.colour, concept.pattern, "small", b, "left")
+                for b in BACKGROUNDS
+            ]
             assert all(untrained(scene) for scene in neutral)
         elif concept.level == 2:
             assert concept.pattern not in PATTERNS

@@ -1,0 +1,27 @@
+# Each target sets up .venv by itself; .venv is kept while requirements.txt stays the same.
+PYTHON = $(shell for python in python3.12 python3.11 python3; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+
+.PHONY: demo test lint
+.DEFAULT_GOAL := demo
+
+demo: .venv
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/demo.py
+
+# FAST=1 leaves out the tests marked slow
+test: .venv
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(if $(FAST),-m "not slow")
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: .venv
+.venv: .venv/installed
+
+.venv/installed: requirements.txt
+	@test -n "$(PYTHON)" || { echo "error: python3 >= 3.11 with venv is needed (Debian: apt install python3-venv)" >&2; exit 2; }
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@

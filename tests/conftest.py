@@ -1,0 +1,83 @@
+"""A backbone that runs in milliseconds, and photos for it."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.checkpoint import save
+from ldm.pipeline import StableDiffusion
+
+TINY = """
+sd:
+  target: ldm.pipeline.StableDiffusion
+  params:
+    name: tiny
+    image_size: 16
+    checkpoint: ${ckpt}
+    unet:
+      target: ldm.unet.UNet
+      params: {model_channels: 32, channel_mult: [1, 2], num_res_blocks: 1, attention_resolutions: [2], num_heads: 2,
+               context_dim: 24}
+    vae:
+      target: ldm.autoencoder.AutoencoderKL
+      params: {ch: 32, ch_mult: [1, 2], num_res_blocks: 1}
+    text:
+      target: ldm.text.ClipText
+      params:
+        tokenizer: {target: ldm.tokenizer.Tokenizer, params: {context_length: 16}}
+        hidden_size: 24
+        intermediate_size: 48
+        layers: 1
+        heads: 2
+        max_length: 16
+    schedule: {target: ldm.schedule.Schedule}
+ckpt: CKPT
+ckpt_source: the shelf
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone file beside its weights, none of which is zero."""
+    folder = tmp_path_factory.mktemp("backbone")
+    path = folder / "tiny.yaml"
+    path.write_text(TINY.replace("CKPT", str(folder / "tiny.safetensors")))
+    torch.manual_seed(0)
+    sd = StableDiffusion.from_config(path)
+    with torch.no_grad():
+        for parameter in sd.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    save(folder / "tiny.safetensors", sd, torch.float32)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three photos of 24 × 20 pixels with masks of their left halves."""
+    folder = tmp_path / "photos"
+    (folder / "mask").mkdir(parents=True)
+    mask = np.zeros((20, 24), np.uint8)
+    mask[:, :12] = 200
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        Image.fromarray(mask).save(folder / "mask" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`python main.py …`, in this process."""
+
+    import main  # not above: it brings in Lightning's Trainer, and few tests run it
+
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
+        main.main()
+
+    return run

@@ -1,0 +1,132 @@
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.dataset import ConceptImages
+from data.latents import ConceptBatches, ConceptData, LatentCache
+from ldm.autoencoder import AutoencoderKL
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(ch=32, ch_mult=(1, 2), num_res_blocks=1).eval()
+
+
+@pytest.fixture
+def images(photos) -> ConceptImages:
+    return ConceptImages(photos, 16, "cat")
+
+
+def first(batches: ConceptBatches, count: int) -> list[dict]:
+    return list(islice(batches, count))
+
+
+def counted(sides: int, photos: int) -> LatentCache:
+    """Latents whose value is 10 · side + photo."""
+    values = 10 * torch.arange(sides).view(-1, 1) + torch.arange(photos)
+    return LatentCache(values.view(sides, photos, 1, 1, 1).float(), None)
+
+
+@torch.no_grad()
+def test_every_photo_and_its_mirror_image_is_encoded(images, vae):
+    cache = LatentCache.encode(images, vae, flip=True)
+    assert cache.latents.shape == (2, 3, 4, 8, 8) and cache.masks.shape == (2, 3, 1, 8, 8)
+    assert torch.allclose(cache.latents[0], vae.encode(images.images), atol=1e-6)
+    assert torch.allclose(cache.latents[1], vae.encode(images.images.flip(-1)), atol=1e-6)
+    assert not torch.allclose(cache.latents[1], cache.latents[0].flip(-1), atol=1e-3)  # not merely mirrored latents
+    assert torch.equal(cache.masks[0], F.interpolate(images.masks, (8, 8), mode="bilinear"))
+    assert torch.equal(cache.masks[1], cache.masks[0].flip(-1))
+    assert LatentCache.encode(images, vae, flip=False).latents.shape[0] == 1
+
+
+def test_overflow_is_not_trained_on(images, vae, monkeypatch):
+    monkeypatch.setattr(vae, "encode", lambda photo: torch.full((1, 4, 8, 8), torch.inf))
+    with pytest.raises(ValueError, match="overflows in torch.float32"):
+        LatentCache.encode(images, vae, flip=False)
+
+
+def test_batches_depend_on_seed_rank_and_index_alone():
+    def draw(**options) -> list[tuple[list[float], list[str]]]:
+        batches = ConceptBatches(counted(2, 5), [["a {}", "the {}"]] * 5, 6, **({"flip_p": 0.5, "seed": 1} | options))
+        return [(batch["latents"].flatten().tolist(), batch["template"]) for batch in first(batches, 4)]
+
+    assert draw() == draw()
+    assert draw(start=2)[:2] == draw()[2:]
+    assert draw()[0] != draw()[1]
+    assert draw() != draw(seed=2)
+    assert draw() != draw(rank=1)
+
+
+def test_photos_sides_and_templates_are_drawn_as_often_as_they_should():
+    batches = ConceptBatches(counted(2, 4), [["a {}", "the {}"]] * 4, 4000, flip_p=0.25)
+    batch = first(batches, 1)[0]
+    side, photo = batch["latents"].flatten().div(10, rounding_mode="floor"), batch["latents"].flatten() % 10
+    assert side.mean().item() == pytest.approx(0.25, abs=0.03)
+    assert (photo.bincount() if photo.dtype == torch.int64 else photo.long().bincount()).tolist() == pytest.approx(
+        [1000] * 4, abs=100
+    )
+    assert batch["template"].count("a {}") == pytest.approx(2000, abs=130)
+
+
+@pytest.mark.parametrize(("flip_p", "side"), [(0.0, 0), (1.0, 1)])
+def test_never_and_always_mirrored(flip_p, side):
+    batch = first(ConceptBatches(counted(2, 3), [["{}"]] * 3, 50, flip_p=flip_p), 1)[0]
+    assert set((batch["latents"] // 10).flatten().tolist()) == {side}
+
+
+def attached(data: ConceptData, vae: AutoencoderKL, global_step: int = 0) -> ConceptData:
+    data.trainer = SimpleNamespace(
+        lightning_module=SimpleNamespace(sd=SimpleNamespace(vae=vae)),
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        global_step=global_step,
+        accumulate_grad_batches=2,
+        global_rank=0,
+    )
+    data.setup("fit")
+    return data
+
+
+def test_the_data_module_gives_latents_masks_and_templates(images, vae):
+    data = attached(ConceptData(images, batch_size=5, templates=["a photo of a {}"], seed=3), vae)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["latents"].shape == (5, 4, 8, 8) and batch["mask"].shape == (5, 1, 8, 8)
+    assert batch["template"] == ["a photo of a {}"] * 5
+    cache = data.cache.latents.flatten(0, 1)
+    matches = [next(i for i in range(6) if torch.equal(latents, cache[i])) for latents in batch["latents"]]
+    assert torch.equal(batch["mask"], data.cache.masks.flatten(0, 1)[matches])
+
+
+def test_a_resumed_run_goes_on_with_the_next_batch(images, vae):
+    data = attached(ConceptData(images, seed=3), vae)
+    fourth = first(data.train_dataloader(), 5)[4]
+    resumed = attached(ConceptData(images, seed=3), vae, global_step=2)  # of two batches each
+    assert torch.equal(next(iter(resumed.train_dataloader()))["latents"], fourth["latents"])
+
+
+def test_captions_take_the_place_of_templates(photos, vae):
+    for i in range(3):
+        (photos / f"{i}.txt").write_text(f"cat number {i}\n")
+    data = attached(ConceptData(ConceptImages(photos, 16, "cat", mask="none"), batch_size=8, flip_p=0.0), vae)
+    batch = next(iter(data.train_dataloader()))
+    assert "mask" not in batch
+    for latents, template in zip(batch["latents"], batch["template"], strict=True):
+        assert torch.equal(latents, data.cache.latents[0, int(template.removeprefix("{} number "))])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: must be at least 1"),
+        ({"flip_p": 1.5}, "flip_p: must be between 0 and 1"),
+        ({"templates": []}, "templates: at least one"),
+        ({"templates": ["a photo"]}, "templates: 'a photo' must have {} for the concept"),
+        ({"templates": ["a {} by a {thing}"]}, "no other braces"),
+    ],
+)
+def test_mistakes(images, options, message):
+    with pytest.raises(ValueError, match=message):
+        ConceptData(images, **options)

@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from data.prompts import TEMPLATES
+from ldm.config import ConfigError, load_config
+from ldm.pipeline import StableDiffusion
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+ENTRIES = sorted(CONFIGS.glob("*.yaml"))
+BACKBONES = sorted((CONFIGS / "backbone").glob("*.yaml"))
+
+
+def read(path: Path, *overrides: str):
+    return main.read_config(main.parse(["--base", str(path), "--summary", *overrides]))
+
+
+@pytest.mark.parametrize("path", ENTRIES, ids=lambda path: path.stem)
+def test_every_config_builds_on_the_meta_device(path: Path):
+    config = read(path)
+    main.check_config(config, main.trainer_params(main.parse(["--base", str(path)]), config))
+    model = main.build_model(config, {}, meta=True)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    if "sd" in config.model.params:
+        assert all(parameter.is_meta for parameter in model.sd.text.parameters())
+
+
+@pytest.mark.parametrize("path", BACKBONES, ids=lambda path: path.stem)
+def test_every_backbone_builds_and_names_its_file(path: Path):
+    with torch.device("meta"):
+        sd = StableDiffusion.from_config(path)
+    assert sd.architecture and sd.checkpoint == load_config(path).ckpt
+
+
+@pytest.mark.parametrize("name", ["infusion_custom", "infusion_custom_sd_v2", "infusion_cat"])
+def test_infusion_learns_12480_numbers_in_16_layers(name: str):
+    model = main.build_model(read(CONFIGS / f"{name}.yaml"), {}, meta=True)
+    widths = sorted(p.numel() for p in model.parameters() if p.requires_grad)
+    assert widths == [320] * 5 + [640] * 5 + [1280] * 6
+    assert sum(widths) == 12480
+
+
+def test_recipes_of_the_two_stable_diffusions():
+    one, two = read(CONFIGS / "infusion_custom.yaml"), read(CONFIGS / "infusion_custom_sd_v2.yaml")
+    assert (one.model.params.learning_rate, one.trainer.max_steps) == (0.01, 500)
+    assert (two.model.params.learning_rate, two.trainer.max_steps) == (0.03, 400)
+    for config in (one, two):
+        assert (config.data.params.batch_size, config.trainer.accumulate_grad_batches) == (4, 4)
+        assert config.data.params.flip_p == 0.5
+        assert tuple(config.data.params.templates) == tuple(config.model.params.templates) == TEMPLATES
+        assert config.model.params.gate.params == {"kind": "sigmoid", "beta": 0.75, "tau": 0.1}
+        assert config.seed == config.data.params.seed == config.model.params.seed == 23
+    assert len(TEMPLATES) == 11
+
+
+@pytest.mark.parametrize("path", ENTRIES, ids=lambda path: path.stem)
+def test_a_misspelt_key_is_refused_by_name(path: Path, tmp_path: Path):
+    entry = tmp_path / "entry.yaml"
+    entry.write_text(f"include: {path}\ntrainr: {{max_steps: 1}}\n")
+    with pytest.raises(ConfigError, match="unknown key `trainr`.*did you mean `trainer`"):
+        read(entry)
+    with pytest.raises(ConfigError, match="no key `trainr`; did you mean `trainer`"):
+        read(path, "trainr.max_steps=1")

@@ -1,0 +1,206 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import main
+from ldm.pipeline import StableDiffusion
+
+ROOT = Path(__file__).parents[1]
+ENTRY = """
+include: [TINY, ROOT/configs/method/infusion.yaml, ROOT/configs/data/photos.yaml]
+superclass: cat
+data_root: PHOTOS
+batch_size: 2
+trainer:
+  max_steps: 4
+  accumulate_grad_batches: 2
+  accelerator: cpu
+  enable_progress_bar: false
+  log_every_n_steps: 1
+callbacks: {concept: {params: {every: 2}}}
+save_every: 1
+"""
+
+
+@pytest.fixture
+def entry(tiny: Path, photos: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "entry.yaml"
+    path.write_text(ENTRY.replace("TINY", str(tiny)).replace("ROOT", str(ROOT)).replace("PHOTOS", str(photos)))
+    return path
+
+
+def test_summary_counts_what_is_learned_without_weights_or_photos(entry, command, capsys):
+    command("--base", entry, "--summary", "ckpt=nowhere.safetensors", "data_root=nowhere")
+    # four cross-attention layers of width 64: one going down, one in the middle, two going up
+    assert json.loads(capsys.readouterr().out) == {"trainable_parameters": 256, "layers": 4, "bytes": 1024}
+
+
+def test_a_value_left_open_matters_in_training_alone(entry, command, capsys):
+    command("--base", entry, "--summary", "data_root=???")
+    assert json.loads(capsys.readouterr().out)["layers"] == 4
+    with pytest.raises(SystemExit):
+        command("--base", entry, "data_root=???")
+    assert capsys.readouterr().err == "error: data_root: not set yet; set it in the config or by data_root=…\n"
+
+
+def test_without_train_nothing_is_written(entry, command, tmp_path):
+    command("--base", entry, "--basedir", tmp_path / "logs")
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_run_folder_holds_config_concepts_resume_state_and_scalars(entry, command, tmp_path):
+    command("--base", entry, "-t", "-n", "mine", "--basedir", tmp_path / "logs", "-s", "5", "learning_rate=0.02")
+    (run,) = (tmp_path / "logs").glob("*_mine")
+    assert sorted(path.name for path in (run / "models").iterdir()) == [
+        "last.ckpt",
+        "step=000002.safetensors",
+        "step=000004.safetensors",
+    ]
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    config = OmegaConf.load(run / "config.yaml")
+    assert config.superclass == config.model.params.superclass == "cat"
+    assert config.model.params.learning_rate == 0.02
+    assert config.seed == config.data.params.seed == config.model.params.seed == 5
+    state = torch.load(run / "models" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 4
+    assert sum(tensor.numel() for tensor in state["state_dict"].values()) == 256
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(entry, command, tmp_path):
+    through, halted = tmp_path / "through", tmp_path / "halted"
+    command("--base", entry, "-t", "--logdir", through)
+    command("--base", entry, "-t", "--logdir", halted, "trainer.max_steps=2")
+    before = load_file(halted / "models" / "step=000002.safetensors")
+    command("--resume", halted, "-t", "trainer.max_steps=4")
+    first, second = (load_file(run / "models" / "step=000004.safetensors") for run in (through, halted))
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name])
+        assert not torch.equal(first[name], before[name])
+
+
+def test_the_seed_decides(entry, command, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        command("--base", entry, "-t", "--logdir", tmp_path / name, "-s", seed, "trainer.max_steps=2")
+    a, b, c = (load_file(tmp_path / name / "models" / "step=000002.safetensors") for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not any(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_parts_come_from_files_of_their_own(entry, tiny, tmp_path):
+    torch.manual_seed(1)
+    vae = StableDiffusion.from_config(tiny).vae.state_dict()
+    save_file(vae, tmp_path / "vae.safetensors")
+    arguments = ["--base", str(entry), f"parts.vae={tmp_path / 'vae.safetensors'}"]
+    config = main.read_config(main.parse(arguments))
+    model = main.build_model(config, main.weight_files(config))
+    expected = StableDiffusion.from_checkpoint(tiny)
+    assert all(torch.equal(tensor, vae[name]) for name, tensor in model.sd.vae.state_dict().items())
+    assert torch.equal(model.sd.unet.time_embed[0].weight, expected.unet.time_embed[0].weight)
+    assert model.sd.hash == expected.hash
+
+
+def spoil_photo(photos: Path) -> None:
+    (photos / "1.png").write_bytes(b"no image")
+
+
+def remove_mask(photos: Path) -> None:
+    (photos / "mask" / "1.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "spoil", "message"),
+    [
+        (["data_root=nowhere"], None, "data_root: there is no folder nowhere"),
+        ([], spoil_photo, "1.png: cannot be read as an image"),
+        ([], remove_mask, "or set mask=none"),
+        (["superclas=dog"], None, "the config has no key `superclas`; did you mean `superclass`?"),
+        (
+            ["model.params.superclas=dog"],
+            None,
+            "model.params.superclas: ConceptTrainer has no parameter `superclas`; did",
+        ),
+        (
+            ["trainer.max_step=3"],
+            None,
+            "trainer.max_step: Trainer has no parameter `max_step`; did you mean `max_steps`?",
+        ),
+        (["trainer.max_steps=many"], None, "trainer.max_steps: Trainer wants int here, not 'many'"),
+        (["batch_size=two"], None, "data.params.batch_size: ConceptData wants int here, not 'two'"),
+        (["batch_size=0"], None, "batch_size: must be at least 1, not 0"),
+        (["flip_p=2"], None, "flip_p: must be between 0 and 1, not 2"),
+        (["templates=[a photo]"], None, "{}"),
+        (
+            ["ckpt=gone.safetensors"],
+            None,
+            "ckpt: there is no file gone.safetensors; get it from the shelf or name another",
+        ),
+        (["parts.vea=x"], None, "parts.vea: unknown component; did you mean `vae`?"),
+        (["--logdri", "x"], None, "unknown argument `--logdri`"),
+        (["--gpus", "99"], None, "--gpus: `99` was asked for"),
+        (["--gpus", "0", "--devices", "1"], None, "--gpus and --devices"),
+        (["--resume", "run"], None, "give one of the two"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing_behind(
+    arguments: list[str],
+    spoil: Callable[[Path], None] | None,
+    message: str,
+    entry: Path,
+    photos: Path,
+    command: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+):
+    if spoil:
+        spoil(photos)
+    with pytest.raises(SystemExit) as stop:
+        command("--base", entry, "-t", "--logdir", tmp_path / "run", *arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_key_of_a_file_is_named(entry, command, capsys):
+    entry.write_text(entry.read_text() + "flip_q: 0.0\n")
+    with pytest.raises(SystemExit) as stop:
+        command("--base", entry)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: unknown key `flip_q`: nothing refers to it; did you mean `flip_p`?\n"
+
+
+def test_a_used_run_folder_is_refused(entry, command, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        command("--base", entry, "-t", "--logdir", tmp_path / "run")
+    assert stop.value.code == 2
+    assert f"--logdir: {tmp_path / 'run'} exists already" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("flag", [["--seed", "3"], ["--name", "x"], ["--logdir", "x"]])
+def test_a_resumed_run_keeps_its_own(flag, command, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command("--resume", tmp_path, *flag)
+    assert f"{flag[0]}: a resumed run keeps its own" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(command, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command("--resume", tmp_path, "-t")
+    assert capsys.readouterr().err == f"error: --resume: {tmp_path} has no config.yaml\n"
+
+
+def test_sixteen_bit_and_unmasked_photos_train_too(entry, photos, command, tmp_path):
+    Image.new("I;16", (30, 30), 30000).save(photos / "3.png")
+    command("--base", entry, "-t", "--logdir", tmp_path / "run", "mask=none", "trainer.max_steps=2")
+    assert (tmp_path / "run" / "models" / "step=000002.safetensors").is_file()
