@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
 from ldm.pipeline import StableDiffusion
@@ -23,7 +24,9 @@ trainer:
   accelerator: cpu
   enable_progress_bar: false
   log_every_n_steps: 1
-callbacks: {concept: {params: {every: 2}}}
+callbacks:
+  concept: {params: {every: 2}}
+  samples: {params: {every: 2, steps: 2}}
 save_every: 1
 """
 
@@ -62,7 +65,12 @@ def test_a_run_folder_holds_config_concepts_resume_state_and_scalars(entry, comm
         "step=000002.safetensors",
         "step=000004.safetensors",
     ]
-    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert sorted(path.name for path in (run / "images").iterdir()) == ["step=000002.png", "step=000004.png"]
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3]
+    assert len([tag for tag in events.Tags()["scalars"] if tag.startswith("share/")]) == 4
+    assert events.Tags()["images"] == ["samples"]
     config = OmegaConf.load(run / "config.yaml")
     assert config.superclass == config.model.params.superclass == "cat"
     assert config.model.params.learning_rate == 0.02

@@ -60,7 +60,8 @@ def test_every_mode_becomes_colour(tmp_path, mode):
     elif mode == "F":
         image = Image.fromarray(np.full((4, 4), 128 / 255, np.float32))
     else:
-        image = Image.new("RGB", (4, 4), (128, 128, 128) if mode != "1" else (255, 255, 255)).convert(mode)
+        image = Image.new("RGB", (4, 4), (128, 128, 128) if mode != "1" else (255, 255, 255))
+        image = image.quantize(2) if mode == "P" else image.convert(mode)
     image.save(path)
     read = read_image(path)
     assert read.mode == ("RGBA" if mode in ("LA", "RGBA") else "RGB")

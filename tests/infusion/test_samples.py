@@ -1,0 +1,72 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.prompts import TEMPLATES
+from infusion.methods.infusion import Infusion
+from infusion.samples import ConceptSamples
+from infusion.trainer import ConceptTrainer
+
+PROMPTS = ["a photo of a {}", "a {} on a hill"]
+SIZE, GAP = 16, 2  # of an image, and between two
+
+
+@pytest.fixture
+def module(sd) -> ConceptTrainer:
+    return ConceptTrainer(sd, Infusion(), "cat", TEMPLATES)
+
+
+def cells(path) -> np.ndarray:
+    """The grid's images, (rows, columns, H, W, 3)."""
+    pixels = np.asarray(Image.open(path))
+    places = [GAP + i * (SIZE + GAP) for i in range(2)]
+    return np.stack([[pixels[y : y + SIZE, x : x + SIZE] for x in places] for y in places])
+
+
+def test_base_above_concept_with_the_same_seeds(module, tmp_path):
+    callback = ConceptSamples(PROMPTS, every=2, steps=2, seed=4)
+    trainer = SimpleNamespace(global_step=0, default_root_dir=str(tmp_path), loggers=[])
+    module.trainer = None
+    callback.on_train_start(trainer, module)
+    for step in (0, 1, 2, 2, 3):  # step 2 is seen twice, with two micro-batches to a step
+        trainer.global_step = step
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["step=000002.png"]
+    untrained = cells(tmp_path / "images" / "step=000002.png")
+    assert (untrained[0] == untrained[1]).all()  # a residual of zero changes nothing
+    assert (untrained[0, 0] != untrained[0, 1]).any()
+
+    with torch.no_grad():
+        for residual in module.learned.values():
+            residual.fill_(3.0)
+    trainer.global_step = 5
+    callback.on_train_end(trainer, module)
+    trained = cells(tmp_path / "images" / "step=000005.png")
+    assert (trained[0] == untrained[0]).all()
+    assert (trained[1] != untrained[1]).any()
+    expected = module.sd.sample(PROMPTS, concepts=[module.concept()], steps=2, scale=7.0, seed=4)
+    assert np.abs(trained[1] / 255 - expected.permute(0, 2, 3, 1).numpy()).max() < 0.003
+
+
+def test_grids_go_to_tensorboard(module, tmp_path):
+    from pytorch_lightning.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path, name="", version="tensorboard")
+    trainer = SimpleNamespace(global_step=7, default_root_dir=str(tmp_path), loggers=[logger])
+    module.trainer = None
+    ConceptSamples(PROMPTS, steps=1).on_train_end(trainer, module)
+    logger.finalize("success")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (image,) = events.Images("samples")
+    assert (image.step, image.width, image.height) == (7, 2 * (SIZE + GAP) + GAP, 2 * (SIZE + GAP) + GAP)
+
+
+@pytest.mark.parametrize("options", [{"prompts": []}, {"prompts": ["a cat"]}, {"prompts": PROMPTS, "every": 0}])
+def test_mistakes(options):
+    with pytest.raises(ValueError, match="^(prompts|every): "):
+        ConceptSamples(**options)
