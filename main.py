@@ -29,6 +29,10 @@ from ldm.pipeline import StableDiffusion
 
 DEFAULTS = {"trainer": {}, "callbacks": {}, "parts": {}, "seed": 23, "save_every": 500}
 NODES = ("model", "data", "ckpt", "ckpt_source", *DEFAULTS)
+NOISE = (  # warnings of Lightning's about what is meant to be so
+    *("many workers", "LeafSpec", "smaller than the logging", "directory .* not empty", "is not resumable"),
+    "in eval mode at the start",
+)
 TRAINER = {"accelerator": "auto", "devices": 1, "enable_model_summary": False, "log_every_n_steps": 10}
 
 
@@ -215,10 +219,10 @@ def make_trainer(folder: Path, config: DictConfig, params: dict) -> pl.Trainer:
 
 @report
 def main() -> None:
-    for noise in ("many workers", "LeafSpec", "smaller than the logging", "directory .* not empty", "is not resumable"):
+    for noise in NOISE:
         warnings.filterwarnings("ignore", message=f".*{noise}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("pytorch_lightning", "lightning"):
+    for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     flags = parse()
     config = read_config(flags)

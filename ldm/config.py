@@ -56,7 +56,8 @@ def load_config(
             hint = suggestion(top, [str(name) for name in config])
             raise ConfigError(f"override `{override}`: the config has no key `{top}`{hint}")
         try:
-            OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"])["value"], force_add=True)
+            typed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+            OmegaConf.update(config, key, typed["value"], force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError) as error:
             raise ConfigError(f"override `{override}`: {error}") from error
     return config
@@ -210,7 +211,7 @@ def _hints(cls: type) -> dict[str, Any]:
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value agrees with an annotation; a node not built yet agrees, as does an annotation not understood."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(value, dict) and "target" in value:
+    if hint is Any or (isinstance(value, dict) and "target" in value):
         return True
     if origin in (Union, types.UnionType):
         return any(_fits(value, arg) for arg in args)
