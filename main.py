@@ -19,7 +19,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.checkpoint import PREFIXES, TensorFile, load_into
@@ -192,24 +191,29 @@ def run_folder(flags: Namespace) -> Path:
 def make_trainer(folder: Path, config: DictConfig, params: dict) -> pl.Trainer:
     """A Trainer that keeps everything in the run folder."""
 
-    @rank_zero_only
-    def write_config(trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, folder / "config.yaml")
-
-    def save_last(trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        trainer.save_checkpoint(folder / "models" / "last.ckpt")
-
     params = build(params, "trainer")
     if params.get("max_steps", -1) > 0:  # one epoch of known length, so that the progress bar can tell the time left
         params.setdefault("limit_train_batches", params["max_steps"] * params.get("accumulate_grad_batches", 1))
+    bars = [TQDMProgressBar()] if params.get("enable_progress_bar", True) else []
+
+    def start(trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        for bar in bars:  # a resumed epoch does not start, so Lightning leaves its length unknown
+            bar.train_progress_bar.total = bar.total_train_batches
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(config, folder / "config.yaml")
+
+    def save(trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        trainer.save_checkpoint(folder / "models" / "last.ckpt")
+
     params.setdefault("logger", TensorBoardLogger(folder, name="", version="tensorboard"))
-    checkpoint = {"filename": "last", "every_n_train_steps": config.save_every, "enable_version_counter": False}
     params["callbacks"] = [
-        LambdaCallback(on_train_start=write_config, on_train_epoch_end=save_last),
         *build(callback_nodes(config), "callbacks"),
-        *([TQDMProgressBar()] if params.get("enable_progress_bar", True) else []),
-        ModelCheckpoint(folder / "models", **checkpoint),
+        *bars,
+        LambdaCallback(on_train_start=start, on_train_epoch_end=save),
+        ModelCheckpoint(
+            folder / "models", filename="last", every_n_train_steps=config.save_every, enable_version_counter=False
+        ),
     ]
     try:
         return pl.Trainer(default_root_dir=folder, **params)

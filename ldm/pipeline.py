@@ -180,6 +180,7 @@ class StableDiffusion(nn.Module):
         progress: bool = False,
         beta: float | Sequence[float] | None = None,
         tau: float | Sequence[float] | None = None,
+        strengths: float | Sequence[float] | None = None,
     ) -> Tensor:
         """One image per prompt; image `i` has the seed `seed + i`, so it depends on no other image and no batch size.
 
@@ -196,6 +197,7 @@ class StableDiffusion(nn.Module):
             batch_size: images at a time; None is all of them.
             progress: show a progress bar.
             beta, tau: the concepts' gates, one value or one per concept; None is the default for sampling.
+            strengths: factors on the concepts' residuals, one value or one per concept; None is 1.
 
         Returns:
             (B, 3, H, W) float32 in [0, 1], on the model's device.
@@ -218,7 +220,7 @@ class StableDiffusion(nn.Module):
             generators = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(batch))]
             noise = initial_noise(generators, shape, self.device)  # (B, C, h, w), float32
             scheduler = self.schedule.scheduler(sampler)
-            with self._denoiser(batch, negative_prompt, concepts, scale, beta, tau) as denoise:
+            with self._denoiser(batch, negative_prompt, concepts, scale, beta, tau, strengths) as denoise:
                 latents = sample(denoise, scheduler, noise, steps, eta, generators, progress)
             images.append(self.decode(latents))
         return torch.cat(images)
@@ -231,12 +233,13 @@ class StableDiffusion(nn.Module):
         scale: float,
         beta: float | Sequence[float] | None,
         tau: float | Sequence[float] | None,
+        strengths: float | Sequence[float] | None,
     ) -> AbstractContextManager[Denoiser]:
         if concepts:
             from infusion.sampling import Customised  # the method builds on this package, not the other way round
 
             negative = [negative_prompt] * len(prompts)
-            return Customised(self, concepts, prompts, negative, scale, beta=beta, tau=tau)
+            return Customised(self, concepts, prompts, negative, scale, beta, tau, strengths)
         text = self.text(prompts).to(self.dtype)
         negative = self.text([negative_prompt]).to(self.dtype)
         return nullcontext(Guided(self.unet, text, negative, scale))

@@ -8,37 +8,16 @@ ceiling.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from data.pocket.classifier import SceneClassifier
-from data.pocket.world import CHOICES, Scene, World, caption, draw_scene
-from ldm.checkpoint import load_into
+from data.pocket.judge import ROOT, WEIGHTS, hits, load_classifier
+from data.pocket.world import World, caption, draw_scene
 from ldm.errors import Parser, report
 from ldm.pipeline import StableDiffusion
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def load_classifier(path: str | Path = ROOT / "ckpt" / "pocket" / "classifier.safetensors") -> SceneClassifier:
-    """The judge, in evaluation mode. Raises ValueError when the file is missing or is another model's."""
-    classifier = SceneClassifier()
-    load_into({"": classifier}, path)
-    return classifier.eval()
-
-
-def hits(classifier: SceneClassifier, images: Tensor, scenes: list[Scene]) -> dict[str, list[bool]]:
-    """For each part of a scene, whether the classifier reads off each image (B, 3, 64, 64) what the scene has."""
-    found = classifier.read(images)
-    return {
-        name: [word == getattr(scene, name) for word, scene in zip(found[name], scenes, strict=True)]
-        for name in CHOICES
-    }
 
 
 def rates(table: dict[str, list[bool]]) -> dict[str, float]:
@@ -50,9 +29,7 @@ def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default=str(ROOT / "configs" / "backbone" / "pocket.yaml"), help="backbone config")
     parser.add_argument("--ckpt", default=None, help="weights of the pocket model; none: the shipped ones")
-    parser.add_argument(
-        "--classifier", default=str(ROOT / "ckpt" / "pocket" / "classifier.safetensors"), help="weights of the judge"
-    )
+    parser.add_argument("--classifier", default=str(WEIGHTS / "classifier.safetensors"), help="weights of the judge")
     parser.add_argument("--n", type=int, default=256, help="number of prompts, one sample each")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
     parser.add_argument("--scale", type=float, default=5.0, help="guidance scale")

@@ -46,7 +46,7 @@ def logged(module):
     """The module with its logging caught in `module.seen`."""
     module.seen = {}
     module.log = lambda name, value, **options: module.seen.update({name: float(value.detach())})
-    module.log_dict = lambda values, **options: module.seen.update({name: float(v.detach()) for name, v in values.items()})
+    module.log_dict = lambda values, **options: [module.log(name, value) for name, value in values.items()]
     return module
 
 
