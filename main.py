@@ -194,6 +194,7 @@ def make_trainer(folder: Path, config: DictConfig, params: dict) -> pl.Trainer:
     params = build(params, "trainer")
     if params.get("max_steps", -1) > 0:  # one epoch of known length, so that the progress bar can tell the time left
         params.setdefault("limit_train_batches", params["max_steps"] * params.get("accumulate_grad_batches", 1))
+        params.setdefault("max_epochs", 1000)  # without it Lightning's bar takes steps for batches
     bars = [TQDMProgressBar()] if params.get("enable_progress_bar", True) else []
 
     def start(trainer: pl.Trainer, model: pl.LightningModule) -> None:

@@ -1,112 +1,179 @@
-"""Samples Stable Diffusion with a learned concept: `{}` in a prompt is the concept."""
+"""Draws prompts with a learned concept: `{}` in a prompt is the concept.
 
+    python scripts/infusion_txt2img.py --personalized_ckpt cat.safetensors --prompt "a photo of a {} on the beach"
+"""
+
+import argparse
+import logging
+import math
 import sys
-from contextlib import nullcontext
+import warnings
+from dataclasses import asdict, fields
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
+from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from infusion.concept import Concept
+from infusion.generate import Settings, check_prompts, generate
+from infusion.pictures import Numbered, grid, png
+from ldm.config import ROOT, find
+from ldm.errors import Parser, UserError, report
+from ldm.pipeline import StableDiffusion
+from ldm.schedule import SAMPLERS
 
-from infusion.concept import Concept  # noqa: E402
-from ldm.errors import Parser, UserError, report  # noqa: E402
-from ldm.images import grid, numbered, save_png  # noqa: E402
-from ldm.pipeline import StableDiffusion  # noqa: E402
-from ldm.schedule import SAMPLERS  # noqa: E402
+logger = logging.getLogger(__name__)
 
-HALF = {"cuda": torch.float16, "cpu": torch.bfloat16}  # what --precision autocast computes in
+
+def number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"`{text}` is not a finite number")
+    return value
 
 
 def numbers(text: str) -> list[float]:
-    """`0.7` or `0.7,0.5`."""
-    return [float(word) for word in text.split(",")]
+    try:
+        return [number(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a number, nor several with commas between them") from error
 
 
-def parse() -> object:
-    parser = Parser(description=__doc__)
+def count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a whole number above 0")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a whole number from 0 to 2**63 - 1")
+    return int(text)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    usual = Settings()
+    parser = Parser(description="Draws prompts with a learned concept.")
     add = parser.add_argument
-    add("--config", help="backbone config (default: that of the concept's architecture)")
-    add("--ckpt", help="weights of the base model (default: the backbone's usual file)")
-    add("--personalized_ckpt", metavar="A[,B]", help="concept files; none samples the base model", default="")
-    add("--prompt", help="{} is the concept; with several, {1}, {2}, …", default="a photo of a {}")
-    add("--from-file", metavar="FILE", help="prompts, one a line, in place of --prompt")
-    add("--negative_prompt", help="what to guide away from", default="")
-    add("--beta", type=numbers, metavar="B[,B]", help="gate: similarity at which it is half open; 0.7 unless given")
-    add("--tau", type=numbers, metavar="T[,T]", help="gate: temperature; 0.15 unless given")
-    add("--strength", type=numbers, metavar="S[,S]", help="factor on the concept's residual; 1 unless given")
-    add("--scale", type=float, help="classifier-free guidance; 1 is none", default=7.5)
-    add("--steps", "--ddim_steps", type=int, help="sampling steps", default=50)
-    add("--ddim_eta", type=float, help="share of DDIM's noise, 0 to 1", default=0.0)
-    add("--sampler", choices=list(SAMPLERS), help="which scheduler", default="ddim")
-    add("--n_samples", type=int, help="images for each prompt, and at a time", default=4)
-    add("--n_iter", type=int, help="how often to go through the prompts", default=1)
-    add("--n_rows", type=int, help="columns of the grid; 0 is n_samples", default=0)
-    add("--H", type=int, help="height in pixels (default: the base model's)")
-    add("--W", type=int, help="width in pixels (default: the base model's)")
-    add("--seed", type=int, help="image i has the seed SEED + i", default=42)
-    add("--precision", choices=["full", "autocast"], help="float32, or half precision where it is safe", default="full")
-    add(
-        "--outdir",
-        type=Path,
-        help="samples/ and grids go here; nothing there is overwritten",
-        default="outputs/txt2img",
-    )
+    add("--config", metavar="FILE", help="backbone config; None: the one that the concept file names")
+    add("--ckpt", metavar="FILE", help="weights of the base model; None: the backbone's usual file")
+    add("--personalized_ckpt", metavar="A[,B]", help="concept file; None: the base model alone, which needs --config")
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", help="{} is the concept", default="a photo of a {}")
+    prompts.add_argument("--from-file", metavar="FILE", help="prompts, one a line, in place of --prompt")
+    add("--negative_prompt", help="what to guide away from", default=usual.negative_prompt)
+    add("--beta", type=numbers, metavar="B[,B]", help="similarity at which the gate is half open", default=usual.beta)
+    add("--tau", type=numbers, metavar="T[,T]", help="temperature of the gate, above 0", default=usual.tau)
+    add("--strength", type=numbers, metavar="S[,S]", help="factor on what was learned", default=usual.strength)
+    add("--scale", type=number, help="classifier-free guidance; 1 is none", default=usual.scale)
+    add("--steps", "--ddim_steps", type=count, help="sampling steps", default=usual.steps)
+    add("--ddim_eta", type=number, help="share of DDIM's noise, from 0 to 1; 0 is deterministic", default=usual.ddim_eta)
+    add("--sampler", choices=list(SAMPLERS), help="the sampler", default=usual.sampler)
+    add("--n_samples", type=count, help="images of a prompt at a time", default=4)
+    add("--n_iter", type=count, help="how often to go through the prompts", default=1)
+    add("--n_rows", type=count, metavar="N", help="images in a row of the grid; None: --n_samples")
+    add("--H", type=count, metavar="PIXELS", help="height; None: the size that the base model was trained on")
+    add("--W", type=count, metavar="PIXELS", help="width; None: likewise")
+    add("--seed", type=seed, help="of the first image; image i has the seed + i", default=42)
+    add("--precision", choices=["full", "autocast"], help="of the UNet", default=usual.precision)
+    add("--outdir", metavar="DIR", help="gets samples/00000.png … and grid-0000.png", default="outputs/txt2img")
     add("--skip_grid", action="store_true", help="write no grid")
     add("--skip_save", action="store_true", help="write no single images")
-    add("--device", help="cuda, cpu, mps", default="cuda" if torch.cuda.is_available() else "cpu")
-    flags = parser.parse_args()
-    for name in ("n_samples", "n_iter"):
-        if getattr(flags, name) < 1:
-            parser.error(f"--{name}: must be at least 1, not {getattr(flags, name)}")
+    add("--device", help="such as cpu or cuda:1; auto: CUDA where there is some", default="auto")
+    flags = parser.parse_args(arguments)
+    if flags.skip_grid and flags.skip_save:
+        parser.error("--skip_grid and --skip_save together leave nothing to write")
     return flags
 
 
-def read_prompts(flags: object) -> list[str]:
-    if not flags.from_file:
+def read_prompts(flags: argparse.Namespace) -> list[str]:
+    if flags.from_file is None:
         return [flags.prompt]
     try:
         lines = Path(flags.from_file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--from-file: cannot read {flags.from_file}: {error}") from error
-    if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise UserError(f"--from-file: {flags.from_file} has no prompt")
+        raise UserError(f"--from-file: {flags.from_file} cannot be read as text ({error})") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--from-file: {flags.from_file} has no prompt in it")
     return prompts
 
 
-@report
-def main() -> None:
-    flags = parse()
-    concepts = [Concept.load(path) for path in flags.personalized_ckpt.split(",") if path]
-    architecture = concepts[0].architecture if concepts else "sd15"
-    config = flags.config or ROOT / "configs" / "backbone" / f"{architecture}.yaml"
-    prompts = [prompt for _ in range(flags.n_iter) for prompt in read_prompts(flags) for _ in range(flags.n_samples)]
-    sd = StableDiffusion.from_checkpoint(config, flags.ckpt, flags.device)
-    options = {"steps": flags.steps, "scale": flags.scale, "negative_prompt": flags.negative_prompt,
-               "eta": flags.ddim_eta, "sampler": flags.sampler, "height": flags.H, "width": flags.W,
-               "beta": flags.beta, "tau": flags.tau, "strengths": flags.strength}  # fmt: skip
-    about = {"concepts": flags.personalized_ckpt, "base": sd.architecture, "base_sha256": sd.hash or "",
-             "precision": flags.precision, **options}  # fmt: skip
-    device = torch.device(flags.device).type
-    autocast = nullcontext() if flags.precision == "full" else torch.autocast(device, HALF.get(device, torch.float16))
+def read_concepts(flags: argparse.Namespace) -> dict[str, Concept]:
+    """Concepts by their files' names as given."""
+    files = [name for name in (flags.personalized_ckpt or "").split(",") if name]
+    return {name: Concept.load(find(name)) for name in files}
 
-    paths, images = numbered(flags.outdir / "samples", "{:05d}.png"), []
-    for start in range(0, len(prompts), flags.n_samples):
-        batch, seed = prompts[start : start + flags.n_samples], flags.seed + start
-        with autocast:
-            drawn = sd.sample(batch, concepts, seed=seed, progress=True, **options).cpu()
-        if not flags.skip_save:
-            for i, image in enumerate(drawn):
-                save_png(image, next(paths), {"prompt": batch[i], "seed": seed + i} | about)
-        images.append(drawn)
-    if not flags.skip_grid:
-        path = next(numbered(flags.outdir, "grid-{:04d}.png"))
-        save_png(
-            grid(torch.cat(images), flags.n_rows or flags.n_samples),
-            path,
-            {"prompts": prompts, "seed": flags.seed} | about,
+
+def find_config(flags: argparse.Namespace, concepts: list[Concept]) -> Path:
+    if flags.config:
+        return find(flags.config)
+    if not concepts:
+        raise UserError("--personalized_ckpt: name a concept file, or name a backbone by --config to draw without one")
+    path = ROOT / "configs" / "backbone" / f"{concepts[0].architecture}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+        raise UserError(
+            f"--config: the concept was trained on {concepts[0].architecture!r}, which is none of {known}: name its config"
         )
-    print(f"{len(prompts)} images in {flags.outdir}")
+    return path
+
+
+def find_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: {name} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def joined(value: object) -> object:
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+@report
+def main(arguments: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    flags = parse(arguments)
+    prompts, files = read_prompts(flags), read_concepts(flags)
+    concepts = list(files.values())
+    outdir = Path(flags.outdir)
+    samples, grids = Numbered(outdir / "samples"), Numbered(outdir, "grid-", digits=4)
+    device = find_device(flags.device)
+    sd = StableDiffusion.from_checkpoint(find_config(flags, concepts), flags.ckpt and find(flags.ckpt), device=device)
+    settings = Settings(**{field.name: getattr(flags, field.name) for field in fields(Settings)})
+    check_prompts(sd, prompts, concepts)
+    if concepts and not all("{" in prompt for prompt in prompts):
+        logger.warning("warning: a prompt without {} is drawn by the base model: the concept is not in it")
+
+    batches = [prompt for _ in range(flags.n_iter) for prompt in prompts]
+    _, rows, columns = sd.latent_shape(flags.H, flags.W)
+    known = {name: joined(value) for name, value in asdict(settings).items()} | {
+        "H": rows * sd.vae.factor,
+        "W": columns * sd.vae.factor,
+        "personalized_ckpt": ",".join(files),
+        "superclass": ",".join(concept.superclass for concept in concepts),
+        "base": sd.architecture,
+        "base_sha256": sd.hash,
+    }
+    drawn, paths = [], []
+    for index, prompt in enumerate(tqdm(batches, "prompts", disable=len(batches) == 1)):
+        seeds = [flags.seed + index * flags.n_samples + i for i in range(flags.n_samples)]
+        images, _ = generate(sd, [prompt] * flags.n_samples, seeds, concepts, settings, progress=len(batches) == 1)
+        drawn += images.cpu()
+        if not flags.skip_save:
+            texts = ({"prompt": prompt, "seed": seed} | known for seed in seeds)
+            paths += [samples.write(png(image, text)) for image, text in zip(images, texts, strict=True)]
+    if paths:
+        logger.info("%d images: %s to %s", len(paths), paths[0], paths[-1].name)
+    if not flags.skip_grid:
+        text = {"prompt": "\n".join(prompts), "seed": flags.seed} | known
+        logger.info("grid: %s", grids.write(png(grid(drawn, flags.n_rows or flags.n_samples), text)))
 
 
 if __name__ == "__main__":

@@ -1,60 +1,151 @@
-"""Judges samples of the pocket model: the world's classifier for what a prompt asked for, pocket CLIP for likeness."""
+"""Measures samples of a pocket concept: how like its photos they are, and whether they show what the prompt says.
+
+Two judges, neither of which had a part in training the generator or the concept: the pocket CLIP's image tower, and the
+classifier of the world's scenes. Their ceiling is the concept itself, drawn by the world into the prompted contexts.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
+from data.pocket.backgrounds import BACKGROUNDS
 from data.pocket.classifier import SceneClassifier
-from data.pocket.world import CHOICES, Scene
+from data.pocket.concepts import LAYOUT, PocketConcept
+from data.pocket.world import NATURAL, PATTERNS, STYLE_WORDS, STYLES, Scene, World
 from ldm.checkpoint import load_into
 from ldm.clip import Clip
-from ldm.config import build, load_config
+from ldm.config import ConfigError, build, find, load_config, resolve
 
-ROOT = Path(__file__).resolve().parents[2]
-WEIGHTS = ROOT / "ckpt" / "pocket"
+CLIP_CONFIG = Path("configs/pocket_clip.yaml")
+CLIP_WEIGHTS = Path("ckpt/pocket/clip.safetensors")
+CLASSIFIER_WEIGHTS = Path("ckpt/pocket/classifier.safetensors")
 
-
-def load_classifier(path: str | Path = WEIGHTS / "classifier.safetensors") -> SceneClassifier:
-    """The classifier, in evaluation mode. Raises ValueError when the file is missing or is another model's."""
-    classifier = SceneClassifier()
-    load_into({"": classifier}, path)
-    return classifier.requires_grad_(False).eval()
+Figure = dict[str, float | int]  # value, stderr, n
 
 
-def load_clip(path: str | Path = WEIGHTS / "clip.safetensors") -> Clip:
-    """Pocket CLIP, frozen. Raises ValueError when the file is missing or is another model's."""
-    config = load_config(ROOT / "configs" / "pocket_clip.yaml")
-    clip = build(OmegaConf.to_container(config.clip, resolve=True), "clip")
-    load_into({"": clip}, path)
-    return clip.requires_grad_(False).eval()
+@dataclass(frozen=True)
+class Context:
+    """A place for the concept that it was not photographed in: a prompt with {}, and the scene that it asks for."""
+
+    template: str
+    scene: Scene
 
 
-def hits(classifier: SceneClassifier, images: Tensor, scenes: Sequence[Scene]) -> dict[str, list[bool]]:
-    """For each part of a scene, whether the classifier reads off each image (B, 3, 64, 64) what the scene has."""
-    found = classifier.read(images)
-    return {
-        name: [word == getattr(scene, name) for word, scene in zip(found[name], scenes, strict=True)]
-        for name in CHOICES
-    }
+def contexts(concept: PocketConcept) -> list[Context]:
+    """Every background but that of the photos, in every style: 14 contexts, backgrounds first."""
+    article = "an" if concept.noun[0] in "aeiou" else "a"
+    found = []
+    for i, background in enumerate(name for name in BACKGROUNDS if name != concept.background):
+        for style in STYLES:
+            size, place = LAYOUT[i % len(LAYOUT)]
+            scene = Scene(concept.noun, style, concept.colour, concept.pattern, size, background, place)
+            found.append(Context(f"{STYLE_WORDS[style][0]} {article} {{}} {BACKGROUNDS[background]}", scene))
+    return found
 
 
-def likeness(clip: Clip, images: Tensor, photos: Tensor) -> Tensor:
-    """CLIP-I: mean cosine of each image's features to those of the photos; (B, 3, H, W), (N, 3, H, W) -> (B,)."""
-    return (clip.image_features(images) @ clip.image_features(photos).T).mean(1)
+def drawn(concept: PocketConcept, places: Sequence[Context], seed: int = 0) -> Tensor:
+    """The concept as the world draws it in these contexts: (B, 3, 64, 64) in [0, 1]."""
+    scenes = [place.scene for place in places]
+    return World().render(scenes, np.random.default_rng(seed), concept.drawing, concept.second)[0]
 
 
-def likeness_among(clip: Clip, photos: Tensor) -> Tensor:
-    """The ceiling of `likeness`: mean cosine of each photo to the others, (N,)."""
-    features = clip.image_features(photos)
-    similarity = features @ features.T
-    return (similarity.sum(1) - similarity.diagonal()) / (len(photos) - 1)
-
-
-def mean_and_error(values: Sequence[float] | Tensor) -> dict[str, float]:
-    """Mean, standard error of the mean, and number of values."""
+def mean(values: Sequence[float] | Tensor) -> Figure:
+    """Mean and standard error of n measurements."""
     values = torch.as_tensor(values, dtype=torch.float64)
-    error = values.std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    error = values.std().item() / len(values) ** 0.5 if len(values) > 1 else 0.0
     return {"value": values.mean().item(), "stderr": error, "n": len(values)}
+
+
+def rate(hits: Sequence[bool]) -> Figure:
+    """Share of hits, with the standard error of Agresti and Coull (1998), which is not 0 when all are hits."""
+    n, share = len(hits), (sum(hits) + 2) / (len(hits) + 4)
+    return {"value": sum(hits) / n, "stderr": (share * (1 - share) / (n + 4)) ** 0.5, "n": n}
+
+
+def difference(first: Sequence[float] | Tensor, second: Sequence[float] | Tensor) -> Figure:
+    """Mean and standard error of `second - first`, measured pair by pair."""
+    first, second = (torch.as_tensor(values, dtype=torch.float64) for values in (first, second))
+    return mean(second - first)
+
+
+class Judge(nn.Module):
+    """The pocket CLIP and the classifier of the world's scenes, in evaluation mode."""
+
+    def __init__(self, clip: Clip, classifier: SceneClassifier) -> None:
+        super().__init__()
+        self.clip, self.classifier = clip, classifier
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def load(
+        cls,
+        clip_config: str | Path = CLIP_CONFIG,
+        clip_weights: str | Path = CLIP_WEIGHTS,
+        classifier_weights: str | Path = CLASSIFIER_WEIGHTS,
+    ) -> "Judge":
+        """Raises ValueError for a missing file, one of another model, or a config without a node `clip`."""
+        config = resolve(load_config(find(clip_config)))
+        if "clip" not in config:
+            raise ConfigError(f"{clip_config}: the config has no node `clip`")
+        clip, classifier = build(config.clip, "clip"), SceneClassifier()
+        load_into({"": clip}, find(clip_weights))
+        load_into({"": classifier}, find(classifier_weights))
+        return cls(clip, classifier)
+
+    @torch.no_grad()
+    def similarities(self, images: Tensor, photos: Tensor) -> Tensor:
+        """CLIP-I: cosine of each image (B, 3, H, W) in [0, 1] with each photo (P, 3, H, W), mean over photos: (B,)."""
+        return (self.clip.image_features(images) @ self.clip.image_features(photos).T).mean(1)
+
+    @torch.no_grad()
+    def among(self, photos: Tensor) -> Tensor:
+        """Each photo's mean cosine with the other photos: (P,)."""
+        features = self.clip.image_features(photos)
+        cosines = features @ features.T  # (P, P)
+        return (cosines.sum(1) - cosines.diagonal()) / (len(photos) - 1)
+
+    def right(self, images: Tensor, concept: PocketConcept, places: Sequence[Context]) -> dict[str, list[bool]]:
+        """What the classifier sees, image by image, for images (B, 3, 64, 64) in [0, 1].
+
+        Returns:
+            Whether background, style and noun are the prompt's; whether colour and pattern are the concept's, where
+            the world has a word for them; `photos_background`: whether the background is that of the concept's photos.
+        """
+        seen = self.classifier.read(images)
+        scenes = [place.scene for place in places]
+        asked = ["background", "style", "noun"]
+        asked += ["colour"] if concept.colour != NATURAL and concept.second is None else []
+        asked += ["pattern"] if concept.pattern in PATTERNS[1:] else []
+        right = {
+            name: [word == getattr(scene, name) for word, scene in zip(seen[name], scenes, strict=True)]
+            for name in asked
+        }
+        return right | {"photos_background": [word == concept.background for word in seen["background"]]}
+
+    def measure(
+        self, concept: PocketConcept, places: Sequence[Context], photos: Tensor, base: Tensor, infusion: Tensor
+    ) -> dict[str, dict[str, Figure]]:
+        """Every figure of one concept.
+
+        Args:
+            places: the context of each of B samples.
+            photos: (P, 3, H, W). base, infusion: (B, 3, H, W), from the same seeds. All in [0, 1].
+
+        Returns:
+            Metric -> {base, infusion, difference (infusion - base, pair by pair), drawn (the ceiling)} -> figure;
+            `similarity` has `photos` as well, the photos among themselves.
+        """
+        images = {"base": base, "infusion": infusion, "drawn": drawn(concept, places)}
+        like = {name: self.similarities(batch, photos) for name, batch in images.items()}
+        figures = {name: mean(values) for name, values in like.items()}
+        figures |= {"difference": difference(like["base"], like["infusion"]), "photos": mean(self.among(photos))}
+        table = {"similarity": figures}
+        hits = {name: self.right(batch, concept, places) for name, batch in images.items()}
+        for metric in hits["base"]:
+            table[metric] = {name: rate(columns[metric]) for name, columns in hits.items()}
+            table[metric]["difference"] = difference(hits["base"][metric], hits["infusion"][metric])
+        return table

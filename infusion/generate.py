@@ -1,0 +1,90 @@
+"""Images of prompts with or without concepts, from one seed each: what the commands draw with."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infusion.concept import Concept
+from infusion.sampling import BETA, TAU, Customised
+from infusion.tokens import PLACEHOLDER, concept_masks
+from ldm.pipeline import StableDiffusion
+from ldm.sampler import Guided, initial_noise, sample
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample; the names are those of the flags of `scripts/infusion_txt2img.py`.
+
+    Attributes:
+        steps: sampling steps. scale: classifier-free guidance, 1 is none. sampler: a key of `ldm.schedule.SAMPLERS`.
+        ddim_eta: share of DDIM's noise, in [0, 1].
+        negative_prompt: what to guide away from.
+        H, W: pixels; None is the size of training.
+        beta, tau, strength: one value, or one for each concept.
+        precision: "full" is the model's own; "autocast" runs the UNet in half precision where torch deems it safe.
+    """
+
+    steps: int = 50
+    scale: float = 7.5
+    sampler: str = "ddim"
+    ddim_eta: float = 0.0
+    negative_prompt: str = ""
+    H: int | None = None
+    W: int | None = None
+    beta: float | Sequence[float] = BETA
+    tau: float | Sequence[float] = TAU
+    strength: float | Sequence[float] = 1.0
+    precision: str = "full"
+
+
+def check_prompts(sd: StableDiffusion, prompts: Sequence[str], concepts: Sequence[Concept] = ()) -> None:
+    """Raises ValueError for a prompt that cannot be drawn with these concepts."""
+    for prompt in prompts:
+        if concepts:
+            concept_masks(sd.text.tokenizer, prompt, [concept.superclass for concept in concepts])
+        elif found := PLACEHOLDER.search(prompt):
+            raise ValueError(f"there is no concept for {found[0]} in the prompt {prompt!r}")
+
+
+def generate(
+    sd: StableDiffusion,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    concepts: Sequence[Concept] = (),
+    settings: Settings | None = None,
+    map_grid: tuple[int, int] | None = None,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """One image per prompt and seed; an image depends on neither the others nor its place among them.
+
+    Args:
+        prompts, seeds: B of each; with concepts, `{}` in a prompt is the concept.
+        map_grid: (rows, columns) of the concepts' attention maps; None collects none.
+
+    Returns:
+        Images (B, 3, H, W) float32 in [0, 1], and attention maps (B, K, rows, columns) or None.
+
+    Raises:
+        ValueError: whatever `check_prompts`, `Customised` and `ldm.sampler.sample` refuse.
+    """
+    settings = Settings() if settings is None else settings
+    check_prompts(sd, prompts, concepts)
+    shape = sd.latent_shape(settings.H, settings.W)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    noise = initial_noise(generators, shape, sd.device)  # (B, C, h, w)
+    negative = settings.negative_prompt
+    with torch.no_grad():  # text and gates in the model's own precision, whatever the UNet's
+        if concepts:
+            blending = {"beta": settings.beta, "tau": settings.tau, "strengths": settings.strength}
+            context = Customised(sd, concepts, prompts, negative, settings.scale, **blending, map_grid=map_grid)
+        else:
+            text, unguided = sd.text(list(prompts)).to(sd.dtype), sd.text([negative]).to(sd.dtype)
+            context = nullcontext(Guided(sd.unet, text, unguided, settings.scale))
+    scheduler = sd.schedule.scheduler(settings.sampler)
+    with context as denoise, torch.autocast(sd.device.type, enabled=settings.precision == "autocast"):
+        latents = sample(denoise, scheduler, noise, settings.steps, settings.ddim_eta, generators, progress)
+    maps = denoise.attention_maps if concepts and map_grid else None
+    return sd.decode(latents), maps
