@@ -112,12 +112,12 @@ class Judge(nn.Module):
         """What the classifier sees, image by image, for images (B, 3, 64, 64) in [0, 1].
 
         Returns:
-            Whether background, style and noun are the prompt's; whether colour and pattern are the concept's, where
+            Whether background and style are the prompt's; whether colour and pattern are the concept's, where
             the world has a word for them; `photos_background`: whether the background is that of the concept's photos.
         """
         seen = self.classifier.read(images)
         scenes = [place.scene for place in places]
-        asked = ["background", "style", "noun"]
+        asked = ["background", "style"]
         asked += ["colour"] if concept.colour != NATURAL and concept.second is None else []
         asked += ["pattern"] if concept.pattern in PATTERNS[1:] else []
         right = {
