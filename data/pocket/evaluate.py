@@ -25,7 +25,7 @@ from ldm.pipeline import StableDiffusion
 
 
 def rates(classifier: SceneClassifier, images: Tensor, scenes: list[Scene]) -> dict[str, float]:
-    """For each part of a scene, the share of images (B, 3, 64, 64) off which the classifier reads what the scene has."""
+    """For each part of a scene, the share of images (B, 3, 64, 64) that the classifier reads rightly."""
     found = classifier.read(images)
     right = {name: [word == getattr(s, name) for word, s in zip(found[name], scenes, strict=True)] for name in CHOICES}
     return {name: round(sum(column) / len(column), 4) for name, column in right.items()}

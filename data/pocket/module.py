@@ -94,7 +94,7 @@ class LatentWorldData(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         vae = self.trainer.lightning_module.sd.vae
-        fingerprint = str(float(sum(parameter.double().abs().sum() for parameter in vae.parameters())))
+        fingerprint = str(sum(parameter.detach().double().abs().sum().item() for parameter in vae.parameters()))
         if not self.cache.exists():
             self.encode(vae, fingerprint)
         with safe_open(self.cache, "pt") as file:

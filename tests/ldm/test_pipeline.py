@@ -167,8 +167,8 @@ class Recorder:
 
     calls: list["Recorder"] = []
 
-    def __init__(self, sd, concepts, templates, negative, scale, beta=None, tau=None):
-        self.arguments = (list(concepts), templates, negative, scale, beta, tau)
+    def __init__(self, sd, concepts, templates, negative, scale, beta=None, tau=None, strengths=None):
+        self.arguments = (list(concepts), templates, negative, scale, beta, tau, strengths)
         self.inside, self.times = False, 0
         Recorder.calls.append(self)
 
@@ -190,11 +190,11 @@ def test_concepts_are_sampled_by_the_method(sd, monkeypatch):
     monkeypatch.setattr(Recorder, "calls", [])
     concept = SimpleNamespace(superclass="cat")
     prompts = ["a {}", "the {} on a hill", "{}"]
-    images = sd.sample(prompts, [concept], negative_prompt="blurry", batch_size=2, beta=0.6, tau=0.2, **FAST)
+    images = sd.sample(prompts, [concept], negative_prompt="blurry", batch_size=2, beta=0.6, tau=0.2, strengths=0.5, **FAST)
     assert images.shape == (3, 3, 16, 16)
     first, second = Recorder.calls
-    assert first.arguments == ([concept], prompts[:2], ["blurry"] * 2, 3.0, 0.6, 0.2)
-    assert second.arguments == ([concept], prompts[2:], ["blurry"], 3.0, 0.6, 0.2)
+    assert first.arguments == ([concept], prompts[:2], ["blurry"] * 2, 3.0, 0.6, 0.2, 0.5)
+    assert second.arguments == ([concept], prompts[2:], ["blurry"], 3.0, 0.6, 0.2, 0.5)
     assert (first.times, second.times) == (3, 3) and not first.inside and not second.inside
 
 
