@@ -190,7 +190,8 @@ def test_concepts_are_sampled_by_the_method(sd, monkeypatch):
     monkeypatch.setattr(Recorder, "calls", [])
     concept = SimpleNamespace(superclass="cat")
     prompts = ["a {}", "the {} on a hill", "{}"]
-    images = sd.sample(prompts, [concept], negative_prompt="blurry", batch_size=2, beta=0.6, tau=0.2, strengths=0.5, **FAST)
+    blending = {"beta": 0.6, "tau": 0.2, "strengths": 0.5}
+    images = sd.sample(prompts, [concept], negative_prompt="blurry", batch_size=2, **blending, **FAST)
     assert images.shape == (3, 3, 16, 16)
     first, second = Recorder.calls
     assert first.arguments == ([concept], prompts[:2], ["blurry"] * 2, 3.0, 0.6, 0.2, 0.5)
