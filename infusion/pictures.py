@@ -79,31 +79,45 @@ def grid(images: Sequence[Tensor] | Tensor, columns: int) -> Tensor:
 
 
 def captioned_grid(
-    rows: Mapping[str, Sequence[Tensor]], captions: Sequence[str], side: int = 128, gap: int = 6
+    rows: Mapping[str, Sequence[Tensor]],
+    captions: Sequence[str],
+    above: Mapping[str, Sequence[Tensor]] | None = None,
+    side: int = 128,
+    gap: int = 6,
 ) -> Image.Image:
-    """Rows of images, each named on its left, with a caption above each column.
+    """Rows of images, each named on its left, under one line of captions.
 
     Args:
-        rows: name of the row -> its images (3, H, W) in [0, 1]; a short row leaves the rest blank.
+        rows: name of the row -> its images (3, H, W) in [0, 1], one for each caption.
         captions: one for each column.
+        above: rows that the captions do not speak of, of any length up to that of the others.
         side: pixels of each image's side in the picture.
     """
+    above = {} if above is None else above
     font = ImageFont.load_default(13)
-    chars = max(side // 7, 1)
-    wrapped = ["\n".join(textwrap.wrap(caption, chars)) for caption in captions]
-    margin = 8 + max((int(font.getlength(name)) for name in rows), default=0) + gap
-    head = 16 * max((caption.count("\n") + 1 for caption in wrapped), default=0) + 2 * gap
-    sheet = Image.new("RGB", (margin + len(captions) * (side + gap), head + len(rows) * (side + gap)), PAPER)
+    wrapped = ["\n".join(textwrap.wrap(caption, max(side // 7, 1))) for caption in captions]
+    margin = 8 + max(int(font.getlength(name)) for name in (*rows, *above)) + 2 * gap
+    head = 16 * max(caption.count("\n") + 1 for caption in wrapped) + 2 * gap
+    height = head + (len(rows) + len(above)) * (side + gap) + gap
+    sheet = Image.new("RGB", (margin + len(captions) * (side + gap), height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for column, caption in enumerate(wrapped):
-        middle = margin + column * (side + gap) + side // 2
-        draw.multiline_text((middle, head - gap), caption, INK, font, anchor="md", align="center")
-    for row, (name, images) in enumerate(rows.items()):
-        y = head + row * (side + gap)
+
+    def paste(y: int, name: str, images: Sequence[Tensor]) -> int:
         draw.text((8, y + side // 2), name, INK, font, anchor="lm")
         for column, image in enumerate(images[: len(captions)]):
             picture = to_image(image).resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(picture, (margin + column * (side + gap), y))
+        return y + side + gap
+
+    y = gap
+    for name, images in above.items():
+        y = paste(y, name, images)
+    y += head
+    for column, caption in enumerate(wrapped):
+        middle = margin + column * (side + gap) + side // 2
+        draw.multiline_text((middle, y - gap), caption, INK, font, anchor="md", align="center")
+    for name, images in rows.items():
+        y = paste(y, name, images)
     return sheet
 
 

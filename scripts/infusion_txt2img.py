@@ -1,6 +1,6 @@
 """Draws prompts with a learned concept: `{}` in a prompt is the concept.
 
-    python scripts/infusion_txt2img.py --personalized_ckpt cat.safetensors --prompt "a photo of a {} on the beach"
+python scripts/infusion_txt2img.py --personalized_ckpt cat.safetensors --prompt "a photo of a {} on the beach"
 """
 
 import argparse
@@ -69,7 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--strength", type=numbers, metavar="S[,S]", help="factor on what was learned", default=usual.strength)
     add("--scale", type=number, help="classifier-free guidance; 1 is none", default=usual.scale)
     add("--steps", "--ddim_steps", type=count, help="sampling steps", default=usual.steps)
-    add("--ddim_eta", type=number, help="share of DDIM's noise, from 0 to 1; 0 is deterministic", default=usual.ddim_eta)
+    add("--ddim_eta", type=number, help="share of DDIM's noise; 0 is deterministic", default=usual.ddim_eta)
     add("--sampler", choices=list(SAMPLERS), help="the sampler", default=usual.sampler)
     add("--n_samples", type=count, help="images of a prompt at a time", default=4)
     add("--n_iter", type=count, help="how often to go through the prompts", default=1)
@@ -115,9 +115,8 @@ def find_config(flags: argparse.Namespace, concepts: list[Concept]) -> Path:
     path = ROOT / "configs" / "backbone" / f"{concepts[0].architecture}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-        raise UserError(
-            f"--config: the concept was trained on {concepts[0].architecture!r}, which is none of {known}: name its config"
-        )
+        base = concepts[0].architecture
+        raise UserError(f"--config: the concept was trained on {base!r}, which is none of {known}: name its config")
     return path
 
 

@@ -49,7 +49,7 @@ def main() -> None:
     load_into({"": classifier}, find(flags.classifier))
     sd = StableDiffusion.from_checkpoint(find(flags.config), flags.ckpt)
     rng = np.random.default_rng(flags.seed)
-    scenes = [draw_scene(rng, untrained_only=True) for _ in range(flags.n)]
+    scenes = [draw_scene(rng, untrained_ones=True) for _ in range(flags.n)]
     prompts = [caption(scene) for scene in scenes]
     images = []
     for start in tqdm(range(0, flags.n, flags.batch_size), "sampling"):

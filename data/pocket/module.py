@@ -28,17 +28,19 @@ def scenes(table: Tensor) -> list[Scene]:
 class WorldBatches(IterableDataset):
     """Endless batches, drawn as they are asked for; batch i depends on (seed, i) only.
 
-    Yields images (B, 3, 64, 64) in [-1, 1], labels (B, 7) and captions (list of B).
+    Yields images (B, 3, 64, 64) in [-1, 1], labels (B, 7) and captions (list of B). `everything` includes the
+    combinations that a generator is not to be trained on.
     """
 
-    def __init__(self, batch_size: int, seed: int, start: int = 0):
+    def __init__(self, batch_size: int, seed: int, start: int = 0, everything: bool = False):
         self.batch_size, self.seed, self.start = batch_size, seed, start
+        self.untrained_ones = None if everything else False
 
     def __iter__(self) -> Iterator[dict]:
         world, index = World(), self.start
         while True:
             rng = np.random.default_rng([self.seed, index])
-            batch = [draw_scene(rng) for _ in range(self.batch_size)]
+            batch = [draw_scene(rng, self.untrained_ones) for _ in range(self.batch_size)]
             images, _ = world.render(batch, rng)
             yield {
                 "images": images * 2 - 1,
@@ -49,14 +51,15 @@ class WorldBatches(IterableDataset):
 
 
 class WorldData(pl.LightningDataModule):
-    """The world as images; a resumed run goes on with the batch that follows."""
+    """The world as images; a resumed run goes on with the batch that follows. `everything`: see `WorldBatches`."""
 
-    def __init__(self, batch_size: int, seed: int = 0):
+    def __init__(self, batch_size: int, seed: int = 0, everything: bool = False):
         super().__init__()
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.everything = batch_size, seed, everything
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(WorldBatches(self.batch_size, self.seed, start=self.trainer.global_step), batch_size=None)
+        batches = WorldBatches(self.batch_size, self.seed, self.trainer.global_step, self.everything)
+        return DataLoader(batches, batch_size=None)
 
 
 class LatentBatches(IterableDataset):

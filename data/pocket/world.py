@@ -72,8 +72,11 @@ def untrained(scene: Scene) -> bool:
     return colour or pattern or context
 
 
-def draw_scene(rng: np.random.Generator, untrained_only: bool = False) -> Scene:
-    """A random scene. Half of the objects keep their natural colours, and half are plain."""
+def draw_scene(rng: np.random.Generator, untrained_ones: bool | None = False) -> Scene:
+    """A random scene; about half of the objects keep their natural colours, and half are plain.
+
+    `untrained_ones`: only scenes with an untrained combination (True), only scenes without (False), or all (None).
+    """
     while True:
         pick = {name: words[rng.integers(len(words))] for name, words in CHOICES.items()}
         if rng.random() < 0.35:
@@ -81,7 +84,7 @@ def draw_scene(rng: np.random.Generator, untrained_only: bool = False) -> Scene:
         if rng.random() < 0.4:
             pick["pattern"] = "plain"
         scene = Scene(**pick)
-        if untrained(scene) == untrained_only:
+        if untrained_ones is None or untrained(scene) == untrained_ones:
             return scene
 
 

@@ -48,7 +48,7 @@ def test_training_scenes_never_have_an_untrained_combination():
     rng = np.random.default_rng(0)
     scenes = [draw_scene(rng) for _ in range(3000)]
     assert not any(untrained(scene) for scene in scenes)
-    held_out = [draw_scene(rng, untrained_only=True) for _ in range(300)]
+    held_out = [draw_scene(rng, untrained_ones=True) for _ in range(300)]
     assert all(untrained(scene) for scene in held_out)
     seen = {(scene.noun, scene.colour) for scene in scenes if scene.colour != NATURAL}
     assert not seen & {

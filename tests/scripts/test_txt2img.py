@@ -1,0 +1,171 @@
+import io
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from infusion.concept import Concept
+from infusion.inject import cross_attention_layers
+from ldm.pipeline import StableDiffusion
+from scripts.infusion_txt2img import main
+
+FAST = ["--steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def sd(tiny: Path) -> StableDiffusion:
+    return StableDiffusion.from_checkpoint(tiny)
+
+
+@pytest.fixture(scope="module")
+def concept(sd, tmp_path_factory) -> Path:
+    generator = torch.Generator().manual_seed(3)
+    layers = cross_attention_layers(sd.unet)
+    tensors = {n: 3 * torch.randn(layer.heads * layer.dim_head, generator=generator) for n, layer in layers.items()}
+    path = tmp_path_factory.mktemp("concept") / "cat.safetensors"
+    Concept(tensors, "cat", ("a photo of a {}",), sd.architecture, base_hash=sd.hash).save(path)
+    return path
+
+
+@pytest.fixture
+def draw(tiny, concept, tmp_path):
+    """Runs the command; returns its output folder."""
+
+    def run(*arguments: object) -> Path:
+        words = ["--config", tiny, "--personalized_ckpt", concept, "--outdir", tmp_path / "out", *FAST, *arguments]
+        main(list(map(str, words)))
+        return tmp_path / "out"
+
+    return run
+
+
+@pytest.fixture
+def refused(draw, capsys):
+    """The one line that the command ends with, with exit code 2."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            draw(*arguments)
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return run
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def text(path: Path) -> dict[str, str]:
+    with Image.open(path) as image:
+        return image.text
+
+
+def test_image_i_has_the_seed_plus_i_whatever_the_batches(draw, sd, concept):
+    out = draw("--prompt", "a {} on a hill", "--n_samples", "3", "--seed", "7", "--scale", "3")
+    expected = sd.sample(["a {} on a hill"] * 3, [Concept.load(concept)], steps=2, scale=3.0, seed=7)
+    expected = expected.permute(0, 2, 3, 1).mul(255).round().numpy()
+    for i in range(3):
+        assert np.abs(pixels(out / f"samples/0000{i}.png") - expected[i]).max() <= 1
+    draw("--prompt", "a {} on a hill", "--n_samples", "1", "--n_iter", "3", "--seed", "7", "--scale", "3")
+    for i in range(3):  # numbering goes on
+        again, first = out / f"samples/0000{3 + i}.png", out / f"samples/0000{i}.png"
+        assert text(again)["seed"] == text(first)["seed"] == str(7 + i)
+        assert np.abs(pixels(again).astype(int) - pixels(first)).max() <= 1
+    assert sorted(path.name for path in out.glob("*.png")) == ["grid-0000.png", "grid-0001.png"]
+
+
+def test_the_png_says_how_it_was_made(draw, sd, concept):
+    out = draw(
+        "--prompt", "a “{}”", "--n_samples", "1", "--strength", "0.5", "--tau", "0.2", "--negative_prompt", "fog"
+    )
+    assert text(out / "samples/00000.png") == {
+        "prompt": "a “{}”", "seed": "42", "steps": "2", "scale": "7.5", "sampler": "ddim", "ddim_eta": "0.0",
+        "negative_prompt": "fog", "H": "16", "W": "16", "beta": "0.7", "tau": "0.2", "strength": "0.5",
+        "precision": "full", "personalized_ckpt": str(concept), "superclass": "cat", "base": "tiny",
+        "base_sha256": sd.hash,
+    }  # fmt: skip
+
+
+def test_prompts_of_a_file_samplers_sizes_and_the_grid(draw, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a {}\n\n  a photo of a {} in the rain\n", encoding="utf-8")
+    out = draw("--from-file", tmp_path / "prompts.txt", "--n_samples", "2", "--n_rows", "4", "--H", "24", "--W", "8",
+               "--sampler", "euler_a", "--precision", "autocast")  # fmt: skip
+    texts = [text(path) for path in sorted((out / "samples").iterdir())]
+    prompts = ["a {}"] * 2 + ["a photo of a {} in the rain"] * 2
+    assert [(t["prompt"], t["seed"]) for t in texts] == [(p, str(42 + i)) for i, p in enumerate(prompts)]
+    assert pixels(out / "samples/00000.png").shape == (24, 8, 3)
+    assert pixels(out / "grid-0000.png").shape == (24 + 2 * 2, 4 * 8 + 5 * 2, 3)
+    assert text(out / "grid-0000.png")["prompt"] == "a {}\na photo of a {} in the rain"
+
+
+def test_what_is_skipped_is_not_written(draw):
+    out = draw("--n_samples", "1", "--skip_grid")
+    assert not list(out.glob("*.png")) and len(list((out / "samples").iterdir())) == 1
+    draw("--n_samples", "1", "--skip_save")
+    assert [path.name for path in out.glob("*.png")] == ["grid-0000.png"]
+    assert len(list((out / "samples").iterdir())) == 1
+
+
+def test_strength_zero_and_no_concept_are_the_base_model(draw, tiny, tmp_path):
+    out = draw("--n_samples", "1", "--strength", "0", "--skip_grid")
+    draw("--n_samples", "1", "--skip_grid")
+    main(["--config", str(tiny), "--prompt", "a photo of a cat", "--n_samples", "1", "--outdir", str(out), *FAST])
+    none, ours, base = (pixels(out / f"samples/0000{i}.png").astype(int) for i in range(3))
+    assert np.abs(none - base).max() <= 1 < np.abs(ours - base).max()
+    assert "superclass" in text(out / "samples/00002.png")
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--personalized_ckpt", "nowhere.safetensors"], "error: nowhere.safetensors: there is no such concept file"),
+        (["--ckpt", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
+        (["--config", "nowhere.yaml"], "error: nowhere.yaml: no such config file"),
+        (["--from-file", "nowhere.txt"], "error: --from-file: nowhere.txt cannot be read"),
+        (["--prompt", "a", "--from-file", "x"], "not allowed with argument"),
+        (["--prompt", "a {2}"], "names no concept"),
+        (["--prompt", "a{}"], "glued to its neighbours"),
+        (["--H", "30"], "error: height must be a multiple of 4 pixels, not 30"),
+        (["--n_samples", "0"], "argument --n_samples: `0` is not a whole number above 0"),
+        (["--seed", "-1"], "argument --seed"),
+        (["--tau", "0"], "tau must be above 0"),
+        (["--beta", "a,b"], "argument --beta: `a,b` is not a number"),
+        (["--strength", "nan"], "`nan` is not a finite number"),
+        (["--strength", "1,2"], "give one strength for all concepts"),
+        (["--ddim_eta", "0.5", "--sampler", "euler"], "only the ddim sampler"),
+        (["--sampler", "magic"], "argument --sampler: invalid choice"),
+        (["--device", "warp:9"], "error: --device: warp:9 cannot be used here"),
+        (["--skip_grid", "--skip_save"], "leave nothing to write"),
+        (["--steps", "1000"], "steps must lie between 1 and 999"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(refused, tmp_path, arguments, complaint):
+    line = refused(*arguments)
+    assert line.startswith("error: ") and complaint in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_backbone_comes_from_the_concept_file(concept, tmp_path, capsys):
+    for words in (["--personalized_ckpt", str(concept)], []):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--outdir", str(tmp_path / "out")])
+        assert stop.value.code == 2
+    unknown, none = capsys.readouterr().err.splitlines()
+    assert unknown.startswith("error: --config: the concept was trained on 'tiny', which is none of pocket, sd15, sd21")
+    assert none.startswith("error: --personalized_ckpt: name a concept file")
+
+
+def test_help_shows_the_defaults():
+    shown = io.StringIO()
+    with redirect_stdout(shown), pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(shown.getvalue().split())
+    for flag, default in {"--beta": "0.7", "--tau": "0.15", "--steps": "50", "--scale": "7.5", "--seed": "42"}.items():
+        assert f"(default: {default})" in text.split(f" {flag}", 2)[-1].split(" --")[0]
