@@ -56,7 +56,7 @@ def run(wide, judges, command, tmp_path, monkeypatch):
 
     def start(*arguments: str) -> Path:
         outdir = tmp_path / "demo"
-        main(["--base", str(entry), "--outdir", str(outdir), "--steps", "2", *judges, *arguments])
+        main(["--base", str(entry), "--outdir", str(outdir), "--steps", "1", *judges, *arguments])
         return outdir
 
     return start
@@ -71,7 +71,7 @@ def test_everything_is_written_and_a_second_run_loses_nothing(run, wide, tmp_pat
         assert [file.name for file in files] == [f"{i:05d}.png" for i in range(15)]
         with Image.open(files[3]) as image:
             assert image.size == (64, 64)
-            wanted = {"kind": kind, "seed": "33", "prompt": "a cartoon of a hat on sand", "steps": "2", "scale": "5.0"}
+            wanted = {"kind": kind, "seed": "33", "prompt": "a cartoon of a hat on sand", "steps": "1", "scale": "5.0"}
             assert wanted.items() <= image.text.items()
     with Image.open(out / "zigzag_hat/grid.png") as grid:
         assert grid.width > 14 * 128 and grid.height > 3 * 128
