@@ -52,7 +52,7 @@ def load_config(
         top = re.split(r"[.\[]", key)[0]
         if not sign or not top:
             raise ConfigError(f"override `{override}`: write it as key=value")
-        if top not in config:
+        if top not in config.keys():  # noqa: SIM118 (`in config` leaves out what is open: ???)
             hint = suggestion(top, [str(name) for name in config])
             raise ConfigError(f"override `{override}`: the config has no key `{top}`{hint}")
         try:

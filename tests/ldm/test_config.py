@@ -30,6 +30,12 @@ def test_a_value_left_open_does_not_hide_one_that_is_set(tmp_path):
     assert load_config(tmp_path / "two.yaml").word == "cat"
 
 
+def test_an_override_fills_what_a_file_leaves_open(tmp_path):
+    (tmp_path / "a.yaml").write_text("superclass: ???\nplace: in the ${superclass}")
+    config = load_config(tmp_path / "a.yaml", ["superclass=cat"])
+    assert config.superclass == "cat" and config.place == "in the cat"
+
+
 def test_overrides_are_typed_and_reach_into_mappings_and_lists(tmp_path):
     write(tmp_path, a="x: 1\nnode: {list: [1, 2], word: a}\nlink: ${x}\n")
     overrides = ["x=1e-3", "node.list[1]=7", "node.word=b c", "node.new={k: null}", "node.flag=true"]
