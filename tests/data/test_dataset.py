@@ -20,8 +20,9 @@ def picture(width: int = 8, height: int = 8) -> Image.Image:
 def rgb(image: Image.Image, x: int, y: int) -> tuple[int, ...]:
     return image.convert("RGB").getpixel((x, y))
 
+
+def test_images_masks_and_report(photos, caplog):
     caplog.set_level(logging.INFO, logger="data.dataset")
-    caplog.set_level(logging.INFO)
     images = ConceptImages(photos, 16, "cat")
     assert images.names == ["0.png", "1.png", "2.png"] and len(images) == 3
     assert images.images.shape == (3, 3, 16, 16) and images.images.dtype == torch.float32
