@@ -1,17 +1,15 @@
 """Images of prompts with or without concepts, from one seed each: what the commands draw with."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from infusion.concept import Concept
-from infusion.sampling import BETA, TAU, Customised
+from infusion.sampling import BETA, TAU
 from infusion.tokens import PLACEHOLDER, concept_masks
 from ldm.pipeline import StableDiffusion
-from ldm.sampler import Guided, initial_noise, sample
 
 
 @dataclass(frozen=True)
@@ -72,19 +70,12 @@ def generate(
     """
     settings = Settings() if settings is None else settings
     check_prompts(sd, prompts, concepts)
-    shape = sd.latent_shape(settings.H, settings.W)
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    noise = initial_noise(generators, shape, sd.device)  # (B, C, h, w)
-    negative = settings.negative_prompt
-    with torch.no_grad():  # text and gates in the model's own precision, whatever the UNet's
-        if concepts:
-            blending = {"beta": settings.beta, "tau": settings.tau, "strengths": settings.strength}
-            context = Customised(sd, concepts, prompts, negative, settings.scale, **blending, map_grid=map_grid)
-        else:
-            text, unguided = sd.text(list(prompts)).to(sd.dtype), sd.text([negative]).to(sd.dtype)
-            context = nullcontext(Guided(sd.unet, text, unguided, settings.scale))
-    scheduler = sd.schedule.scheduler(settings.sampler)
+    options = {}
+    if concepts:
+        options = {"beta": settings.beta, "tau": settings.tau, "strengths": settings.strength, "map_grid": map_grid}
+    # text and gates in the model's own precision, whatever the UNet's
+    context = sd.denoiser(list(prompts), concepts, settings.negative_prompt, settings.scale, **options)
+    how = (settings.steps, settings.ddim_eta, settings.sampler, settings.H, settings.W, progress)
     with context as denoise, torch.autocast(sd.device.type, enabled=settings.precision == "autocast"):
-        latents = sample(denoise, scheduler, noise, settings.steps, settings.ddim_eta, generators, progress)
-    maps = denoise.attention_maps if concepts and map_grid else None
-    return sd.decode(latents), maps
+        images = sd.draw(denoise, seeds, *how)
+    return images, denoise.attention_maps if options and map_grid else None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 from warnings import warn
 
 import torch
@@ -212,37 +212,46 @@ class StableDiffusion(nn.Module):
         for prompt in (*prompts, negative_prompt):
             if not concepts and PLACEHOLDER.search(prompt):
                 raise ValueError(f"there is no concept for {PLACEHOLDER.search(prompt)[0]} in the prompt {prompt!r}")
-        shape = self.latent_shape(height, width)
         size = len(prompts) if batch_size is None else batch_size
         images = []
         for start in range(0, len(prompts), size):
             batch = list(prompts[start : start + size])
-            generators = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(batch))]
-            noise = initial_noise(generators, shape, self.device)  # (B, C, h, w), float32
-            scheduler = self.schedule.scheduler(sampler)
-            with self._denoiser(batch, negative_prompt, concepts, scale, beta, tau, strengths) as denoise:
-                latents = sample(denoise, scheduler, noise, steps, eta, generators, progress)
-            images.append(self.decode(latents))
+            seeds = range(seed + start, seed + start + len(batch))
+            blending = {"beta": beta, "tau": tau, "strengths": strengths} if concepts else {}
+            with self.denoiser(batch, concepts, negative_prompt, scale, **blending) as denoise:
+                images.append(self.draw(denoise, seeds, steps, eta, sampler, height, width, progress))
         return torch.cat(images)
 
-    def _denoiser(
-        self,
-        prompts: list[str],
-        negative_prompt: str,
-        concepts: Sequence["Concept"],
-        scale: float,
-        beta: float | Sequence[float] | None,
-        tau: float | Sequence[float] | None,
-        strengths: float | Sequence[float] | None,
+    @torch.no_grad()
+    def denoiser(
+        self, prompts: list[str], concepts: Sequence["Concept"], negative_prompt: str, scale: float, **options: Any
     ) -> AbstractContextManager[Denoiser]:
+        """Guidance towards B prompts, within a `with`; `options` are those of `infusion.sampling.Customised`."""
         if concepts:
             from infusion.sampling import Customised  # the method builds on this package, not the other way round
 
-            negative = [negative_prompt] * len(prompts)
-            return Customised(self, concepts, prompts, negative, scale, beta, tau, strengths)
+            return Customised(self, concepts, prompts, [negative_prompt] * len(prompts), scale, **options)
         text = self.text(prompts).to(self.dtype)
         negative = self.text([negative_prompt]).to(self.dtype)
         return nullcontext(Guided(self.unet, text, negative, scale))
+
+    @torch.no_grad()
+    def draw(
+        self,
+        denoise: Denoiser,
+        seeds: Sequence[int],
+        steps: int = 50,
+        eta: float = 0.0,
+        sampler: str = "ddim",
+        height: int | None = None,
+        width: int | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """One image per seed, by a denoiser for as many prompts; otherwise as `sample`."""
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        noise = initial_noise(generators, self.latent_shape(height, width), self.device)  # (B, C, h, w), float32
+        latents = sample(denoise, self.schedule.scheduler(sampler), noise, steps, eta, generators, progress)
+        return self.decode(latents)
 
     def _usual_weights(self, source: str | None = None) -> Path:
         """The usual weights' file; `source` says where to get it when it is not there."""
