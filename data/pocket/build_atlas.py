@@ -1,7 +1,7 @@
 """Rebuild the sprite atlas of the pocket world from three sets of emoji drawings.
 
     npm install @lobehub/fluent-emoji-3d @iconify-json/noto @iconify-json/twemoji emoji-datasource-google
-    python data/pocket/build_atlas.py --packages node_modules
+    python -m data.pocket.build_atlas --packages node_modules
 
 Fluent 3D (MIT) gives the sprites of the style "photo", Noto (Apache-2.0) those of "cartoon"; Twemoji (CC-BY-4.0) is a
 third drawing of the same nouns that the world never shows, from which concepts with an unseen shape are made.
@@ -12,7 +12,10 @@ import io
 import json
 from pathlib import Path
 
+import resvg_py
 from PIL import Image
+
+from data.pocket.world import ATLAS, NOUNS
 
 SPRITE = 48  # pixels; objects are drawn 28 to 46 pixels wide, so sprites are only ever reduced
 
@@ -38,8 +41,6 @@ class Icons:
         self.names = json.loads((folder / "chars.json").read_text())
 
     def draw(self, code: str) -> Image.Image:
-        import resvg_py
-
         icon = self.icons["icons"][self.names[code]]
         width = icon.get("width", self.icons.get("width", 16))
         height = icon.get("height", self.icons.get("height", 16))
@@ -59,8 +60,6 @@ def fit(drawing: Image.Image) -> Image.Image:
 
 
 def main() -> None:
-    from data.pocket.world import ATLAS, NOUNS
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packages", type=Path, required=True, help="the node_modules folder with the four packages")
     parser.add_argument("--out", type=Path, default=ATLAS, help="atlas to write (default: %(default)s)")
