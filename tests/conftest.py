@@ -1,15 +1,18 @@
 """A backbone that runs in milliseconds, and photos for it."""
 
+import math
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from ldm.checkpoint import save
+from ldm.checkpoint import PREFIXES, save
 from ldm.pipeline import StableDiffusion
 
 TINY = """
@@ -54,6 +57,49 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
     save(folder / "tiny.safetensors", sd, torch.float32)
     return path
+
+
+@pytest.fixture(scope="session")
+def configs() -> Path:
+    """The published backbones' configs."""
+    return Path(__file__).parents[1] / "configs" / "backbone"
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> Iterator[Callable[[str], Path]]:
+    """Name of a backbone -> a float16 checkpoint of its full size, random such that activations keep their scale."""
+    folder = tmp_path_factory.mktemp("full-size")
+
+    def checkpoint(name: str) -> Path:
+        path = folder / f"{name}.safetensors"
+        if not path.exists():
+            with torch.device("meta"):
+                sd = StableDiffusion.from_config(configs / f"{name}.yaml")
+            generator = torch.Generator().manual_seed(0)
+            save_file(
+                {
+                    prefix + key: random_values(key, tensor.shape, generator)
+                    for component, prefix in PREFIXES.items()
+                    for key, tensor in getattr(sd, component).state_dict().items()
+                },
+                path,
+            )
+        return path
+
+    yield checkpoint
+    shutil.rmtree(folder)  # gigabytes
+
+
+def random_values(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Of unit gain for matrices and kernels, about 1 for the weights of norms, small for anything else."""
+    values = torch.randn(shape, generator=generator)
+    if "embedding" in name:
+        values *= 0.1
+    elif len(shape) >= 2:
+        values /= math.sqrt(math.prod(shape[1:]))
+    else:
+        values = values * 0.1 + name.endswith("weight")
+    return values.half()
 
 
 @pytest.fixture

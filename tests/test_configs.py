@@ -34,7 +34,9 @@ def test_every_backbone_builds_and_names_its_file(path: Path):
     assert sd.architecture and sd.checkpoint == load_config(path).ckpt
 
 
-@pytest.mark.parametrize("name", ["infusion_custom", "infusion_custom_sd_v2", "infusion_cat"])
+@pytest.mark.parametrize(
+    "name", ["infusion_custom", "infusion_custom_sd_v2", "infusion_custom_sd_v2_768", "infusion_cat"]
+)
 def test_infusion_learns_12480_numbers_in_16_layers(name: str):
     model = main.build_model(read(CONFIGS / f"{name}.yaml"), {}, meta=True)
     widths = sorted(p.numel() for p in model.parameters() if p.requires_grad)
@@ -53,6 +55,16 @@ def test_recipes_of_the_two_stable_diffusions():
         assert config.model.params.gate.params == {"kind": "sigmoid", "beta": 0.75, "tau": 0.1}
         assert config.seed == config.data.params.seed == config.model.params.seed == 23
     assert len(TEMPLATES) == 11
+
+
+def test_the_768_variant_is_the_same_recipe_on_the_model_that_predicts_v():
+    small, large = read(CONFIGS / "infusion_custom_sd_v2.yaml"), read(CONFIGS / "infusion_custom_sd_v2_768.yaml")
+    sd = large.model.params.sd.params
+    assert (sd.name, sd.image_size, sd.schedule.params.prediction_type) == ("sd21_768", 768, "v_prediction")
+    assert sd.unet.params.upcast_attention
+    assert (large.data.params.images.params.image_size, large.ckpt) == (768, "ckpt/v2-1_768-ema-pruned.safetensors")
+    del small.model.params.sd, large.model.params.sd, small.data.params.images, large.data.params.images
+    assert (small.model, small.data, small.trainer) == (large.model, large.data, large.trainer)
 
 
 @pytest.mark.parametrize("path", ENTRIES, ids=lambda path: path.stem)

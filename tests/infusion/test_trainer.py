@@ -14,6 +14,7 @@ from infusion.methods.infusion import Infusion
 from infusion.sampling import Customised
 from infusion.tokens import concept_mask
 from infusion.trainer import ConceptTrainer, SaveConcept
+from ldm.schedule import Schedule
 
 TEMPLATES = ["a photo of a {}", "the {}"]
 
@@ -73,6 +74,26 @@ def test_training_moves_the_residuals_and_nothing_else(sd, tmp_path):
     after = sd.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_the_loss_is_taken_in_the_space_of_the_prediction(sd, monkeypatch):
+    """With v-prediction, a model whose output is v = √ᾱ ε − √(1 − ᾱ) x_0 has no loss; one that answers ε has."""
+    sd.schedule = Schedule(prediction_type="v_prediction")
+    module = make(sd)
+    batch = {"latents": torch.randn(2, 4, 8, 8), "template": TEMPLATES}
+
+    def answer(kind):
+        def predict(unet, noisy, timesteps, text, gates, tape):
+            alphas = sd.schedule.alphas_cumprod[timesteps][:, None, None, None]
+            signal, sigma = alphas.sqrt(), (1 - alphas).sqrt()
+            noise = (noisy - signal * batch["latents"]) / sigma
+            return signal * noise - sigma * batch["latents"] if kind == "v" else noise
+
+        monkeypatch.setattr(module.method, "predict", predict)
+        return module.training_step(batch, 0).item()
+
+    assert answer("v") < 1e-6
+    assert answer("epsilon") > 0.1
 
 
 def test_a_planted_residual_is_found_again(sd):

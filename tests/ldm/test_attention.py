@@ -81,6 +81,27 @@ def test_upcast_computes_in_float32_and_returns_the_value_dtype(autocast):
     torch.testing.assert_close(out, softmax_attention(q.float(), k.float(), v.float()).bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_survives_logits_that_overflow_half_precision(dtype):
+    """The 768-pixel SD 2.1's attention at its real size, 96 × 96 latents, with queries and keys as large as its own."""
+    torch.manual_seed(0)
+    layer = CrossAttention(64, heads=1, dim_head=64, upcast=True).requires_grad_(False)
+    x = torch.randn(1, 96 * 96, 64)
+    for projection in (layer.to_q, layer.to_k):
+        projection.weight.mul_(500 / projection(x).std())
+    with torch.autocast("cpu", dtype=dtype):
+        q, k = layer.to_q(x), layer.to_k(x)
+        out = layer(x)
+    assert q.dtype == k.dtype == out.dtype == dtype
+    assert q.isfinite().all() and k.isfinite().all()
+    logits = (q[:, :256].half() @ k.half().mT) / 8  # as LDM computes them, in half precision
+    assert not logits.isfinite().all() and not logits.softmax(-1).isfinite().all()
+    expected = softmax_attention(q[:, :256].float(), k.float(), layer.to_v(x)) @ layer.to_out[0].weight.T
+    error = out[:, :256].float() - expected - layer.to_out[0].bias
+    assert out.isfinite().all()
+    assert error.norm() < 0.02 * expected.norm()
+
+
 def test_geglu_gates_with_the_second_half_and_the_exact_gelu():
     layer = GEGLU(3, 4)
     x = torch.randn(2, 5, 3)
