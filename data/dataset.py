@@ -1,7 +1,10 @@
 """Photos of one concept: images, soft masks and captions from a folder."""
 
 import logging
+import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +17,7 @@ from ldm.config import find
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MASK_LABEL = "-masklabel.png"
+ENLARGED = 2.0  # times; a photo enlarged more than this is blurred, and its blur is learned
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +36,8 @@ class ConceptImages:
 
     Attributes:
         names: file names, sorted; N of them.
+        sizes: (width, height) of each photo, upright and before it is cropped, in pixels.
+        image_size: S, the side of the squares.
         images: (N, 3, S, S) float32 in [-1, 1].
         masks: (N, 1, S, S) float32 in [0, 1], each with maximum 1; or None.
         captions: one list of templates with `{}` per image; empty where there is no caption.
@@ -52,23 +58,48 @@ class ConceptImages:
         paths = [path for path in sorted(root.iterdir()) if _is_image(path)]
         if not paths:
             raise ValueError(f"data_root: {data_root} holds no image ({', '.join(SUFFIXES)})")
+        self.image_size = image_size
         self.names = [path.name for path in paths]
         self.captions = [read_captions(path.with_suffix(".txt"), superclass) for path in paths]
-        images, masks, sides = [], [], []
+        images, masks, self.sizes = [], [], []
         for path in paths:
             image = read_image(path)
-            sides.append(min(image.size))
+            self.sizes.append(image.size)
             images.append(to_square(over_white(image), image_size) / 127.5 - 1)
             if mask == "auto":
-                masks.append(_mask(path, image, image_size))
+                masks.append(_mask(path, image, image_size, superclass))
         self.images = torch.stack(images)
         self.masks = torch.stack(masks) if masks else None
-        coverage = "no masks" if self.masks is None else f"masks cover {self.masks.mean():.0%}"
-        size = f"{min(sides)} to {max(sides)} pixels wide" if min(sides) < max(sides) else f"{sides[0]} pixels wide"
-        logger.info("%s: %d images, %s, used at %d; %s", root, len(self), size, image_size, coverage)
+        logger.info("%s: %s", data_root, self.report())
+        if blurred := self.enlarged():
+            logger.warning("warning: %s: %s", data_root, blurred)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def report(self) -> str:
+        """One line: how many photos of which sizes, what is cropped from them, and how much of that is masked."""
+        original = _range([_shape(size) for size in sorted(self.sizes, key=math.prod)])
+        square = _range([str(min(size)) for size in sorted(self.sizes, key=min)])
+        many = "1 photo" if len(self) == 1 else f"{len(self)} photos"
+        if self.masks is None:
+            masked = "no masks, the whole square is learned"
+        else:
+            cover = self.masks.mean((1, 2, 3)).sort().values
+            masked = f"masks cover {_range([f'{share:.0%}' for share in cover])} of it, {cover.mean():.0%} on average"
+        used = _shape((self.image_size, self.image_size))
+        return f"{many} of {original} pixels; the centred square of {square} is used at {used}; {masked}"
+
+    def enlarged(self) -> str:
+        """One line about the photos that are enlarged more than `ENLARGED` times; "" where there is none."""
+        factors = {name: (size, self.image_size / min(size)) for name, size in zip(self.names, self.sizes, strict=True)}
+        small = [f"{name} ({_shape(s)}, {f:.1f}×)" for name, (s, f) in factors.items() if f > ENLARGED]
+        if not small:
+            return ""
+        return (
+            f"{len(small)} of {len(self)} enlarged more than {ENLARGED:g}×, so that their blur is learned too: "
+            f"{', '.join(small)}; use photos at least {self.image_size} pixels wide and high"
+        )
 
 
 def read_image(path: Path) -> Image.Image:
@@ -78,10 +109,11 @@ def read_image(path: Path) -> Image.Image:
         ValueError: the file cannot be read.
     """
     image = _open(path)
-    if image.mode.startswith(("I", "F")):
-        image = Image.fromarray((_grey(image) * 255).round().astype(np.uint8))
-    transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-    return image.convert("RGBA" if transparent else "RGB")
+    with _named(path):
+        if image.mode.startswith(("I", "F")):
+            image = Image.fromarray((_grey(image) * 255).round().astype(np.uint8))
+        transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+        return image.convert("RGBA" if transparent else "RGB")
 
 
 def read_mask(path: Path) -> Image.Image:
@@ -90,7 +122,9 @@ def read_mask(path: Path) -> Image.Image:
     Raises:
         ValueError: the file cannot be read.
     """
-    return Image.fromarray(_grey(_open(path)))
+    image = _open(path)
+    with _named(path):
+        return Image.fromarray(_grey(image))
 
 
 def read_captions(path: Path, superclass: str) -> list[str]:
@@ -132,7 +166,7 @@ def to_square(image: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(pixels.reshape(size, size, -1).copy()).permute(2, 0, 1)
 
 
-def _mask(path: Path, image: Image.Image, size: int) -> Tensor:
+def _mask(path: Path, image: Image.Image, size: int, superclass: str) -> Tensor:
     """Soft mask (1, size, size) with maximum 1."""
     folder = path.parent / "mask"
     places = (folder / path.name, folder / f"{path.stem}.png", path.with_name(path.stem + MASK_LABEL))
@@ -147,7 +181,7 @@ def _mask(path: Path, image: Image.Image, size: int) -> Tensor:
     elif image.mode == "RGBA" and image.getextrema()[3][0] < 255:
         mask = Image.fromarray(np.asarray(image.getchannel("A"), dtype=np.float32) / 255)
     else:
-        command = f"python data/soft_segment.py --image_dir {path.parent}"
+        command = f"python data/soft_segment.py --image_dir {path.parent} --super_class {superclass!r}"
         raise ValueError(f"{path}: has no mask; make masks by `{command}`, or set mask=none")
     square = to_square(mask, size).clamp(0, 1)
     if square.max() <= 0:
@@ -160,18 +194,38 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and path.is_file() and not hidden
 
 
+def _shape(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"
+
+
+def _range(ordered: list[str]) -> str:
+    return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
+
+
 def _open(path: Path) -> Image.Image:
+    with _named(path), Image.open(path) as image:
+        return ImageOps.exif_transpose(image)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turns what Pillow raises over a file into a ValueError that names the file."""
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
+        yield
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as an image: {error}") from error
 
 
 def _grey(image: Image.Image) -> np.ndarray:
-    """Brightness (H, W), float32 in [0, 1], of an image of any mode."""
+    """Brightness (H, W), float32 in [0, 1], of an image of any mode.
+
+    White is 65535 in integer images, and 1, 255 or 65535 in float images; where there are larger values, the largest.
+    """
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float32)
-        depth = next(top for top in (1, 255, 65535, np.inf) if values.max() <= top) if image.mode[0] == "F" else 65535
-        return values / (values.max() if np.isinf(depth) else depth)
+        if not np.isfinite(values).all():
+            raise ValueError("it holds values that are not finite")
+        tops = (1, 255, 65535) if image.mode == "F" else (65535,)
+        white = next((top for top in tops if values.max() <= top), values.max())
+        return values.clip(0) / white
     return np.asarray(image.convert("L"), dtype=np.float32) / 255

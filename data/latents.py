@@ -123,8 +123,14 @@ class ConceptData(pl.LightningDataModule):
         self.cache: LatentCache | None = None
 
     def setup(self, stage: str) -> None:
+        """Encodes the photos. Raises ValueError for a size that the model cannot halve as often as it needs."""
         if self.cache is None:
-            vae = self.trainer.lightning_module.sd.vae.to(self.trainer.strategy.root_device)
+            sd, size = self.trainer.lightning_module.sd, self.images.image_size
+            try:
+                sd.latent_shape(size, size)
+            except ValueError as error:
+                raise ValueError(f"image_size: {error}") from error
+            vae = sd.vae.to(self.trainer.strategy.root_device)
             self.cache = LatentCache.encode(self.images, vae, flip=self.flip_p > 0)
 
     def train_dataloader(self) -> DataLoader:

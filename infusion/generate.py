@@ -55,12 +55,14 @@ def generate(
     settings: Settings | None = None,
     map_grid: tuple[int, int] | None = None,
     progress: bool = False,
+    inverse_covariance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One image per prompt and seed; an image depends on neither the others nor its place among them.
 
     Args:
         prompts, seeds: B of each; with concepts, `{}` in a prompt is the concept.
         map_grid: (rows, columns) of the concepts' attention maps; None collects none.
+        inverse_covariance: C^-1, (D, D), when the concepts were trained with one.
 
     Returns:
         Images (B, 3, H, W) float32 in [0, 1], and attention maps (B, K, rows, columns) or None.
@@ -72,7 +74,8 @@ def generate(
     check_prompts(sd, prompts, concepts)
     options = {}
     if concepts:
-        options = {"beta": settings.beta, "tau": settings.tau, "strengths": settings.strength, "map_grid": map_grid}
+        options = {"beta": settings.beta, "tau": settings.tau, "strengths": settings.strength}
+        options |= {"inverse_covariance": inverse_covariance, "map_grid": map_grid}
     # text and gates in the model's own precision, whatever the UNet's
     context = sd.denoiser(list(prompts), concepts, settings.negative_prompt, settings.scale, **options)
     how = (settings.steps, settings.ddim_eta, settings.sampler, settings.H, settings.W, progress)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from infusion.attention import CustomisedPass, FoundationPass, OwnPass, ResidualValue, Tape
 from infusion.concept import Concept
-from infusion.gate import fingerprint, target_input
+from infusion.gate import IDENTITY, fingerprint, target_input
 from infusion.inject import cross_attention_layers, edited
 from infusion.methods import find_method
 from infusion.tokens import concept_masks
@@ -63,7 +63,8 @@ class Customised:
         negatives = [negative] * len(templates) if isinstance(negative, str) else list(negative)
         if len(negatives) != len(templates):
             raise ValueError(f"there are {len(negatives)} negative prompts for {len(templates)} prompts")
-        _check(sd, concepts, fingerprint(inverse_covariance))
+        _check(sd, concepts)
+        check_covariance(concepts, inverse_covariance)
         self.unet = sd.unet
         self.scale = scale
         self.own = concepts[0].attention == "own"
@@ -169,7 +170,21 @@ class Customised:
         self._maps = self._maps + maps
 
 
-def _check(sd: StableDiffusion, concepts: Sequence[Concept], covariance: str) -> None:
+def check_covariance(concepts: Sequence[Concept], inverse_covariance: Tensor | None) -> None:
+    """Raises ValueError for a concept that was trained with another C^-1, (D, D), than this; None is the identity."""
+    here = fingerprint(inverse_covariance)
+    for concept in concepts:
+        noun, there = concept.superclass, concept.covariance
+        if there != here and there == IDENTITY:
+            raise ValueError(f"{noun!r} was trained without a covariance: sample without one too (no --covariance)")
+        if there != here:
+            raise ValueError(
+                f"{noun!r} was trained with the covariance {there[:12]}, and here is {here[:12]}: "
+                "its gate needs the same file (--covariance FILE)"
+            )
+
+
+def _check(sd: StableDiffusion, concepts: Sequence[Concept]) -> None:
     for concept in concepts:
         find_method(concept.method)
         concept.check_base(sd.architecture, sd.hash)
@@ -177,11 +192,6 @@ def _check(sd: StableDiffusion, concepts: Sequence[Concept], covariance: str) ->
             raise ValueError(
                 f"{concepts[0].superclass!r} was trained with {concepts[0].attention} attention and "
                 f"{concept.superclass!r} with {concept.attention} attention: they cannot be sampled together"
-            )
-        if concept.covariance != covariance:
-            raise ValueError(
-                f"{concept.superclass!r} was trained with the covariance {concept.covariance[:12]}, "
-                f"not {covariance[:12]}: its gate needs the same one"
             )
 
 

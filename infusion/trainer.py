@@ -11,6 +11,7 @@ from torch import Tensor
 
 from infusion.attention import Tape, residual_share
 from infusion.concept import Concept
+from infusion.covariance import InverseCovariance
 from infusion.gate import Gate, fingerprint, target_input, training_prompts
 from infusion.inject import inject
 from infusion.loss import masked_loss
@@ -36,10 +37,14 @@ class ConceptTrainer(pl.LightningModule):
         weight_decay: of AdamW.
         normalise_loss: divide each image's loss by its mask's area.
         seed: of timesteps and noise.
+        covariance: of the gate; None is the identity.
+
+    Attributes:
         inverse_covariance: C^-1, (D, D), of the gate; None is the identity.
 
     Raises:
-        ValueError: templates that `training_prompts` refuses; a method that matches no layer.
+        ValueError: templates that `training_prompts` refuses; a method that matches no layer; a covariance of another
+            architecture.
     """
 
     def __init__(
@@ -53,7 +58,7 @@ class ConceptTrainer(pl.LightningModule):
         weight_decay: float = 0.01,
         normalise_loss: bool = False,
         seed: int = 0,
-        inverse_covariance: Tensor | None = None,
+        covariance: InverseCovariance | None = None,
     ) -> None:
         super().__init__()
         self.sd = sd.requires_grad_(False).eval()
@@ -64,7 +69,9 @@ class ConceptTrainer(pl.LightningModule):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.normalise_loss = normalise_loss
         self.seed = seed
-        self.inverse_covariance = inverse_covariance
+        self.inverse_covariance = None if covariance is None else covariance.matrix
+        if self.inverse_covariance is not None:
+            covariance.check_base(sd.architecture, sd.hash, sd.text.width)
         training_prompts(sd.text.tokenizer, self.templates, superclass)  # refuses what cannot be trained
         self.edits = method.edits(sd.unet)  # layer name -> edit; registered by inject() as parts of the UNet
         inject(sd.unet, self.edits)

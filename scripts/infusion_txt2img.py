@@ -5,7 +5,6 @@ python scripts/infusion_txt2img.py --personalized_ckpt cat.safetensors --prompt 
 
 import argparse
 import logging
-import math
 import sys
 import warnings
 from dataclasses import asdict, fields
@@ -13,44 +12,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from tqdm import tqdm
 
 from infusion.concept import Concept
+from infusion.covariance import InverseCovariance
 from infusion.generate import Settings, check_prompts, generate
 from infusion.pictures import Numbered, grid, png
+from infusion.sampling import check_covariance
 from ldm.config import ROOT, find
 from ldm.errors import Parser, UserError, report
+from ldm.flags import count, find_device, number, numbers, seed
 from ldm.pipeline import StableDiffusion
 from ldm.schedule import SAMPLERS
 
 logger = logging.getLogger(__name__)
-
-
-def number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"`{text}` is not a finite number")
-    return value
-
-
-def numbers(text: str) -> list[float]:
-    try:
-        return [number(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"`{text}` is not a number, nor several with commas between them") from error
-
-
-def count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"`{text}` is not a whole number above 0")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    if not text.isdigit() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"`{text}` is not a whole number from 0 to 2**63 - 1")
-    return int(text)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -67,6 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--beta", type=numbers, metavar="B[,B]", help="similarity at which the gate is half open", default=usual.beta)
     add("--tau", type=numbers, metavar="T[,T]", help="temperature of the gate, above 0", default=usual.tau)
     add("--strength", type=numbers, metavar="S[,S]", help="factor on what was learned", default=usual.strength)
+    add("--covariance", metavar="FILE", help="C⁻¹ that the concept was trained with; None: the identity")
     add("--scale", type=number, help="classifier-free guidance; 1 is none", default=usual.scale)
     add("--steps", "--ddim_steps", type=count, help="sampling steps", default=usual.steps)
     add("--ddim_eta", type=number, help="share of DDIM's noise; 0 is deterministic", default=usual.ddim_eta)
@@ -83,6 +59,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--skip_save", action="store_true", help="write no single images")
     add("--device", help="such as cpu or cuda:1; auto: CUDA where there is some", default="auto")
     flags = parser.parse_args(arguments)
+    if flags.covariance and not flags.personalized_ckpt:
+        parser.error("--covariance: weighs the gate of a concept, and no --personalized_ckpt is given")
     if flags.skip_grid and flags.skip_save:
         parser.error("--skip_grid and --skip_save together leave nothing to write")
     return flags
@@ -120,16 +98,6 @@ def find_config(flags: argparse.Namespace, concepts: list[Concept]) -> Path:
     return path
 
 
-def find_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: {name} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
 def joined(value: object) -> object:
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
@@ -140,7 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     flags = parse(arguments)
     prompts, files = read_prompts(flags), read_concepts(flags)
-    concepts = list(files.values())
+    concepts, inverse = list(files.values()), InverseCovariance(flags.covariance)
+    check_covariance(concepts, inverse.matrix)
     outdir = Path(flags.outdir)
     samples, grids = Numbered(outdir / "samples"), Numbered(outdir, "grid-", digits=4)
     device = find_device(flags.device)
@@ -156,6 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
         "H": rows * sd.vae.factor,
         "W": columns * sd.vae.factor,
         "personalized_ckpt": ",".join(files),
+        "covariance": inverse.fingerprint,
         "superclass": ",".join(concept.superclass for concept in concepts),
         "base": sd.architecture,
         "base_sha256": sd.hash,
@@ -163,13 +133,18 @@ def main(arguments: list[str] | None = None) -> None:
     drawn, paths = [], []
     for index, prompt in enumerate(tqdm(batches, "prompts", disable=len(batches) == 1)):
         seeds = [flags.seed + index * flags.n_samples + i for i in range(flags.n_samples)]
-        images, _ = generate(sd, [prompt] * flags.n_samples, seeds, concepts, settings, progress=len(batches) == 1)
+        images, _ = generate(
+            *(sd, [prompt] * flags.n_samples, seeds, concepts, settings),
+            progress=len(batches) == 1,
+            inverse_covariance=inverse.matrix,
+        )
         drawn += images.cpu()
         if not flags.skip_save:
             texts = ({"prompt": prompt, "seed": seed} | known for seed in seeds)
             paths += [samples.write(png(image, text)) for image, text in zip(images, texts, strict=True)]
     if paths:
-        logger.info("%d images: %s to %s", len(paths), paths[0], paths[-1].name)
+        many = f"1 image: {paths[0]}" if len(paths) == 1 else f"{len(paths)} images: {paths[0]} to {paths[-1].name}"
+        logger.info(many)
     if not flags.skip_grid:
         text = {"prompt": "\n".join(prompts), "seed": flags.seed} | known
         logger.info("grid: %s", grids.write(png(grid(drawn, flags.n_rows or flags.n_samples), text)))

@@ -78,9 +78,16 @@ def test_never_and_always_mirrored(flip_p, side):
     assert set((batch["latents"] // 10).flatten().tolist()) == {side}
 
 
+def latent_shape(height: int, width: int) -> tuple[int, int, int]:
+    """As of a model that halves an image twice."""
+    if height % 4 or width % 4:
+        raise ValueError(f"height must be a multiple of 4 pixels, not {height}")
+    return 4, height // 2, width // 2
+
+
 def attached(data: ConceptData, vae: AutoencoderKL, global_step: int = 0) -> ConceptData:
     data.trainer = SimpleNamespace(
-        lightning_module=SimpleNamespace(sd=SimpleNamespace(vae=vae)),
+        lightning_module=SimpleNamespace(sd=SimpleNamespace(vae=vae, latent_shape=latent_shape)),
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
         global_step=global_step,
         accumulate_grad_batches=2,
@@ -98,6 +105,11 @@ def test_the_data_module_gives_latents_masks_and_templates(images, vae):
     cache = data.cache.latents.flatten(0, 1)
     matches = [next(i for i in range(6) if torch.equal(latents, cache[i])) for latents in batch["latents"]]
     assert torch.equal(batch["mask"], data.cache.masks.flatten(0, 1)[matches])
+
+
+def test_a_size_that_the_model_cannot_halve_is_refused(photos, vae):
+    with pytest.raises(ValueError, match="image_size: height must be a multiple of 4 pixels, not 18"):
+        attached(ConceptData(ConceptImages(photos, 18, "cat")), vae)
 
 
 def test_a_resumed_run_goes_on_with_the_next_batch(images, vae):

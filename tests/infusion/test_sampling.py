@@ -169,7 +169,7 @@ def test_whole_images(sd):
         ([{}], {"tau": 0.0}, "tau"),
         ([{}, {"attention": "own"}], {}, "cannot be sampled together"),
         ([{"method": "dreambooth"}], {}, "no method 'dreambooth'"),
-        ([{"covariance": "ab" * 32}], {}, "same one"),
+        ([{"covariance": "ab" * 32}], {}, "its gate needs the same file"),
     ],
 )
 def test_what_does_not_fit_is_an_error(sd, concepts, options, message):

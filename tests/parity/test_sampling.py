@@ -23,9 +23,9 @@ def test_ten_guided_steps_are_those_of_diffusers(architecture, configs, checkpoi
 
     text = peer.load_text(checkpoint, tmp_path)
     prompt, negative = text(tokenizer([PROMPT, NEGATIVE])).last_hidden_state.split(1)
-    pipeline = StableDiffusionPipeline(
-        peer.load_vae(checkpoint), text, None, peer.load_unet(checkpoint), peer.scheduler(), None, None, False
-    )
+    parts = dict(vae=peer.load_vae(checkpoint), text_encoder=text, tokenizer=None, unet=peer.load_unet(checkpoint))
+    nothing = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipeline = StableDiffusionPipeline(**parts, **nothing, scheduler=peer.scheduler())
     pipeline.set_progress_bar_config(disable=True)
     reference = pipeline(
         prompt_embeds=prompt, negative_prompt_embeds=negative, latents=noise, num_inference_steps=10,

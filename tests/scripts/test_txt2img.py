@@ -1,5 +1,6 @@
 import io
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from PIL import Image
 
 from infusion.concept import Concept
+from infusion.covariance import InverseCovariance, save_inverse
+from infusion.generate import Settings, generate
 from infusion.inject import cross_attention_layers
 from ldm.pipeline import StableDiffusion
 from scripts.infusion_txt2img import main
@@ -87,8 +90,8 @@ def test_the_png_says_how_it_was_made(draw, sd, concept):
     assert text(out / "samples/00000.png") == {
         "prompt": "a “{}”", "seed": "42", "steps": "2", "scale": "7.5", "sampler": "ddim", "ddim_eta": "0.0",
         "negative_prompt": "fog", "H": "16", "W": "16", "beta": "0.7", "tau": "0.2", "strength": "0.5",
-        "precision": "full", "personalized_ckpt": str(concept), "superclass": "cat", "base": "tiny",
-        "base_sha256": sd.hash,
+        "precision": "full", "personalized_ckpt": str(concept), "covariance": "identity", "superclass": "cat",
+        "base": "tiny", "base_sha256": sd.hash,
     }  # fmt: skip
 
 
@@ -121,11 +124,38 @@ def test_strength_zero_and_no_concept_are_the_base_model(draw, tiny, tmp_path):
     assert "superclass" in text(out / "samples/00002.png")
 
 
+def test_a_concept_trained_with_a_covariance_wants_its_file(draw, refused, sd, concept, tmp_path):
+    root = 5 * torch.randn(24, 2, generator=torch.Generator().manual_seed(1))
+    file, other = tmp_path / "c.safetensors", tmp_path / "other.safetensors"
+    save_inverse(file, root @ root.mT + torch.eye(24), {"base_architecture": "tiny"})
+    save_inverse(other, torch.eye(24), {"base_architecture": "tiny"})
+    learned, inverse = Concept.load(concept), InverseCovariance(file)
+    weighed = replace(learned, covariance=inverse.fingerprint)
+    weighed.save(tmp_path / "weighed.safetensors")
+    arguments = ["--personalized_ckpt", tmp_path / "weighed.safetensors", "--n_samples", "1", "--skip_grid"]
+    named = ["--covariance", file]
+    assert "its gate needs the same file (--covariance FILE)" in refused(*arguments)
+    assert "its gate needs the same file (--covariance FILE)" in refused(*arguments, "--covariance", other)
+    assert "'cat' was trained without a covariance" in refused("--covariance", file)
+    assert "no --personalized_ckpt is given" in refused(*named, "--personalized_ckpt", "")
+    assert not (tmp_path / "out").exists()
+
+    out = draw(*arguments, *named, "--prompt", "the old {} outside")
+    assert text(out / "samples/00000.png")["covariance"] == inverse.fingerprint
+    prompts, options = ["the old {} outside"], {"settings": Settings(steps=2)}
+    expected, _ = generate(sd, prompts, [42], [weighed], inverse_covariance=inverse.matrix, **options)
+    plain, _ = generate(sd, prompts, [42], [learned], **options)
+    drawn = pixels(out / "samples/00000.png").astype(float) / 255
+    assert np.abs(drawn - expected[0].permute(1, 2, 0).numpy()).max() < 0.01
+    assert np.abs(drawn - plain[0].permute(1, 2, 0).numpy()).max() > 0.01
+
+
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
         (["--personalized_ckpt", "nowhere.safetensors"], "error: nowhere.safetensors: there is no such concept file"),
         (["--ckpt", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
+        (["--covariance", "nowhere.safetensors"], "error: nowhere.safetensors: there is no such covariance file"),
         (["--config", "nowhere.yaml"], "error: nowhere.yaml: no such config file"),
         (["--from-file", "nowhere.txt"], "error: --from-file: nowhere.txt cannot be read"),
         (["--prompt", "a", "--from-file", "x"], "not allowed with argument"),

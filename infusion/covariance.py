@@ -1,0 +1,249 @@
+"""The covariance of text encodings, C, whose inverse weighs the gate (DESIGN section 2; Perfusion, arXiv 2305.01644).
+
+C = (1 / n) Σ_j e_j e_jᵀ, uncentred, over the n word tokens of many captions. The gate compares the encodings of words
+with the concept's, so C is that of words too: the begin token, the end token and the padding, which are most of the 77
+places and nearly the same in every caption, are left out. (Perfusion's release sums over all 77 places.)
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from infusion.gate import fingerprint
+from ldm.config import find
+from ldm.tokenizer import Tokenizer
+
+FORMAT = "infusion-covariance"
+VERSION = 1
+NAME = "inverse_covariance"  # of the file's only tensor
+MOST = 2e6  # condition number up to which C⁻¹ survives being rounded to float32
+
+
+class Covariance:
+    """C of the encodings seen so far, accumulated in float64 on the CPU.
+
+    Args:
+        width: D of the encodings.
+
+    Attributes:
+        captions, tokens: how many have been seen.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.captions, self.tokens = 0, 0
+        self._sum = torch.zeros(width, width, dtype=torch.float64)
+
+    def update(self, encodings: Tensor, words: Tensor) -> None:
+        """Adds the encodings (B, L, D) of B captions, where `words` (B, L) bool is True.
+
+        Raises:
+            ValueError: an encoding that is not finite.
+        """
+        counted = encodings[words.to(encodings.device)].cpu().double()  # (n, D)
+        if not counted.isfinite().all():
+            raise ValueError("the text encoder gives values that are not finite")
+        self._sum += counted.mT @ counted
+        self.captions += len(encodings)
+        self.tokens += len(counted)
+
+    @property
+    def matrix(self) -> Tensor:
+        """C, (D, D) float64.
+
+        Raises:
+            ValueError: fewer tokens than D, so that C is singular.
+        """
+        width = len(self._sum)
+        if self.tokens < width:
+            raise ValueError(
+                f"{self.captions:,} captions with {self.tokens:,} word tokens are too few: the covariance of encodings "
+                f"{width} wide is singular below {width:,} tokens, and rough below many times that; give more captions"
+            )
+        return self._sum / self.tokens
+
+
+@torch.no_grad()
+def estimate(text_encoder: nn.Module, captions: Iterable[str], batch_size: int = 32) -> Covariance:
+    """The covariance of the word tokens of captions, which are read and encoded a batch at a time.
+
+    Args:
+        text_encoder: as in `ldm.text`, with `encode_tokens`, `tokenizer` and `width`.
+        captions: any number of strings.
+        batch_size: captions encoded at a time; does not change the result.
+    """
+    covariance, captions = Covariance(text_encoder.width), iter(captions)
+    while batch := list(islice(captions, batch_size)):
+        tokens = text_encoder.tokenizer(batch)  # (B, L)
+        covariance.update(text_encoder.encode_tokens(tokens), word_tokens(text_encoder.tokenizer, tokens))
+    return covariance
+
+
+def word_tokens(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
+    """True, (B, L) bool, on the tokens between the begin token and the first end token; ids are (B, L) int64."""
+    words = (tokens == tokenizer.eos).cumsum(1) == 0
+    words[:, 0] = False
+    return words
+
+
+def invert(matrix: Tensor, ridge: float = 0.0) -> tuple[Tensor, float, float]:
+    """(C + ridge · mean eigenvalue · I)⁻¹, and the condition numbers of C without and with the ridge.
+
+    A text encoder ends in a LayerNorm, which fixes one direction of its encodings: one eigenvalue of C is far below the
+    others, whatever the number of captions. No eigenvalue is above D times the mean, so a ridge of 0.001 always does.
+
+    Args:
+        matrix: C, (D, D), symmetric, float64.
+        ridge: at least 0; as a share of C's mean eigenvalue.
+
+    Returns:
+        (D, D) float64, exactly symmetric; condition numbers, infinite for what is singular to rounding.
+
+    Raises:
+        ValueError: a ridge below 0, or a condition number above `MOST` with it; the message says which ridge will do.
+    """
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"ridge: must be a number of at least 0, not {ridge}")
+    values, vectors = torch.linalg.eigh(matrix)  # ascending
+    mean = values.mean()
+    raised = values + ridge * mean
+    before, after = _condition(values), _condition(raised)
+    if after > MOST:
+        enough = f"{2 * values[-1].item() / MOST / mean.item():.0e}"
+        raise ValueError(
+            f"the covariance's condition number is {after:.1e}, and above {MOST:.0e} the gate would be rounding "
+            f"errors: give a ridge of {enough} or more"
+        )
+    inverse = (vectors / raised) @ vectors.mT
+    return (inverse + inverse.mT) / 2, before, after
+
+
+def _condition(eigenvalues: Tensor) -> float:
+    """The largest by the smallest of D ascending eigenvalues; infinite where the smallest is 0 to rounding."""
+    least, most = eigenvalues[0].item(), eigenvalues[-1].item()
+    rounding = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+    return most / least if least > rounding * most else math.inf
+
+
+class InverseCovariance:
+    """C⁻¹ from a file of `data/estimate_C_inv.py`, or the identity.
+
+    Args:
+        path: the file, relative to the working directory or else to the repository; None is the identity.
+
+    Attributes:
+        matrix: (D, D) float32, symmetric positive definite; None is the identity.
+        architecture, base_hash: of the base model whose text encoder it is of; None where that is not known.
+
+    Raises:
+        ValueError: the file is missing, damaged, no covariance file, of a newer version, or its matrix is not square,
+            finite, symmetric and positive definite; the message names the file.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.matrix: Tensor | None = None
+        self.architecture: str | None = None
+        self.base_hash: str | None = None
+        self.path = path
+        if path is not None:
+            self.matrix, metadata = _read(path)
+            self.architecture, self.base_hash = metadata.get("base_architecture"), metadata.get("base_sha256") or None
+
+    @property
+    def fingerprint(self) -> str:
+        """As in `infusion.gate.fingerprint`."""
+        return fingerprint(self.matrix)
+
+    def check_base(self, architecture: str, base_hash: str | None, width: int) -> None:
+        """Warn when C is of another checkpoint's text encoder; the identity suits every base.
+
+        Args:
+            architecture, base_hash: of the base model; None where it came from no file.
+            width: D of its text encodings.
+
+        Raises:
+            ValueError: C is of another architecture or width.
+        """
+        if self.matrix is None:
+            return
+        if self.architecture != architecture or len(self.matrix) != width:
+            raise ValueError(
+                f"{self.path}: the covariance of {self.architecture!r}, {len(self.matrix)} wide, "
+                f"does not fit {architecture!r}, {width} wide"
+            )
+        if base_hash is not None and self.base_hash != base_hash:
+            warnings.warn(
+                f"{self.path}: the covariance is of another checkpoint of {architecture!r} than the one in use",
+                stacklevel=2,
+            )
+
+
+def save_inverse(path: str | Path, inverse: Tensor, facts: Mapping[str, object]) -> None:
+    """Writes C⁻¹ (D, D) as float32, with `facts` as metadata, in one go. Makes the folder if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": FORMAT, "format_version": VERSION} | dict(facts)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        tensors = {NAME: inverse.to(torch.float32).contiguous()}
+        save_file(tensors, partial, metadata={name: str(value) for name, value in metadata.items()})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_captions(path: str | Path) -> Iterator[str]:
+    """The lines of a UTF-8 text file, without surrounding space and without empty lines.
+
+    Raises:
+        ValueError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            yield from filter(None, map(str.strip, file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _read(path: str | Path) -> tuple[Tensor, dict[str, str]]:
+    file = find(path)
+    if not file.is_file():
+        raise ValueError(f"{path}: there is no such covariance file")
+    try:
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path}: no covariance file: its format is {metadata.get('format')!r}, not {FORMAT!r}"
+                )
+            version = metadata.get("format_version", "")
+            if not version.isdigit() or int(version) > VERSION:
+                raise ValueError(f"{path}: the format version is {version!r}; this code reads up to {VERSION}")
+            if list(content.keys()) != [NAME]:  # noqa: SIM118 (not a mapping)
+                raise ValueError(f"{path}: holds {', '.join(content.keys()) or 'no tensor'} instead of {NAME}")
+            matrix = content.get_tensor(NAME)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged, or no safetensors file ({error})") from error
+    if problem := _problem(matrix):
+        raise ValueError(f"{path}: {problem}")
+    return matrix.float(), metadata
+
+
+def _problem(matrix: Tensor) -> str:
+    """What keeps a tensor from being an inverse covariance; "" is nothing."""
+    if not matrix.is_floating_point() or matrix.ndim != 2 or len(matrix) != matrix.shape[1]:
+        return f"{tuple(matrix.shape)} of {matrix.dtype} is no square matrix of floating-point numbers"
+    if not matrix.isfinite().all():
+        return "the matrix is not finite (NaN or infinity)"
+    if not torch.allclose(matrix, matrix.mT, rtol=1e-5, atol=0):
+        return "the matrix is not symmetric"
+    if torch.linalg.cholesky_ex(matrix.double()).info:
+        return "the matrix is not positive definite, so no covariance has this inverse"
+    return ""

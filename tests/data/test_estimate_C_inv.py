@@ -1,0 +1,121 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from data.estimate_C_inv import main
+from infusion.covariance import InverseCovariance, estimate, invert
+from ldm.checkpoint import sha256
+from ldm.pipeline import StableDiffusion
+
+CAPTIONS = [f"a photo of {number} {noun}" for number in ("one", "two", "three") for noun in ("cats", "hats", "teapots")]
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    path = tmp_path / "captions.txt"
+    path.write_text("\n\n".join(CAPTIONS) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(tiny: Path, captions: Path, tmp_path: Path):
+    """Runs the command on the tiny backbone; returns the file that it writes."""
+
+    def command(*arguments: object) -> Path:
+        saved = tmp_path / "new" / "c.safetensors"
+        words = ["--caption", captions, "--save_path", saved, "--config", tiny, "--device", "cpu", *arguments]
+        main(list(map(str, words)))
+        return saved
+
+    return command
+
+
+@pytest.fixture
+def refused(run, capsys):
+    """The one line that the command ends with, with exit code 2."""
+
+    def command(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as stop:
+            run(*arguments)
+        assert stop.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return command
+
+
+@pytest.mark.parametrize("arguments", [[], ["--batch_size", "2", "--ridge", "0.5", "--type", "clip"]])
+def test_writes_the_inverse_and_what_it_is_of(run, tiny, arguments):
+    path = run(*arguments)
+    ridge = 0.5 if arguments else 0.001
+    sd = StableDiffusion.from_checkpoint(tiny)
+    covariance = estimate(sd.text, CAPTIONS)
+    expected, _, after = invert(covariance.matrix, ridge)
+    read = InverseCovariance(path)
+    # the batch size changes an encoding in its last bits, and the inverse enlarges that by the condition number
+    torch.testing.assert_close(read.matrix, expected.float(), rtol=0, atol=1e-5 * after * expected.abs().max().item())
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    weights = sha256(tiny.with_name("tiny.safetensors"))
+    assert float(metadata.pop("condition")) == pytest.approx(after, rel=0.01)
+    assert metadata == {
+        "format": "infusion-covariance", "format_version": "1", "base_architecture": "tiny", "base_sha256": weights,
+        "captions": "9", "tokens": str(covariance.tokens), "ridge": str(ridge),
+    }  # fmt: skip
+    read.check_base("tiny", weights, 24)
+
+
+def test_reports_captions_tokens_and_condition(run, caplog):
+    caplog.set_level("INFO")
+    path = run()
+    counts, condition, written = (record.message for record in caplog.records[-3:])
+    assert counts == "9 captions, 48 word tokens"
+    assert condition.startswith("condition number ") and ", with the ridge " in condition
+    before, after = (float(word) for word in condition.removeprefix("condition number ").split(", with the ridge "))
+    assert before > after > 1
+    assert written == f"{path}: 24 × 24, {InverseCovariance(path).fingerprint[:12]}"
+
+
+def test_nothing_is_overwritten_unasked(run, refused):
+    path = run()
+    before = path.read_bytes()
+    assert refused().startswith(f"error: --save_path: {path} exists already; name another file, or give --overwrite")
+    assert path.read_bytes() == before
+    run("--overwrite", "--ridge", "0.5")
+    assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--caption", "gone.txt"], "error: --caption: there is no file gone.txt"),
+        (["--ckpt", "gone.safetensors"], "error: --ckpt: there is no file gone.safetensors"),
+        (["--config", "gone.yaml"], "error: gone.yaml: no such config file"),
+        (["--type", "openclip"], "error: --type: openclip was asked for, and "),
+        (["--type", "t5"], "argument --type: invalid choice"),
+        (["--save_path", "c.npy"], "--save_path: c.npy must end in .safetensors"),
+        (["--ridge", "-1"], "--ridge: must be at least 0"),
+        (["--ridge", "0"], "or more"),
+        (["--batch_size", "0"], "argument --batch_size: `0` is not a whole number above 0"),
+        (["--device", "warp:9"], "error: --device: warp:9 cannot be used here"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(refused, tmp_path, arguments, complaint):
+    line = refused(*arguments)
+    assert line.startswith("error: ") and complaint in line
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"a cat\n", "1 captions with 2 word tokens are too few: the covariance of encodings 24 wide is singular"),
+        (b"\n  \n", "captions.txt has no caption in it"),
+        ("ein Bär\n".encode("latin-1"), "captions.txt: cannot be read as UTF-8 text"),
+    ],
+)
+def test_captions_that_will_not_do(refused, captions, tmp_path, content, complaint):
+    captions.write_bytes(content)
+    assert complaint in refused()
+    assert not (tmp_path / "new").exists()
