@@ -3,8 +3,8 @@
 A config has the nodes `model` (a LightningModule), `data` (a LightningDataModule), `trainer` (the parameters of
 `pytorch_lightning.Trainer`) and, optionally, `callbacks` (a list of nodes, or a mapping of names to nodes where null
 drops one). `ckpt` is the checkpoint that the model's `sd` starts from, `ckpt_source` where to get it; `parts` maps
-components of `sd` (unet, vae, text) to files that hold one each. `save_every` is the number of optimiser steps between
-two `models/last.ckpt`.
+components of `sd` (unet, vae, text) to files that hold one each. `use_ema: true` takes the averaged weights of the UNet
+in `ckpt`. `save_every` is the number of optimiser steps between two `models/last.ckpt`.
 """
 
 import json
@@ -26,7 +26,7 @@ from ldm.config import ConfigError, build, check, check_params, find, load_confi
 from ldm.errors import Parser, UserError, report, suggestion
 from ldm.pipeline import StableDiffusion
 
-DEFAULTS = {"trainer": {}, "callbacks": {}, "parts": {}, "seed": 23, "save_every": 500}
+DEFAULTS = {"trainer": {}, "callbacks": {}, "parts": {}, "use_ema": False, "seed": 23, "save_every": 500}
 NODES = ("model", "data", "ckpt", "ckpt_source", *DEFAULTS)
 NOISE = (  # warnings of Lightning's about what is meant to be so
     *("many workers", "LeafSpec", "smaller than the logging", "directory .* not empty", "is not resumable"),
@@ -85,6 +85,8 @@ def read_config(flags: Namespace) -> DictConfig:
     for node in ("model", "data"):
         if node not in config:
             raise ConfigError(f"{', '.join(map(str, files))}: the config has no `{node}`")
+    if not isinstance(config.use_ema, bool):
+        raise ConfigError(f"use_ema: true or false is wanted, not {config.use_ema!r}")
     for key in ("seed", "save_every"):
         if not isinstance(config[key], int):
             raise ConfigError(f"{key}: an integer is wanted, not {config[key]!r}")
@@ -144,19 +146,19 @@ def weight_files(config: DictConfig) -> dict[str, Path]:
     for key, name in names.items():
         if name is not None:
             found[key] = find(name)
-            if not found[key].is_file():
+            if not (found[key].exists() if key == "ckpt" else found[key].is_file()):  # a diffusers folder is one, too
                 source = config.get("ckpt_source") if key == "ckpt" else None
                 source = f"get it from {source} or " if source else ""
                 raise UserError(f"{key}: there is no file {name}; {source}name another by {key}=FILE")
     return found
 
 
-def load_weights(sd: StableDiffusion, files: dict[str, Path]) -> None:
+def load_weights(sd: StableDiffusion, files: dict[str, Path], use_ema: bool = False) -> None:
     """Loads the checkpoint, then single components, whose tensors may be named as there or as in the module."""
     for key, file in files.items():
         component = key.removeprefix("parts.")
         if key == "ckpt":
-            sd.load(file)
+            sd.load(file, use_ema)
             continue
         with TensorFile(file) as tensors:
             candidates = (PREFIXES[component], f"{component}.", "")
@@ -170,7 +172,7 @@ def build_model(config: DictConfig, files: dict[str, Path], meta: bool = False) 
     if "sd" in (config.model.get("params") or {}):
         with device:
             sd = build(config.model.params.sd, "model.params.sd")
-        load_weights(sd, files)
+        load_weights(sd, files, config.get("use_ema", False))
         return build(config.model, "model", given={"sd": sd})
     if files:
         raise ConfigError(f"{next(iter(files))}: names weights, and model.params has no `sd` to load them into")

@@ -61,6 +61,7 @@ class ConceptSamples(pl.Callback):
         settings = {"steps": self.steps, "scale": self.scale, "seed": self.seed}
         if self._base is None:
             self._base = module.sd.sample([fill(prompt, [module.superclass]) for prompt in self.prompts], **settings)
+        settings["inverse_covariance"] = module.inverse_covariance
         customised = module.sd.sample(self.prompts, concepts=[module.concept()], **settings)
         grid = make_grid(torch.cat([self._base, customised]), nrow=len(self.prompts))
         path = Path(trainer.default_root_dir) / "images" / f"step={self._drawn:06d}.png"

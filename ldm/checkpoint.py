@@ -1,66 +1,36 @@
-"""Checkpoint files in LDM's layout: read strictly, one component at a time, and written."""
+"""Checkpoints in LDM's layout, or in diffusers': loaded strictly, straight to their device and dtype, and written."""
 
 import hashlib
-import pickle
-import zipfile
+import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ldm.diffusers_layout import Folder, open_checkpoint
+from ldm.layout import EMA, PREFIXES, ignored, match
+from ldm.recognise import guess
+from ldm.tensorfile import TensorFile
 
 if TYPE_CHECKING:
     from ldm.pipeline import StableDiffusion
 
-# component (attribute of StableDiffusion) -> what its tensors' names begin with
-PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model."}
+__all__ = [
+    "PREFIXES",
+    "SHOWN",
+    "TensorFile",
+    "guess",
+    "load_component",
+    "load_into",
+    "open_checkpoint",
+    "save",
+    "sha256",
+]
 SHOWN = 5  # names in an error message
-
-
-class TensorFile:
-    """Tensors of a `.safetensors` or `.ckpt` file by name, read one at a time; a context manager.
-
-    A `.ckpt` file is a pickle: only tensors and plain containers are unpickled. Tensors nested under `state_dict`
-    are found there.
-
-    Attributes:
-        shapes: the shape of every tensor, by name.
-
-    Raises:
-        ValueError: no such file, or not one that can be read safely.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise ValueError(f"{path}: no such file")
-        self._stack = ExitStack()
-        try:
-            if self.path.suffix == ".safetensors":
-                file = self._stack.enter_context(safe_open(self.path, framework="pt"))
-                self._read = file.get_tensor
-                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            else:
-                tensors = _load_pickle(self.path)
-                self._read = tensors.__getitem__
-                self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            raise ValueError(f"{path}: not a checkpoint that can be read safely ({error})") from error
-
-    def read(self, name: str) -> Tensor:
-        """The tensor of that name, on the CPU, as stored."""
-        return self._read(name)
-
-    def __enter__(self) -> "TensorFile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
 
 
 def load_component(path: str | Path, prefix: str) -> dict[str, Tensor]:
@@ -70,91 +40,121 @@ def load_component(path: str | Path, prefix: str) -> dict[str, Tensor]:
         ValueError: the file cannot be read, or has no such tensor.
     """
     with TensorFile(path) as file:
-        names = [name for name in file.shapes if name.startswith(prefix) and not _ignored(name)]
+        names = [name for name in file.shapes if name.startswith(prefix) and not ignored(name)]
         if not names:
             raise ValueError(f"{path}: no tensor is named {prefix}*")
         return {name.removeprefix(prefix): file.read(name) for name in names}
 
 
-def load_into(modules: Mapping[str, nn.Module], path: str | Path) -> list[str]:
-    """Load a file into modules, strictly: every tensor that a module has must be there with its shape.
+def load_into(
+    modules: Mapping[str, nn.Module], path: str | Path, use_ema: bool = False, device: torch.device | str = "cpu"
+) -> list[str]:
+    """Load a file into modules, strictly: every tensor that a module runs must be there with its shape.
 
-    Nothing is changed unless everything fits. Values take the modules' dtypes. Modules built on the meta device
-    come to the CPU; the parameters of the others stay the same objects.
+    Nothing is changed unless everything fits. Values take the modules' dtypes. Modules built on the meta device come to
+    `device`; the parameters of the others stay the same objects where they are. Tensors are read one at a time, so that
+    the memory needed is that of the modules and little more. Tensors that a module never runs
+    (`ldm.diffusers_layout.unrun`) become zero where the file lacks them.
 
     Args:
-        modules: prefix of the names in the file -> module; see `PREFIXES`.
-        path: a file in LDM's layout.
+        modules: prefix of the names in the file -> module; see `PREFIXES`. With the prefix "" the file may also be one
+            part of a diffusers folder.
+        path: a file in LDM's layout, where CLIP's text tower may lack the level `text_model`; or a diffusers folder.
+        use_ema: take the averaged weights of the UNet, `model_ema.*`.
+        device: for modules on the meta device.
 
     Returns:
-        Sorted names of the tensors in the file that no module has; `position_ids`, a constant of old files, aside.
+        Sorted names of the tensors in the file that no module has, but for what old files have besides: averages,
+        `position_ids` and the tables of the noise schedule.
 
     Raises:
-        ValueError: the file cannot be read, or a tensor is missing or has another shape.
+        ValueError: the file cannot be read, a tensor is missing or has another shape, or there are no averages.
     """
-    with TensorFile(path) as file:
-        expected = {prefix: module.state_dict() for prefix, module in modules.items()}
-        shapes = {prefix + name: tuple(t.shape) for prefix, state in expected.items() for name, t in state.items()}
-        missing = [name for name in shapes if name not in file.shapes]
-        if missing:
+    with open_checkpoint(path) as file:
+        if use_ema and not any(name.startswith(EMA) for name in file.shapes):
+            raise ValueError(f"{path}: has no averaged weights ({EMA}*): load it without use_ema")
+        found = match(file, modules, use_ema)
+        if found.missing:
             raise ValueError(
-                f"{path}: {len(missing)} of {len(shapes)} expected tensors are missing: {_shown(missing)}. "
-                "Is it a checkpoint of this architecture?"
+                f"{path}: {len(found.missing)} of {found.expected} expected tensors are missing: "
+                f"{_shown(found.missing)}; {guess(file)}"
             )
-        wrong = [f"{name} {file.shapes[name]} instead of {shapes[name]}" for name in shapes
-                 if file.shapes[name] != shapes[name]]  # fmt: skip
-        if wrong:
+        if found.wrong:
             raise ValueError(
-                f"{path}: {len(wrong)} tensors have other shapes: {_shown(wrong)}. "
-                "Is it a checkpoint of this architecture?"
+                f"{path}: {len(found.wrong)} tensors have other shapes: {_shown(found.wrong)}; {guess(file)}"
             )
         for prefix, module in modules.items():
-            state = {name: file.read(prefix + name).to(t.dtype) for name, t in expected[prefix].items()}
-            module.load_state_dict(state, assign=any(t.is_meta for t in expected[prefix].values()))
-            unset = [name for name, t in chain(module.named_parameters(), module.named_buffers()) if t.is_meta]
-            if unset:
-                raise RuntimeError(f"{prefix}: no value for {_shown(unset)}, which are in no checkpoint")
-        return sorted(name for name in file.shapes if name not in shapes and not _ignored(name))
+            _materialise(prefix, module, device)
+        for prefix, module in modules.items():
+            for name, target in module.state_dict().items():
+                _fill(target, file, found.sources[prefix][name])
+    return found.unexpected
 
 
 def save(path: str | Path, pipeline: "StableDiffusion", dtype: torch.dtype = torch.float16) -> None:
     """Write a pipeline's UNet, autoencoder and text encoder into one `.safetensors` file in LDM's layout.
 
     Args:
-        path: where to, ending in `.safetensors`.
+        path: where to, ending in `.safetensors`; a file of that name is replaced once the new one is whole.
         pipeline: the one to write, without a concept injected.
         dtype: of every floating-point tensor in the file.
 
     Raises:
         ValueError: another ending.
     """
-    if Path(path).suffix != ".safetensors":
+    path = Path(path)
+    if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the name must end in .safetensors")
     tensors = {}
     for component, prefix in PREFIXES.items():
         for name, tensor in getattr(pipeline, component).state_dict().items():
-            target = dtype if tensor.is_floating_point() else tensor.dtype
-            tensors[prefix + name] = tensor.detach().to("cpu", target).contiguous()
-    save_file(tensors, path, metadata={"format": "pt", "modelspec.architecture": pipeline.architecture})
+            tensors[prefix + name] = stored(tensor, dtype)
+    write(path, tensors, {"modelspec.architecture": pipeline.architecture})
+
+
+def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as files hold it: on the CPU, contiguous, and of that dtype where it is floating-point."""
+    return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file in one go: it is there whole, or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"} | (metadata or {}))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sha256(path: str | Path) -> str:
-    """The file's SHA-256, in lowercase hexadecimal."""
+    """A file's SHA-256, in lowercase hexadecimal; a diffusers folder's is that of its parts' digests, one a line."""
+    if Path(path).is_dir():
+        with Folder(path) as folder:
+            digests = [sha256(folder.files[part].path) for part in sorted(folder.files)]
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: holds no state dict but a {type(content).__name__}")
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+def _materialise(prefix: str, module: nn.Module, device: torch.device | str) -> None:
+    """Give what is on the meta device room on a device; the values must all come from the file."""
+    covered = module.state_dict().keys()
+    pieces = chain(module.named_parameters(), module.named_buffers())
+    unset = [name for name, tensor in pieces if tensor.is_meta and name not in covered]
+    if unset:
+        raise RuntimeError(f"{prefix}: no value for {_shown(unset)}, which are in no checkpoint")
+    if any(tensor.is_meta for tensor in module.state_dict().values()):
+        module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
 
 
-def _ignored(name: str) -> bool:
-    return name.endswith("embeddings.position_ids")
+def _fill(target: Tensor, file: TensorFile | Folder, sources: tuple[str, ...]) -> None:
+    """Values of one tensor, from the tensors of the file that are it, one below the other; zero from none."""
+    if not sources:
+        target.zero_()
+        return
+    parts = [file.read(name) for name in sources]
+    target.copy_((parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(target.shape))
 
 
 def _shown(names: list[str]) -> str:

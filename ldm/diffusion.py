@@ -18,16 +18,24 @@ class LatentDiffusion(pl.LightningModule):
 
     UNet and text tower are trained, the autoencoder is not. A share of the captions is emptied, for classifier-free
     guidance. `min_snr` is γ of Hang et al. 2023 (eq. 7): the loss on ε is weighted by min(SNR, γ) / SNR, so that steps
-    with little noise do not take most of the capacity. Batches: {"latents": (B, C, h, w), "captions": list of B}.
+    with little noise do not take most of the capacity. `clean_weight` adds so much of the loss on the clean latents,
+    which is the one on ε by the SNR: where things stand is decided at noise levels at which ε hardly depends on it.
+    Batches: {"latents": (B, C, h, w), "captions": list of B}.
     """
 
     def __init__(
-        self, sd: StableDiffusion, learning_rate: float = 6e-4, caption_dropout: float = 0.1, min_snr: float = 5.0
+        self,
+        sd: StableDiffusion,
+        learning_rate: float = 6e-4,
+        caption_dropout: float = 0.1,
+        min_snr: float = 5.0,
+        clean_weight: float = 0.0,
     ):
         super().__init__()
         if sd.schedule.prediction_type != "epsilon":
             raise ValueError(f"min_snr weights an ε-prediction, and this model predicts {sd.schedule.prediction_type}")
-        self.sd, self.learning_rate, self.caption_dropout, self.min_snr = sd, learning_rate, caption_dropout, min_snr
+        self.sd, self.learning_rate, self.caption_dropout = sd, learning_rate, caption_dropout
+        self.min_snr, self.clean_weight = min_snr, clean_weight
         self.sd.vae.requires_grad_(False)
 
     def training_step(self, batch: dict, index: int) -> Tensor:
@@ -43,7 +51,7 @@ class LatentDiffusion(pl.LightningModule):
         errors = F.mse_loss(prediction.float(), noise, reduction="none").mean((1, 2, 3))  # (B,)
         signal = self.sd.schedule.alphas_cumprod.to(latents.device)[timesteps]
         snr = signal / (1 - signal)
-        loss = (errors * snr.clamp(max=self.min_snr) / snr).mean()
+        loss = (errors * (snr.clamp(max=self.min_snr) + self.clean_weight) / snr).mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ldm import checkpoint as files
 from ldm.autoencoder import AutoencoderKL
 from ldm.config import ConfigError, build, load_config
+from ldm.recognise import guess
 from ldm.sampler import Denoiser, Guided, initial_noise, sample
 from ldm.schedule import Schedule
 from ldm.text import ClipText, OpenClipText
@@ -38,7 +39,7 @@ class StableDiffusion(nn.Module):
 
     Attributes:
         architecture: `name`.
-        weights: the file that the weights came from, or None.
+        weights: the file, or diffusers folder, that the weights came from, or None.
 
     Raises:
         ValueError: parts that do not fit together.
@@ -89,14 +90,17 @@ class StableDiffusion(nn.Module):
         ckpt_path: str | Path | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        use_ema: bool | None = None,
     ) -> Self:
         """A trained model, frozen.
 
         Args:
             config_path: as for `from_config`.
-            ckpt_path: `.safetensors` (or `.ckpt`) in LDM's layout; None takes the model's usual file.
+            ckpt_path: `.safetensors` (or `.ckpt`) in LDM's layout, or a diffusers folder; None takes the model's usual
+                file.
             device: where it goes.
             dtype: of the UNet and the text encoder; the autoencoder, which overflows float16, stays in float32.
+            use_ema: take the averaged weights of the UNet, `model_ema.*`; None: the config's key `use_ema`, else False.
 
         Raises:
             ValueError: a mistake in the config, no such file, or a file that does not hold exactly this model.
@@ -106,20 +110,29 @@ class StableDiffusion(nn.Module):
             pipeline = cls.from_config(config)
         pipeline.unet.to(dtype)
         pipeline.text.to(dtype)
-        pipeline.load(pipeline._usual_weights(config.get("ckpt_source")) if ckpt_path is None else ckpt_path)
+        weights = pipeline._usual_weights(config.get("ckpt_source")) if ckpt_path is None else ckpt_path
+        use_ema = bool(config.get("use_ema", False)) if use_ema is None else use_ema
+        pipeline.load(weights, use_ema, device)
         return pipeline.requires_grad_(False).to(device)
 
-    def load(self, path: str | Path | None = None) -> None:
-        """Load weights from a checkpoint file, strictly; None is the model's usual file.
+    def load(self, path: str | Path | None = None, use_ema: bool = False, device: torch.device | str = "cpu") -> None:
+        """Load weights from a checkpoint, strictly; None is the model's usual file.
 
         Warns of tensors of the file that the model has no place for.
+
+        Args:
+            path: as for `from_checkpoint`.
+            use_ema: take the averaged weights of the UNet.
+            device: where parts on the meta device go; the others stay where they are.
 
         Raises:
             ValueError: no such file, or a file that does not hold exactly this model.
         """
         path = self._usual_weights() if path is None else Path(path)
+        if path.is_dir():
+            self._check_folder(path)
         modules = {prefix: getattr(self, name) for name, prefix in files.PREFIXES.items()}
-        unexpected = [name for name in files.load_into(modules, path) if name.startswith(tuple(modules))]
+        unexpected = files.load_into(modules, path, use_ema, device)
         if unexpected:
             shown = ", ".join(unexpected[: files.SHOWN])
             warn(f"{path}: {len(unexpected)} tensors have no place in {self.architecture}: {shown}", stacklevel=2)
@@ -181,6 +194,7 @@ class StableDiffusion(nn.Module):
         beta: float | Sequence[float] | None = None,
         tau: float | Sequence[float] | None = None,
         strengths: float | Sequence[float] | None = None,
+        inverse_covariance: Tensor | None = None,
     ) -> Tensor:
         """One image per prompt; image `i` has the seed `seed + i`, so it depends on no other image and no batch size.
 
@@ -198,6 +212,7 @@ class StableDiffusion(nn.Module):
             progress: show a progress bar.
             beta, tau: the concepts' gates, one value or one per concept; None is the default for sampling.
             strengths: factors on the concepts' residuals, one value or one per concept; None is 1.
+            inverse_covariance: C⁻¹, (D, D), when the concepts were trained with one; None is the identity.
 
         Returns:
             (B, 3, H, W) float32 in [0, 1], on the model's device.
@@ -217,8 +232,9 @@ class StableDiffusion(nn.Module):
         for start in range(0, len(prompts), size):
             batch = list(prompts[start : start + size])
             seeds = range(seed + start, seed + start + len(batch))
-            blending = {"beta": beta, "tau": tau, "strengths": strengths} if concepts else {}
-            with self.denoiser(batch, concepts, negative_prompt, scale, **blending) as denoise:
+            options = {"beta": beta, "tau": tau, "strengths": strengths, "inverse_covariance": inverse_covariance}
+            options = options if concepts else {}
+            with self.denoiser(batch, concepts, negative_prompt, scale, **options) as denoise:
                 images.append(self.draw(denoise, seeds, steps, eta, sampler, height, width, progress))
         return torch.cat(images)
 
@@ -253,12 +269,21 @@ class StableDiffusion(nn.Module):
         latents = sample(denoise, self.schedule.scheduler(sampler), noise, steps, eta, generators, progress)
         return self.decode(latents)
 
+    def _check_folder(self, path: Path) -> None:
+        """A diffusers folder says what its UNet predicts, which tensors do not."""
+        with files.open_checkpoint(path) as folder:
+            theirs, ours = folder.prediction_type, self.schedule.prediction_type
+            if theirs is not None and theirs != ours:
+                raise ValueError(
+                    f"{path}: its UNet predicts {theirs}, {self.architecture} predicts {ours}; {guess(folder)}"
+                )
+
     def _usual_weights(self, source: str | None = None) -> Path:
         """The usual weights' file; `source` says where to get it when it is not there."""
         if self.checkpoint is None:
             raise ValueError(f"the model {self.architecture!r} has no usual checkpoint file: name one")
         for path in (Path(self.checkpoint), ROOT / self.checkpoint):
-            if path.is_file():
+            if path.exists():
                 return path
         hint = f"get it from {source}, or " if source else ""
         raise ValueError(f"{self.checkpoint}: no such file; {hint}name another checkpoint of {self.architecture}")

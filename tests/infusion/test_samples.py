@@ -66,6 +66,23 @@ def test_grids_go_to_tensorboard(module, tmp_path):
     assert (image.step, image.width, image.height) == (7, 2 * (SIZE + GAP) + GAP, 2 * (SIZE + GAP) + GAP)
 
 
+def test_a_concept_is_drawn_with_the_covariance_that_it_learns_with(module, tmp_path):
+    spread = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    module.inverse_covariance = spread @ spread.mT + torch.eye(32)
+    with torch.no_grad():
+        for residual in module.learned.values():
+            residual.fill_(3.0)
+    module.trainer = None
+    trainer = SimpleNamespace(global_step=2, default_root_dir=str(tmp_path), loggers=[])
+    ConceptSamples(PROMPTS, steps=2, seed=4).on_train_end(trainer, module)
+    settings = dict(concepts=[module.concept()], steps=2, scale=7.0, seed=4)
+    expected = module.sd.sample(PROMPTS, inverse_covariance=module.inverse_covariance, **settings)
+    drawn = torch.from_numpy(cells(tmp_path / "images" / "step=000002.png")[1]).permute(0, 3, 1, 2) / 255
+    torch.testing.assert_close(drawn, expected, atol=1 / 255, rtol=0)
+    with pytest.raises(ValueError, match="--covariance FILE"):
+        module.sd.sample(PROMPTS, **settings)
+
+
 @pytest.mark.parametrize("options", [{"prompts": []}, {"prompts": ["a cat"]}, {"prompts": PROMPTS, "every": 0}])
 def test_mistakes(options):
     with pytest.raises(ValueError, match="^(prompts|every): "):

@@ -71,9 +71,11 @@ def test_learning_rate_stays_without_a_number_of_steps():
     assert made["optimizer"].param_groups[0]["lr"] == pytest.approx(0.5)
 
 
-def test_diffusion_loss_of_a_model_that_predicts_nothing(sd):
-    """A fresh UNet predicts 0, so the loss is the noise's own power under the weights min(SNR, γ) / SNR."""
-    module = logged(LatentDiffusion(sd, caption_dropout=0.0, min_snr=5.0))
+@pytest.mark.parametrize("clean_weight", [0.0, 0.2])
+def test_diffusion_loss_of_a_model_that_predicts_nothing(sd, clean_weight):
+    """A fresh UNet predicts 0: the loss is the noise's own power, weighted by min(SNR, γ) / SNR, and that of the clean
+    latents x_0 = (x_t − √(1 − ᾱ) ε) / √ᾱ that this implies."""
+    module = logged(LatentDiffusion(sd, caption_dropout=0.0, min_snr=5.0, clean_weight=clean_weight))
     latents = torch.randn(64, 4, 8, 8)
     torch.manual_seed(1)
     loss = module.training_step({"latents": latents, "captions": ["a cat"] * 64}, 0)
@@ -85,7 +87,10 @@ def test_diffusion_loss_of_a_model_that_predicts_nothing(sd):
     snr = alphas / (1 - alphas)
     weights = torch.minimum(snr, torch.tensor(5.0)) / snr
     assert weights.min() < 0.1 and weights.max() == 1
-    assert loss.item() == pytest.approx((noise.square().mean((1, 2, 3)) * weights).mean().item(), rel=1e-5)
+    noisy = sd.schedule.add_noise(latents, noise, timesteps)
+    clean = sd.schedule.to_latents(torch.zeros_like(noise), noisy, timesteps)
+    expected = noise.square().mean((1, 2, 3)) * weights + clean_weight * (clean - latents).square().mean((1, 2, 3))
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(("share", "emptied"), [(0.0, 0), (1.0, 8)])

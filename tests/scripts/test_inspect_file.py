@@ -1,0 +1,108 @@
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from infusion.concept import Concept
+from ldm.checkpoint import save, sha256
+from ldm.diffusers_export import export_diffusers
+from ldm.pipeline import StableDiffusion
+from ldm.recognise import backbones
+from scripts.inspect_file import main
+
+
+@pytest.fixture
+def inspect(capsys):
+    def run(path: Path) -> dict:
+        main([str(path)])
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture
+def known(tiny, monkeypatch) -> StableDiffusion:
+    """The tiny backbone, as if its config were in configs/backbone."""
+    node = backbones()["sd15"]
+    sd = StableDiffusion.from_checkpoint(tiny)
+    from omegaconf import OmegaConf
+
+    from ldm.config import load_config
+
+    own = OmegaConf.to_container(load_config(tiny).sd, resolve=True)
+    own["params"]["schedule"] = {"target": node["params"]["schedule"]["target"], "params": {}}
+    for module in ("ldm.recognise", "ldm.inspection"):
+        monkeypatch.setattr(f"{module}.backbones", lambda: {"tiny": own})
+    return sd
+
+
+def test_a_base_checkpoint(inspect, known, tiny, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save(path, known)
+    facts = inspect(path)
+    numbers = {part: sum(p.numel() for p in getattr(known, part).parameters()) for part in ("unet", "vae", "text")}
+    count = len(load_file(path))
+    assert facts["kind"] == "base checkpoint" and facts["architecture"] == "tiny"
+    assert facts["configs"] == ["configs/backbone/tiny.yaml"]
+    assert (facts["prediction_type"], facts["prediction_type_from"]) == ("epsilon", "metadata modelspec.architecture")
+    assert facts["tensors"] == count and facts["dtypes"] == {"float16": count} and facts["components"] == numbers
+    assert facts["parameters"] == sum(numbers.values())
+    assert facts["sha256"] == sha256(path) and facts["bytes"] == path.stat().st_size and not facts["has_ema"]
+    assert facts["missing"] == facts["wrong_shapes"] == facts["unexpected"] == []
+    extra = {"model_ema.decay": torch.ones(()), "control_model.x": torch.ones(2)}
+    damaged = {**load_file(path), **extra, "first_stage_model.quant_conv.bias": torch.ones(1)}
+    del damaged["model.diffusion_model.out.0.bias"]
+    torch.save({"state_dict": damaged}, tmp_path / "a.ckpt")
+    facts = inspect(tmp_path / "a.ckpt")
+    assert facts["missing"] == ["model.diffusion_model.out.0.bias"] and facts["unexpected"] == ["control_model.x"]
+    assert facts["wrong_shapes"] == ["first_stage_model.quant_conv.bias (1,) instead of (8,)"]
+    assert facts["has_ema"] and facts["dtypes"] == {"float16": count - 2, "float32": 3}
+
+
+def test_a_diffusers_folder(inspect, known, tmp_path):
+    export_diffusers(known, tmp_path / "a")
+    facts = inspect(tmp_path / "a")
+    assert facts["format"] == "folder" and facts["architecture"] == "tiny" and facts["missing"] == []
+    assert facts["prediction_type_from"] == "scheduler/scheduler_config.json"
+    assert facts["components"]["text"] == sum(p.numel() for p in known.text.parameters())
+    assert facts["sha256"] == sha256(tmp_path / "a")
+
+
+def test_a_concept_file(inspect, tmp_path):
+    tensors = {"input_blocks.1.1": torch.full((4,), 2.0), "middle_block.1": torch.zeros(8)}
+    concept = Concept(tensors, "cat", ("a photo of a {}",), "sd15", steps=7)
+    concept.save(tmp_path / "cat.safetensors")
+    facts = inspect(tmp_path / "cat.safetensors")
+    assert facts["kind"] == "concept" and facts["parameters"] == 12
+    assert facts["metadata"] == concept.metadata()
+    assert facts["layers"]["input_blocks.1.1"] == {"shape": [4], "dtype": "float32", "norm": 4.0}
+
+
+def test_tensors_do_not_tell_what_sd_2_predicts(inspect, tmp_path):
+    prefix = "model.diffusion_model."
+    shapes = {prefix + "input_blocks.0.0.weight": (320, 4, 3, 3), prefix + "x.attn2.to_k.weight": (1, 1024)}
+    shapes |= {"first_stage_model.x": (1,), "cond_stage_model.x": (1,)}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "a.safetensors")
+    facts = inspect(tmp_path / "a.safetensors")
+    assert facts["prediction_type"] == "unknown" and facts["prediction_type_from"] is None
+    assert facts["configs"] == ["configs/backbone/sd21.yaml", "configs/backbone/sd21_768.yaml"]
+    assert len(facts["missing"]) > 1000 and facts["unexpected"] == sorted(set(shapes) - {next(iter(shapes))})
+
+
+class Evil:
+    def __reduce__(self):
+        return eval, ("1",)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"<html>404</html>", pickle.dumps(Evil())])
+def test_what_cannot_be_read_is_one_line(tmp_path, capsys, content):
+    path = tmp_path / "a.ckpt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        main([str(path)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith(f"error: {path}: ")
