@@ -19,8 +19,8 @@ class LatentDiffusion(pl.LightningModule):
     UNet and text tower are trained, the autoencoder is not. A share of the captions is emptied, for classifier-free
     guidance. `min_snr` is γ of Hang et al. 2023 (eq. 7): the loss on ε is weighted by min(SNR, γ) / SNR, so that steps
     with little noise do not take most of the capacity. `clean_weight` adds so much of the loss on the clean latents,
-    which is the one on ε by the SNR: where things stand is decided at noise levels at which ε hardly depends on it.
-    Batches: {"latents": (B, C, h, w), "captions": list of B}.
+    which is the one on ε by the SNR, and `layout_share` of the timesteps come from the last fifth alone: where things
+    stand is decided there, and ε hardly depends on it. Batches: {"latents": (B, C, h, w), "captions": list of B}.
     """
 
     def __init__(
@@ -30,19 +30,20 @@ class LatentDiffusion(pl.LightningModule):
         caption_dropout: float = 0.1,
         min_snr: float = 5.0,
         clean_weight: float = 0.0,
+        layout_share: float = 0.0,
     ):
         super().__init__()
         if sd.schedule.prediction_type != "epsilon":
             raise ValueError(f"min_snr weights an ε-prediction, and this model predicts {sd.schedule.prediction_type}")
         self.sd, self.learning_rate, self.caption_dropout = sd, learning_rate, caption_dropout
-        self.min_snr, self.clean_weight = min_snr, clean_weight
+        self.min_snr, self.clean_weight, self.layout_share = min_snr, clean_weight, layout_share
         self.sd.vae.requires_grad_(False)
 
     def training_step(self, batch: dict, index: int) -> Tensor:
         latents = batch["latents"]
         dropped = torch.rand(len(latents)) < self.caption_dropout
         text = self.sd.text(["" if drop else caption for drop, caption in zip(dropped, batch["captions"], strict=True)])
-        timesteps = torch.randint(len(self.sd.schedule.alphas_cumprod), (len(latents),), device=latents.device)
+        timesteps = self.timesteps(len(latents)).to(latents.device)
         noise = torch.randn_like(latents)
         noisy = self.sd.schedule.add_noise(latents, noise, timesteps)
         # the backward pass of the fused CPU kernel takes a third of a step at these sizes
@@ -54,6 +55,12 @@ class LatentDiffusion(pl.LightningModule):
         loss = (errors * (snr.clamp(max=self.min_snr) + self.clean_weight) / snr).mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def timesteps(self, count: int) -> Tensor:
+        """Random timesteps (count,) int64: uniform, but for `layout_share` of them, which lie in the last fifth."""
+        last = self.sd.schedule.timesteps
+        first = torch.where(torch.rand(count) < self.layout_share, last - last // 5, 0)
+        return first + (torch.rand(count) * (last - first)).long()
 
     def configure_optimizers(self) -> dict:
         trained = [*self.sd.unet.parameters(), *self.sd.text.parameters()]

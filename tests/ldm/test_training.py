@@ -76,12 +76,12 @@ def test_diffusion_loss_of_a_model_that_predicts_nothing(sd, clean_weight):
     """A fresh UNet predicts 0: the loss is the noise's own power, weighted by min(SNR, γ) / SNR, and that of the clean
     latents x_0 = (x_t − √(1 − ᾱ) ε) / √ᾱ that this implies."""
     module = logged(LatentDiffusion(sd, caption_dropout=0.0, min_snr=5.0, clean_weight=clean_weight))
-    latents = torch.randn(64, 4, 8, 8)
+    latents = torch.randn(256, 4, 8, 8)
     torch.manual_seed(1)
-    loss = module.training_step({"latents": latents, "captions": ["a cat"] * 64}, 0)
+    loss = module.training_step({"latents": latents, "captions": ["a cat"] * 256}, 0)
     torch.manual_seed(1)
-    torch.rand(64)
-    timesteps = torch.randint(1000, (64,))
+    torch.rand(256)
+    timesteps = module.timesteps(256)
     noise = torch.randn_like(latents)
     alphas = sd.schedule.alphas_cumprod[timesteps]
     snr = alphas / (1 - alphas)
@@ -91,6 +91,16 @@ def test_diffusion_loss_of_a_model_that_predicts_nothing(sd, clean_weight):
     clean = sd.schedule.to_latents(torch.zeros_like(noise), noisy, timesteps)
     expected = noise.square().mean((1, 2, 3)) * weights + clean_weight * (clean - latents).square().mean((1, 2, 3))
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-4)
+
+
+def test_a_share_of_the_timesteps_is_for_the_layout(sd):
+    torch.manual_seed(0)
+    for share in (0.0, 0.5, 1.0):
+        timesteps = LatentDiffusion(sd, layout_share=share).timesteps(20_000)
+        assert timesteps.dtype == torch.int64 and 0 <= timesteps.min() and timesteps.max() == 999
+        assert (timesteps >= 800).float().mean().item() == pytest.approx(share + 0.2 * (1 - share), abs=0.02)
+        late = timesteps[timesteps >= 800].float()
+        assert late.mean().item() == pytest.approx(899.5, abs=5)
 
 
 @pytest.mark.parametrize(("share", "emptied"), [(0.0, 0), (1.0, 8)])
