@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from data.pocket.world import CHOICES, Scene, World, caption, draw_scene
+from data.pocket.world import CHOICES, Scene, World, caption, draw_scene, draw_sibling
 
 
 def labels(scenes: list[Scene]) -> Tensor:
@@ -28,37 +28,53 @@ def scenes(table: Tensor) -> list[Scene]:
 class WorldBatches(IterableDataset):
     """Endless batches, drawn as they are asked for; batch i depends on (seed, i) only.
 
-    Yields images (B, 3, 64, 64) in [-1, 1], labels (B, 7) and captions (list of B). `everything` includes the
-    combinations that a generator is not to be trained on.
+    Yields images (B, 3, 64, 64) in [-1, 1], labels (B, 7) and captions (list of B).
+
+    Args:
+        everything: include the combinations that a generator is not to be trained on.
+        siblings: share of scenes that differ from the one before in a single part; without them a contrast of captions
+            can do without most parts. Half of the captions are complete then.
     """
 
-    def __init__(self, batch_size: int, seed: int, start: int = 0, everything: bool = False):
+    def __init__(self, batch_size: int, seed: int, start: int = 0, everything: bool = False, siblings: float = 0.0):
         self.batch_size, self.seed, self.start = batch_size, seed, start
         self.untrained_ones = None if everything else False
+        self.siblings = siblings
 
     def __iter__(self) -> Iterator[dict]:
         world, index = World(), self.start
         while True:
             rng = np.random.default_rng([self.seed, index])
-            batch = [draw_scene(rng, self.untrained_ones) for _ in range(self.batch_size)]
+            batch = self.scenes(rng)
             images, _ = world.render(batch, rng)
+            complete = rng.random(len(batch)) < (0.5 if self.siblings else 0.0)
             yield {
                 "images": images * 2 - 1,
                 "labels": labels(batch),
-                "captions": [caption(scene, rng) for scene in batch],
+                "captions": [caption(s, None if whole else rng) for s, whole in zip(batch, complete, strict=True)],
             }
             index += 1
 
+    def scenes(self, rng: np.random.Generator) -> list[Scene]:
+        batch = [draw_scene(rng, self.untrained_ones)]
+        while len(batch) < self.batch_size:
+            if self.siblings and rng.random() < self.siblings:
+                batch.append(draw_sibling(batch[-1], rng, self.untrained_ones))
+            else:
+                batch.append(draw_scene(rng, self.untrained_ones))
+        return batch
+
 
 class WorldData(pl.LightningDataModule):
-    """The world as images; a resumed run goes on with the batch that follows. `everything`: see `WorldBatches`."""
+    """The world as images; a resumed run goes on with the batch that follows. Arguments: see `WorldBatches`."""
 
-    def __init__(self, batch_size: int, seed: int = 0, everything: bool = False):
+    def __init__(self, batch_size: int, seed: int = 0, everything: bool = False, siblings: float = 0.0):
         super().__init__()
-        self.batch_size, self.seed, self.everything = batch_size, seed, everything
+        self.batch_size, self.seed, self.everything, self.siblings = batch_size, seed, everything, siblings
 
     def train_dataloader(self) -> DataLoader:
-        batches = WorldBatches(self.batch_size, self.seed, self.trainer.global_step, self.everything)
+        start = self.trainer.global_step
+        batches = WorldBatches(self.batch_size, self.seed, start, self.everything, self.siblings)
         return DataLoader(batches, batch_size=None)
 
 

@@ -5,7 +5,7 @@ pattern vary independently of the noun, a text-to-image model of this world has 
 combinations are never trained on (`untrained`), so that composition can be tested.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +86,16 @@ def draw_scene(rng: np.random.Generator, untrained_ones: bool | None = False) ->
         scene = Scene(**pick)
         if untrained_ones is None or untrained(scene) == untrained_ones:
             return scene
+
+
+def draw_sibling(scene: Scene, rng: np.random.Generator, untrained_ones: bool | None = False) -> Scene:
+    """A random scene that differs from this one in a single part; `untrained_ones` as in `draw_scene`."""
+    while True:
+        part = list(CHOICES)[rng.integers(len(CHOICES))]
+        others = [word for word in CHOICES[part] if word != getattr(scene, part)]
+        sibling = replace(scene, **{part: others[rng.integers(len(others))]})
+        if untrained_ones is None or untrained(sibling) == untrained_ones:
+            return sibling
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------
