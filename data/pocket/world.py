@@ -89,9 +89,12 @@ def draw_scene(rng: np.random.Generator, untrained_ones: bool | None = False) ->
 
 
 def draw_sibling(scene: Scene, rng: np.random.Generator, untrained_ones: bool | None = False) -> Scene:
-    """A random scene that differs from this one in a single part; `untrained_ones` as in `draw_scene`."""
+    """A random scene that differs from this one in a single part; `untrained_ones` as in `draw_scene`.
+
+    Noun and place, which are the hardest to tell apart, change more often than the other parts.
+    """
     while True:
-        part = list(CHOICES)[rng.integers(len(CHOICES))]
+        part = rng.choice([*CHOICES, *2 * ("noun",), *4 * ("place",)])
         others = [word for word in CHOICES[part] if word != getattr(scene, part)]
         sibling = replace(scene, **{part: others[rng.integers(len(others))]})
         if untrained_ones is None or untrained(sibling) == untrained_ones:

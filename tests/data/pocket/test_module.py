@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from data.pocket.module import LatentBatches, LatentWorldData, WorldBatches, labels, scenes
-from data.pocket.world import NOUNS, Scene
+from data.pocket.world import NOUNS, Scene, caption, untrained
 
 
 def take(stream, count):
@@ -28,6 +29,24 @@ def test_images_lie_in_the_range_of_the_autoencoder():
     batch = take(WorldBatches(8, seed=0), 1)[0]
     assert batch["images"].shape == (8, 3, 64, 64) and batch["labels"].shape == (8, 7) and len(batch["captions"]) == 8
     assert -1 <= batch["images"].min() < -0.5 and 0.5 < batch["images"].max() <= 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_siblings_differ_from_the_scene_before_in_one_part(share):
+    batches = WorldBatches(400, seed=0, siblings=share)
+    drawn = batches.scenes(np.random.default_rng(1))
+    apart = (labels(drawn[1:]) != labels(drawn[:-1])).sum(1)  # parts that changed
+    assert (apart == 1).float().mean().item() == pytest.approx(share, abs=0.08)
+    assert not any(map(untrained, drawn))
+
+
+def test_captions_are_complete_half_of_the_time_with_siblings():
+    for share, low, high in ((0.0, 0.05, 0.25), (0.5, 0.45, 0.7)):  # some drop nothing by chance
+        batch = take(WorldBatches(200, seed=0, siblings=share), 1)[0]
+        whole = [
+            caption(scene) == words for scene, words in zip(scenes(batch["labels"]), batch["captions"], strict=True)
+        ]
+        assert low < sum(whole) / 200 < high
 
 
 def test_latent_batches_pair_each_latent_with_its_own_caption():
