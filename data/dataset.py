@@ -55,7 +55,7 @@ class ConceptImages:
             raise ValueError(f"mask: must be auto or none, not {mask!r}")
         if image_size < 1:
             raise ValueError(f"image_size: must be at least 1, not {image_size}")
-        paths = [path for path in sorted(root.iterdir()) if _is_image(path)]
+        paths = [path for path in sorted(root.iterdir()) if is_image(path)]
         if not paths:
             raise ValueError(f"data_root: {data_root} holds no image ({', '.join(SUFFIXES)})")
         self.image_size = image_size
@@ -189,7 +189,8 @@ def _mask(path: Path, image: Image.Image, size: int, superclass: str) -> Tensor:
     return square / square.max()
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
+    """Whether training takes a file as a photo: not hidden, no `*-masklabel.png`."""
     hidden = path.name.startswith(".") or path.name.endswith(MASK_LABEL)
     return path.suffix.lower() in SUFFIXES and path.is_file() and not hidden
 

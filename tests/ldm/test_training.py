@@ -97,7 +97,7 @@ def test_a_share_of_the_timesteps_is_for_the_layout(sd):
     torch.manual_seed(0)
     for share in (0.0, 0.5, 1.0):
         timesteps = LatentDiffusion(sd, layout_share=share).timesteps(20_000)
-        assert timesteps.dtype == torch.int64 and 0 <= timesteps.min() and timesteps.max() == 999
+        assert timesteps.dtype == torch.int64 and timesteps.min() >= 0 and timesteps.max() == 999
         assert (timesteps >= 800).float().mean().item() == pytest.approx(share + 0.2 * (1 - share), abs=0.02)
         late = timesteps[timesteps >= 800].float()
         assert late.mean().item() == pytest.approx(899.5, abs=5)

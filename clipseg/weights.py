@@ -1,0 +1,152 @@
+"""Where CLIPSeg's weights come from: a Hugging Face folder, or a decoder and the CLIP that it was trained on."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import CLIPSegConfig
+
+from clipseg.convert import SHOWN, convert_clip, convert_decoder, refined_config
+from clipseg.model import ClipSeg
+from ldm.checkpoint import TensorFile
+from ldm.config import ConfigError, build, find, load_config, resolve
+from ldm.tokenizer import Tokenizer
+
+USUAL = "ckpt/clipseg-rd64-refined"
+SOURCE = (
+    "copy the files of `CIDAS/clipseg-rd64-refined` (Hugging Face) into that folder, or name the original "
+    "`rd64-uni-refined.pth` (https://github.com/timojl/clipseg) and a CLIP ViT-B/16"
+)
+POCKET = "pocket"
+POCKET_CONFIG = Path("configs/pocket_clipseg.yaml")
+POCKET_WEIGHTS = Path("ckpt/pocket/clipseg.safetensors")
+FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+Converter = Callable[[Mapping[str, Tensor], CLIPSegConfig], dict[str, Tensor]]
+SIZE = 352  # pixels of the squares that the published networks were trained on
+
+
+def load(model_weight: str | Path = USUAL, clip: str | Path | None = None, config: str | Path | None = None) -> ClipSeg:
+    """CLIPSeg with its weights, in evaluation mode, on the CPU, in float32.
+
+    Args:
+        model_weight: a Hugging Face folder; the original decoder file; `pocket` for the network of the pocket world;
+            with `config`, a file of that config's network.
+        clip: CLIP ViT-B/16 for the decoder file: a folder or file in a layout that `clipseg.convert` knows.
+        config: a config with a node `clipseg`.
+
+    Raises:
+        ValueError: something is missing, cannot be read, or does not fit.
+    """
+    if str(model_weight) == POCKET:
+        model_weight, config = POCKET_WEIGHTS, config or POCKET_CONFIG
+    path = find(model_weight)
+    if not path.exists():
+        raise ValueError(f"model_weight: there is no {model_weight}; {SOURCE}")
+    if path.is_dir() and config is not None:
+        raise ValueError(f"config: the folder {model_weight} brings its own; leave config out")
+    if clip is not None and (config is not None or path.is_dir()):
+        raise ValueError(f"clip: {model_weight} brings its own CLIP; leave clip out")
+    if path.is_dir():
+        return from_folder(path)
+    return from_decoder(path, clip) if config is None else from_config(config, path)
+
+
+def from_config(config: str | Path, file: Path) -> ClipSeg:
+    """The network of a config's node `clipseg`; raises ValueError if the file does not fit."""
+    nodes = resolve(load_config(find(config)))
+    if "clipseg" not in nodes:
+        raise ConfigError(f"{config}: the config has no node `clipseg`")
+    with torch.device("meta"):
+        model = build(nodes.clipseg, "clipseg")
+    return fill(model, read(file), file)
+
+
+def from_decoder(file: Path, clip: str | Path | None) -> ClipSeg:
+    """The original decoder file and its CLIP; raises ValueError if either is missing or does not fit."""
+    if clip is None:
+        raise ValueError(
+            f"clip: {file} holds CLIPSeg's decoder alone; name a CLIP ViT-B/16 too, such as the files of "
+            "`openai/clip-vit-base-patch16` (Hugging Face)"
+        )
+    model = empty(refined_config(), SIZE)
+    return fill(model, read(file, convert_decoder, model) | read_clip(clip, model), f"{file} and {clip}")
+
+
+def empty(config: CLIPSegConfig, size: int) -> ClipSeg:
+    """A published network without values; CLIP's own tokenizer."""
+    with torch.device("meta"):
+        return ClipSeg(config, Tokenizer(context_length=config.text_config.max_position_embeddings), size)
+
+
+def from_folder(folder: Path) -> ClipSeg:
+    """A Hugging Face folder with `config.json` and weights; raises ValueError if it is none, or does not fit."""
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "clipseg":
+        raise ValueError(f"{folder}/config.json: is of a {config.get('model_type')}, not of a clipseg")
+    config = CLIPSegConfig.from_dict(config)
+    processor = folder / "preprocessor_config.json"
+    size = read_json(processor).get("size", SIZE) if processor.is_file() else SIZE
+    size = size.get("height", SIZE) if isinstance(size, Mapping) else size
+    file = weights_file(folder)
+    return fill(empty(config, size), read(file), file)
+
+
+def read_clip(path: str | Path, model: ClipSeg) -> dict[str, Tensor]:
+    """CLIP's tensors from a file or folder, named `clip.*`; raises ValueError if there is none, or it does not fit."""
+    found = find(path)
+    if not found.exists():
+        raise ValueError(f"clip: there is no {path}")
+    return read(weights_file(found) if found.is_dir() else found, convert_clip, model)
+
+
+def read(file: Path, convert: Converter | None = None, model: ClipSeg | None = None) -> dict[str, Tensor]:
+    """Every tensor of a file but the position numbers that old ones store, converted for a model.
+
+    Raises:
+        ValueError: the file cannot be read or converted.
+    """
+    with TensorFile(file) as content:
+        tensors = {name: content.read(name) for name in content.shapes if not name.endswith("position_ids")}
+    if convert is None or model is None:
+        return tensors
+    try:
+        return convert(tensors, model.network.config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def fill(model: ClipSeg, tensors: Mapping[str, Tensor], source: object) -> ClipSeg:
+    """Give a network on the meta device its values, in float32; ValueError unless names and shapes are the same."""
+    expected = model.network.state_dict()
+    wrong = {
+        "are missing": [name for name in expected if name not in tensors],
+        "are not the network's": [name for name in tensors if name not in expected],
+        "have another shape": [n for n, t in tensors.items() if n in expected and t.shape != expected[n].shape],
+    }
+    for problem, names in wrong.items():
+        if names:
+            shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+            raise ValueError(f"{source}: {len(names)} tensors {problem}: {shown}")
+    model.network.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def weights_file(folder: Path) -> Path:
+    """The file of weights in a folder; raises ValueError if there is none."""
+    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise ValueError(f"{folder}: holds no weights ({', '.join(FILES)})")
+    return file
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object; raises ValueError if the file holds none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: a JSON object is wanted, not a {type(content).__name__}")
+    return content

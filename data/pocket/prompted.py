@@ -1,0 +1,158 @@
+"""Batches of the pocket world for training CLIPSeg: images, prompts, and masks of what the prompts name.
+
+The concepts that are held out of the world have patterns, colours and shapes that it does not show, and CLIPSeg is to
+find them nevertheless: so objects get random colours and textures, and images are bent. The prompts are to mean
+something: so each image has two, which name two objects that it shows, or one, and one that it does not.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from data.pocket.world import NOUNS, SIZE, Scene, World, caption, draw_scene
+from data.prompts import TEMPLATES
+from infusion.tokens import fill
+
+RECOLOURED, TEXTURED, BENT = 0.4, 0.4, 0.5  # share of objects, of objects, of images
+PAIRED, ABSENT, DESCRIBED = 0.5, 0.2, 0.25  # share of images of two objects, of these with one named; of captions
+
+
+def random(rng: np.random.Generator, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Uniform numbers in [low, high), float32."""
+    return torch.from_numpy(rng.uniform(low, high, shape)).float()
+
+
+def grid(count: int) -> tuple[Tensor, Tensor]:
+    """x and y of the pixels in [0, 1], each (count, 1, 64, 64)."""
+    line = (torch.arange(SIZE) + 0.5) / SIZE
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    return x.expand(count, 1, -1, -1), y.expand(count, 1, -1, -1)
+
+
+def textures(rng: np.random.Generator, count: int) -> Tensor:
+    """Random two-tone textures (count, 1, 64, 64) in [0, 1]: waves, straight or kinked, alone, added or multiplied."""
+    x, y = grid(count)
+
+    def wave() -> Tensor:
+        angle, cycles = random(rng, (count, 1, 1, 1), 0, 2 * torch.pi), random(rng, (count, 1, 1, 1), 0.4, 6)
+        along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
+        kink = random(rng, (count, 1, 1, 1), -0.6, 0.3).clamp(min=0)
+        bent = along + kink * (2 * (random(rng, (count, 1, 1, 1), 2, 8) * across % 1) - 1).abs()
+        return torch.sin(2 * torch.pi * (cycles * bent + random(rng, (count, 1, 1, 1))))
+
+    first, second, kind = wave(), wave(), random(rng, (count, 1, 1, 1), 0, 3).floor()
+    level = torch.where(kind == 0, first, torch.where(kind == 1, first + second - 0.3, 2 * first * second))
+    return (0.5 + 3 * level).clamp(0, 1)
+
+
+def repaint(images: Tensor, masks: Tensor, rng: np.random.Generator) -> Tensor:
+    """Images (B, 3, 64, 64) in [0, 1] with some objects in other colours, and some with a texture."""
+    count = len(images)
+    mixing = torch.eye(3)[torch.from_numpy(rng.permuted(np.tile(np.arange(3), (count, 1)), axis=1))]  # (B, 3, 3)
+    other = torch.einsum("bij,bjhw->bihw", mixing, images)
+    other = torch.where(random(rng, (count, 1, 1, 1)) < 0.25, 1 - other, other)
+    gain, tint = random(rng, (count, 3, 1, 1), 0.5, 1.1), random(rng, (count, 3, 1, 1), -0.15, 0.35)
+    other = (gain * other + tint).clamp(0, 1)
+    images = images + masks * (random(rng, (count, 1, 1, 1)) < RECOLOURED) * (other - images)
+    weight = random(rng, (count, 1, 1, 1), 0.3, 0.9) * (random(rng, (count, 1, 1, 1)) < TEXTURED)
+    colour = random(rng, (count, 3, 1, 1))
+    return images + masks * weight * textures(rng, count) * (colour - images)
+
+
+def bend(images: Tensor, masks: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Images and masks with a mirror, a shear, another size and a smooth swirl, the same for both."""
+    count = len(images)
+    theta = torch.eye(2) + random(rng, (count, 2, 2), -0.25, 0.25)
+    theta = theta * torch.where(random(rng, (count, 1, 1)) < 0.5, torch.tensor([-1.0, 1.0]), 1.0)  # mirrors some
+    theta = torch.cat([theta, random(rng, (count, 2, 1), -0.15, 0.15)], 2)  # (B, 2, 3)
+    flow = F.affine_grid(theta, images.shape, align_corners=False)  # (B, 64, 64, 2)
+    swirl = F.interpolate(random(rng, (count, 2, 4, 4), -0.12, 0.12), (SIZE, SIZE), mode="bicubic")
+    flow = flow + swirl.permute(0, 2, 3, 1)
+    both = F.grid_sample(torch.cat([images, masks], 1), flow, padding_mode="reflection", align_corners=False)
+    chosen = random(rng, (count, 1, 1, 1)) < BENT
+    return torch.where(chosen, both[:, :3], images), torch.where(chosen, both[:, 3:], masks)
+
+
+def perturb(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Blur, noise and another exposure, as a decoder or a camera has them."""
+    count = len(images)
+    blurred = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
+    images = images + random(rng, (count, 1, 1, 1), -0.5, 0.9).clamp(min=0) * (blurred - images)
+    images = images * random(rng, (count, 3, 1, 1), 0.85, 1.15) + random(rng, (count, 1, 1, 1), -0.08, 0.08)
+    noise = torch.from_numpy(rng.standard_normal(images.shape, dtype=np.float32))
+    return (images + random(rng, (count, 1, 1, 1), -0.03, 0.04).clamp(min=0) * noise).clamp(0, 1)
+
+
+class PromptedBatches(IterableDataset):
+    """Endless batches, drawn as they are asked for; batch i depends on (seed, i) only.
+
+    Yields images (B, 3, 64, 64) in [-1, 1], masks (B, 2, 64, 64) in [0, 1], and prompts and the nouns in them (2 lists
+    of B). The mask of a prompt that names what the image does not show is empty. No combination, pattern or drawing is
+    shown that is kept out of the world.
+    """
+
+    def __init__(self, batch_size: int, seed: int, start: int = 0):
+        self.batch_size, self.seed, self.start = batch_size, seed, start
+
+    def __iter__(self) -> Iterator[dict]:
+        world, index = World(), self.start
+        while True:
+            yield draw_batch(world, np.random.default_rng([self.seed, index]), self.batch_size)
+            index += 1
+
+
+def draw_batch(world: World, rng: np.random.Generator, count: int) -> dict:
+    """One batch of `PromptedBatches`."""
+
+    def objects() -> tuple[list[Scene], Tensor, Tensor]:
+        scenes = [draw_scene(rng) for _ in range(count)]
+        images, masks = world.render(scenes, rng)
+        return scenes, repaint(images, masks, rng), masks
+
+    scenes, images, masks = objects()
+    others, over, cover = objects()
+    paired = torch.from_numpy(rng.random(count) < PAIRED)
+    paired &= torch.tensor([one.noun != two.noun for one, two in zip(scenes, others, strict=True)])
+    cover = cover * paired.view(-1, 1, 1, 1)
+    images = images + cover * (over - images)  # the second object lies over the first
+    masks = torch.cat([masks * (1 - cover), cover], 1)  # (B, 2, 64, 64)
+    named = [list(scenes), list(others)]
+    for i, (one, two) in enumerate(zip(scenes, others, strict=True)):
+        if not paired[i] or rng.random() < ABSENT:
+            shown = (one.noun, two.noun) if paired[i] else (one.noun,)
+            absent = rng.choice([noun for noun in NOUNS if noun not in shown])
+            named[1][i], masks[i, 1] = replace(draw_scene(rng), noun=str(absent)), 0
+    images, masks = bend(images, masks, rng)
+    return {
+        "images": perturb(images, rng) * 2 - 1,
+        "masks": masks,
+        "prompts": [[prompt(scene, rng) for scene in row] for row in named],
+        "nouns": [[scene.noun for scene in row] for row in named],
+    }
+
+
+def prompt(scene: Scene, rng: np.random.Generator) -> str:
+    """A training template with the scene's noun, or a caption.
+
+    Captions also name colours, which `repaint` may have changed: the noun alone says what to mask.
+    """
+    if rng.random() < DESCRIBED:
+        return caption(scene, rng)
+    return fill(TEMPLATES[rng.integers(len(TEMPLATES))], [scene.noun])
+
+
+class PromptedData(pl.LightningDataModule):
+    """The world with prompts and masks; a resumed run goes on with the batch that follows."""
+
+    def __init__(self, batch_size: int, seed: int = 0):
+        super().__init__()
+        self.batch_size, self.seed = batch_size, seed
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(PromptedBatches(self.batch_size, self.seed, self.trainer.global_step), batch_size=None)
