@@ -2,8 +2,8 @@
 
 The original decoder file (`rd64-uni-refined.pth`) holds 54 tensors: the decoder of `CLIPDensePredT` and a linear layer
 `reduce` that it never uses. CLIP ViT-B/16, which it does not hold, comes in OpenAI's layout (open_clip's files too) or
-as transformers' `CLIPModel`. Tables map an original name to the new ones; where there are three, the tensor holds
-queries, keys and values one above the other.
+as transformers' `CLIPModel`, and pocket's as `ldm.clip.Clip`. Tables map an original name to the new ones; where there
+are three, the tensor holds queries, keys and values one above the other.
 """
 
 from collections.abc import Mapping
@@ -106,18 +106,28 @@ def convert_decoder(tensors: Mapping[str, Tensor], config: CLIPSegConfig) -> dic
     return rename({name: t for name, t in tensors.items() if name not in UNUSED}, decoder_table(config))
 
 
+def own_name(name: str) -> str:
+    """A tensor of `CLIPSegForImageSegmentation.clip` -> its name in `ldm.clip.Clip`."""
+    name = name.removeprefix("clip.")
+    if name.startswith("text_model."):
+        return f"text.transformer.{name}"
+    return f"vision.{name.removeprefix('vision_model.')}" if name.startswith("vision_model.") else name
+
+
 def convert_clip(tensors: Mapping[str, Tensor], config: CLIPSegConfig) -> dict[str, Tensor]:
-    """CLIP's tensors in OpenAI's or transformers' layout -> `clip.*`.
+    """CLIP's tensors in OpenAI's layout, transformers', or that of `ldm.clip.Clip` -> `clip.*`.
 
     Raises:
-        ValueError: neither layout, or as `rename` does.
+        ValueError: none of these layouts, or as `rename` does.
     """
     table = clip_table(config)
     if "visual.conv1.weight" in tensors:
         return rename(tensors, table)
+    names = [name for group in table.values() for name in group]
     if "vision_model.embeddings.patch_embedding.weight" in tensors:
-        names = (name for group in table.values() for name in group)
         return rename(tensors, {name.removeprefix("clip."): (name,) for name in names})
+    if "text.transformer.text_model.final_layer_norm.weight" in tensors:
+        return rename(tensors, {own_name(name): (name,) for name in names})
     raise ValueError(
         "neither OpenAI's layout of CLIP (visual.conv1.weight, …) nor transformers' (vision_model.embeddings.…)"
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPSegConfig
 
 from clipseg.convert import SHOWN, convert_clip, convert_decoder, refined_config
@@ -32,9 +32,9 @@ def load(model_weight: str | Path = USUAL, clip: str | Path | None = None, confi
 
     Args:
         model_weight: a Hugging Face folder; the original decoder file; `pocket` for the network of the pocket world;
-            with `config`, a file of that config's network.
+            with `config`, a file of that config's network, or of its decoder where the config names a `clip`.
         clip: CLIP ViT-B/16 for the decoder file: a folder or file in a layout that `clipseg.convert` knows.
-        config: a config with a node `clipseg`.
+        config: a config with a node `clipseg`, and a key `clip` where its CLIP has a file of its own.
 
     Raises:
         ValueError: something is missing, cannot be read, or does not fit.
@@ -54,13 +54,27 @@ def load(model_weight: str | Path = USUAL, clip: str | Path | None = None, confi
 
 
 def from_config(config: str | Path, file: Path) -> ClipSeg:
-    """The network of a config's node `clipseg`; raises ValueError if the file does not fit."""
+    """The network of a config's node `clipseg`, CLIP from its key `clip`; raises ValueError if a file does not fit."""
     nodes = resolve(load_config(find(config)))
     if "clipseg" not in nodes:
         raise ConfigError(f"{config}: the config has no node `clipseg`")
     with torch.device("meta"):
         model = build(nodes.clipseg, "clipseg")
-    return fill(model, read(file), file)
+    if nodes.get("clip") is None:
+        return fill(model, read(file), file)
+    return fill(model, read_clip(nodes.clip, model) | read(file), f"{file} and {nodes.clip}")
+
+
+def on_clip(clipseg: ClipSeg, clip: str | Path) -> ClipSeg:
+    """A network to train: the CLIP of a file, the decoder drawn anew; raises ValueError if the file does not fit."""
+    decoder = clipseg.network.decoder
+    for module in decoder.modules():  # transformers draws most of it with a deviation of 1
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            module.reset_parameters()
+    drawn = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    fill(clipseg, read_clip(clip, clipseg) | drawn, clip)
+    decoder.requires_grad_(True)
+    return clipseg.train()
 
 
 def from_decoder(file: Path, clip: str | Path | None) -> ClipSeg:

@@ -64,7 +64,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def configure_optimizers(self) -> dict:
         trained = [*self.sd.unet.parameters(), *self.sd.text.parameters()]
-        return adamw(trained, self.learning_rate)
+        return adamw(trained, self.learning_rate, self.trainer.max_steps)
 
     def weights(self) -> dict[str, Tensor]:
         return {

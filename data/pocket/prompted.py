@@ -92,9 +92,9 @@ def perturb(images: Tensor, rng: np.random.Generator) -> Tensor:
 class PromptedBatches(IterableDataset):
     """Endless batches, drawn as they are asked for; batch i depends on (seed, i) only.
 
-    Yields images (B, 3, 64, 64) in [-1, 1], masks (B, 2, 64, 64) in [0, 1], and prompts and the nouns in them (2 lists
-    of B). The mask of a prompt that names what the image does not show is empty. No combination, pattern or drawing is
-    shown that is kept out of the world.
+    Yields images (B, 3, 64, 64) in [-1, 1], masks (B, 2, 64, 64) in [0, 1], and prompts (2 lists of B). The mask of a
+    prompt that names what the image does not show is empty. No combination, pattern or drawing is shown that is kept
+    out of the world.
     """
 
     def __init__(self, batch_size: int, seed: int, start: int = 0):
@@ -133,7 +133,6 @@ def draw_batch(world: World, rng: np.random.Generator, count: int) -> dict:
         "images": perturb(images, rng) * 2 - 1,
         "masks": masks,
         "prompts": [[prompt(scene, rng) for scene in row] for row in named],
-        "nouns": [[scene.noun for scene in row] for row in named],
     }
 
 

@@ -14,7 +14,7 @@ def _small_config(vocab_size: int, end: int, context: int = 16) -> CLIPSegConfig
     text = {"vocab_size": vocab_size, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 3, "max_position_embeddings": context, "eos_token_id": end}
     text |= {"bos_token_id": 0, "pad_token_id": 0}
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
     vision |= {"image_size": 48, "patch_size": 16}
     return CLIPSegConfig(
         text_config=text, vision_config=vision, projection_dim=20, extract_layers=[0, 1, 3], reduce_dim=16,

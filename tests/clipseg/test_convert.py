@@ -20,6 +20,9 @@ from transformers import CLIPSegConfig
 from clipseg.convert import clip_table, convert_clip, convert_decoder, decoder_table, refined_config
 from clipseg.model import MEAN, STD
 from clipseg.weights import empty, fill
+from ldm.clip import Clip
+from ldm.text import ClipText
+from ldm.tokenizer import Tokenizer
 
 VOCABULARY = 49408  # CLIP's own
 
@@ -157,6 +160,16 @@ def test_transformers_layout_of_clip_gives_the_same(original, config):
     renamed = convert_clip(theirs.clip.state_dict(), config)
     again = convert_clip({name.removeprefix("clip."): t for name, t in renamed.items()}, config)
     assert again.keys() == renamed.keys() and all(torch.equal(again[name], t) for name, t in renamed.items())
+
+
+def test_the_layout_of_our_own_clip_is_read(config):
+    text = ClipText(Tokenizer(context_length=16), 24, 48, layers=2, heads=3, max_length=16)
+    clip = Clip(text, image_size=48, patch_size=16, width=32, layers=4, heads=2, features=20)
+    renamed = convert_clip(clip.state_dict(), config)
+    expected = {name: t for name, t in empty(config, 48).network.state_dict().items() if name.startswith("clip.")}
+    assert {name: t.shape for name, t in renamed.items()} == {name: t.shape for name, t in expected.items()}
+    weight = clip.vision.state_dict()["encoder.layers.3.mlp.fc1.weight"]
+    assert torch.equal(renamed["clip.vision_model.encoder.layers.3.mlp.fc1.weight"], weight)
 
 
 @pytest.mark.parametrize("name", ["film_add.bias", "blocks.2.self_attn.in_proj_weight", "trans_conv.4.weight"])

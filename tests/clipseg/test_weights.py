@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPSegForImageSegmentation
 
 from clipseg import weights
-from clipseg.convert import clip_table, decoder_table
+from clipseg.convert import clip_table, decoder_table, own_name
 from clipseg.weights import empty, load
 
 VOCABULARY = 49408
@@ -185,6 +185,23 @@ def test_a_config_gives_the_network_of_a_file(network, tmp_path):
     (tmp_path / "none.yaml").write_text("{}")
     with pytest.raises(ValueError, match="no node `clipseg`"):
         load(tmp_path / "weights.safetensors", config=tmp_path / "none.yaml")
+
+
+def test_a_config_may_take_its_clip_from_a_file_of_its_own(network, tmp_path):
+    nodes = {"tokenizer": {"target": "ldm.tokenizer.Tokenizer", "params": {"context_length": 16}}, "image_size": 64}
+    nodes["config"] = {"target": "transformers.CLIPSegConfig", "params": own_keys(network.config)}
+    node = {"clip": str(tmp_path / "clip.safetensors"), "clipseg": {"target": "clipseg.model.ClipSeg", "params": nodes}}
+    (tmp_path / "net.yaml").write_text(json.dumps(node))
+    tensors = network.state_dict()
+    clip = {own_name(name): tensor for name, tensor in tensors.items() if name.startswith("clip.")}
+    decoder = {name: tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
+    save_file(clip, tmp_path / "clip.safetensors")
+    save_file(decoder, tmp_path / "weights.safetensors")
+    loaded = load(tmp_path / "weights.safetensors", config=tmp_path / "net.yaml").network.state_dict()
+    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], t) for name, t in tensors.items())
+    save_file({name: t for name, t in decoder.items() if "film_add" not in name}, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="2 tensors are missing: decoder.film_add"):
+        load(tmp_path / "weights.safetensors", config=tmp_path / "net.yaml")
 
 
 def own_keys(config) -> dict:

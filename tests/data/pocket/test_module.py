@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from data.pocket.module import LatentBatches, LatentWorldData, WorldBatches, labels, scenes
-from data.pocket.world import NOUNS, Scene, caption, untrained
+from data.pocket.world import NOUNS, PLACE_WORDS, PLACES, Scene, caption, untrained
 
 
 def take(stream, count):
@@ -55,6 +55,18 @@ def test_latent_batches_pair_each_latent_with_its_own_caption():
     for batch in take(LatentBatches(latents, table, 16, seed=1), 4):
         for latent, words in zip(batch["latents"], batch["captions"], strict=True):
             assert NOUNS[int(latent)] in words
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_some_captions_say_the_place_alone(share):
+    table = labels([Scene("cat", "photo", "red", "plain", "medium", "grass", place) for place in PLACES])
+    latents = torch.arange(len(PLACES)).view(-1, 1, 1, 1).half()
+    batch = take(LatentBatches(latents, table, 500, seed=1, places_alone=share), 1)[0]
+    alone = 0
+    for latent, words in zip(batch["latents"], batch["captions"], strict=True):
+        alone += words == PLACE_WORDS[list(PLACES)[int(latent)]]
+        assert "cat" in words or words in PLACE_WORDS.values()
+    assert alone / 500 == pytest.approx(share, abs=0.06)
 
 
 def test_cache_of_another_autoencoder_is_refused(tmp_path):
