@@ -1,6 +1,5 @@
 """Photos of one concept: images, soft masks and captions from a folder."""
 
-import logging
 import math
 import re
 from collections.abc import Iterator
@@ -18,8 +17,6 @@ from ldm.config import find
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MASK_LABEL = "-masklabel.png"
 ENLARGED = 2.0  # times; a photo enlarged more than this is blurred, and its blur is learned
-
-logger = logging.getLogger(__name__)
 
 
 class ConceptImages:
@@ -58,7 +55,7 @@ class ConceptImages:
         paths = [path for path in sorted(root.iterdir()) if is_image(path)]
         if not paths:
             raise ValueError(f"data_root: {data_root} holds no image ({', '.join(SUFFIXES)})")
-        self.image_size = image_size
+        self.root, self.image_size = root, image_size
         self.names = [path.name for path in paths]
         self.captions = [read_captions(path.with_suffix(".txt"), superclass) for path in paths]
         images, masks, self.sizes = [], [], []
@@ -70,9 +67,6 @@ class ConceptImages:
                 masks.append(_mask(path, image, image_size, superclass))
         self.images = torch.stack(images)
         self.masks = torch.stack(masks) if masks else None
-        logger.info("%s: %s", data_root, self.report())
-        if blurred := self.enlarged():
-            logger.warning("warning: %s: %s", data_root, blurred)
 
     def __len__(self) -> int:
         return len(self.names)

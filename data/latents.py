@@ -1,5 +1,6 @@
 """Training batches of one concept: latents of its photos, encoded once."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from tqdm import tqdm
 from data.dataset import ConceptImages
 from data.prompts import TEMPLATES
 from ldm.autoencoder import AutoencoderKL
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,11 @@ class ConceptData(pl.LightningDataModule):
         self.cache: LatentCache | None = None
 
     def setup(self, stage: str) -> None:
-        """Encodes the photos. Raises ValueError for a size that the model cannot halve as often as it needs."""
+        """Reports and encodes the photos; ValueError for a size that the model cannot halve as often as it needs."""
         if self.cache is None:
+            logger.info("%s: %s", self.images.root, self.images.report())
+            if blurred := self.images.enlarged():
+                logger.warning("warning: %s: %s", self.images.root, blurred)
             sd, size = self.trainer.lightning_module.sd, self.images.image_size
             try:
                 sd.latent_shape(size, size)

@@ -59,8 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 @report
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("tensorboard", "data.dataset"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     flags, started = parse(arguments), time.monotonic()
     judge = Judge.load(clip_weights=flags.clip, classifier_weights=flags.classifier)

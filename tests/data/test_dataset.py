@@ -1,4 +1,3 @@
-import logging
 import struct
 import zlib
 from pathlib import Path
@@ -23,8 +22,7 @@ def rgb(image: Image.Image, x: int, y: int) -> tuple[int, ...]:
     return image.convert("RGB").getpixel((x, y))
 
 
-def test_images_masks_and_report(photos, caplog):
-    caplog.set_level(logging.INFO, logger="data.dataset")
+def test_images_masks_and_report(photos):
     images = ConceptImages(photos, 16, "cat")
     assert images.names == ["0.png", "1.png", "2.png"] and len(images) == 3
     assert images.images.shape == (3, 3, 16, 16) and images.images.dtype == torch.float32
@@ -33,11 +31,10 @@ def test_images_masks_and_report(photos, caplog):
     assert images.masks[0, 0, :, 0].eq(1).all() and images.masks[0, 0, :, -1].eq(0).all()
     assert images.captions == [[], [], []]
     said = "3 photos of 24×20 pixels; the centred square of 20 is used at 16×16; masks cover 50% of it, 50% on average"
-    assert [record.message for record in caplog.records] == [f"{photos}: {said}"]
+    assert images.report() == said
 
 
-def test_the_report_gives_ranges(photos, caplog):
-    caplog.set_level(logging.INFO, logger="data.dataset")
+def test_the_report_gives_ranges(photos):
     Image.new("RGB", (40, 90)).save(photos / "tall.png")
     mask = Image.new("L", (40, 90), 255)
     mask.paste(0, (0, 25, 8, 65))
@@ -45,23 +42,19 @@ def test_the_report_gives_ranges(photos, caplog):
     images = ConceptImages(photos, 16, "cat")
     assert images.sizes == [(24, 20)] * 3 + [(40, 90)]
     said = "4 photos of 24×20 to 40×90 pixels; the centred square of 20 to 40 is used at 16×16; masks cover "
-    assert said + "50% to 80% of it, 58% on average" in caplog.text
-    caplog.clear()
-    ConceptImages(photos, 16, "cat", mask="none")
-    assert "used at 16×16; no masks, the whole square is learned" in caplog.text
+    assert images.report() == said + "50% to 80% of it, 58% on average"
+    whole = ConceptImages(photos, 16, "cat", mask="none").report()
+    assert whole.endswith("used at 16×16; no masks, the whole square is learned")
 
 
-def test_photos_that_are_much_too_small_are_named(photos, caplog):
-    caplog.set_level(logging.WARNING, logger="data.dataset")
-    ConceptImages(photos, 40, "cat")
-    assert not caplog.records  # exactly twice
+def test_photos_that_are_much_too_small_are_named(photos):
+    assert ConceptImages(photos, 40, "cat").enlarged() == ""  # exactly twice
     Image.new("RGB", (10, 64)).save(photos / "thin.png")
     Image.new("RGB", (200, 100)).save(photos / "wide.png")
-    ConceptImages(photos, 48, "cat", mask="none")
-    (record,) = caplog.records
+    said = ConceptImages(photos, 48, "cat", mask="none").enlarged()
     small = "0.png (24×20, 2.4×), 1.png (24×20, 2.4×), 2.png (24×20, 2.4×), thin.png (10×64, 4.8×)"
-    assert f"{photos}: 4 of 5 enlarged more than 2×, so that their blur is learned too: {small};" in record.message
-    assert record.message.endswith("use photos at least 48 pixels wide and high")
+    blur = "4 of 5 enlarged more than 2×, so that their blur is learned too"
+    assert said == f"{blur}: {small}; use photos at least 48 pixels wide and high"
 
 
 def test_the_centre_is_kept(tmp_path):

@@ -1,3 +1,4 @@
+import logging
 from itertools import islice
 from types import SimpleNamespace
 
@@ -105,6 +106,15 @@ def test_the_data_module_gives_latents_masks_and_templates(images, vae):
     cache = data.cache.latents.flatten(0, 1)
     matches = [next(i for i in range(6) if torch.equal(latents, cache[i])) for latents in batch["latents"]]
     assert torch.equal(batch["mask"], data.cache.masks.flatten(0, 1)[matches])
+
+
+def test_the_photos_are_reported_once_and_small_ones_warned_of(photos, vae, caplog):
+    caplog.set_level(logging.INFO)
+    data = attached(ConceptData(ConceptImages(photos, 44, "cat")), vae)
+    data.setup("fit")
+    images = data.images
+    expected = [("INFO", f"{photos}: {images.report()}"), ("WARNING", f"warning: {photos}: {images.enlarged()}")]
+    assert images.enlarged() and [(record.levelname, record.message) for record in caplog.records] == expected
 
 
 def test_a_size_that_the_model_cannot_halve_is_refused(photos, vae):
