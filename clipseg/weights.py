@@ -43,6 +43,8 @@ def load(model_weight: str | Path = USUAL, clip: str | Path | None = None, confi
         model_weight, config = POCKET_WEIGHTS, config or POCKET_CONFIG
     path = find(model_weight)
     if not path.exists():
+        if config is not None:
+            raise ValueError(f"{model_weight}: no such file")
         raise ValueError(f"model_weight: there is no {model_weight}; {SOURCE}")
     if path.is_dir() and config is not None:
         raise ValueError(f"config: the folder {model_weight} brings its own; leave config out")

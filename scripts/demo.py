@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from clipseg.weights import POCKET_CONFIG, POCKET_WEIGHTS, load
 from data.pocket.concepts import CONCEPTS
 from data.pocket.demo import Plan, free_folder, learn, write_report
 from data.pocket.judge import CLASSIFIER_WEIGHTS, CLIP_WEIGHTS, Judge
@@ -38,6 +39,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, help="of the first sample; sample i has the seed + i", default=100)
     add("--batch_size", type=int, help="samples at a time", default=16)
     add("--clip", metavar="FILE", help="weights of the pocket CLIP", default=str(CLIP_WEIGHTS))
+    add(
+        "--clipseg",
+        metavar="FILE",
+        help="weights of the pocket CLIPSeg",
+        default=str(POCKET_WEIGHTS),
+    )
     add("--classifier", metavar="FILE", help="weights of the pocket classifier", default=str(CLASSIFIER_WEIGHTS))
     add("--outdir", metavar="DIR", help="where to write; DIR-2, DIR-3 … if there is something", default="outputs/demo")
     flags = parser.parse_args(arguments)
@@ -63,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     flags, started = parse(arguments), time.monotonic()
     judge = Judge.load(clip_weights=flags.clip, classifier_weights=flags.classifier)
+    clipseg = load(flags.clipseg, config=POCKET_CONFIG)
     base = str(find(flags.base))
     sd = StableDiffusion.from_checkpoint(load_config(base, flags.overrides))
     settings = Settings(steps=flags.steps, scale=flags.scale)
@@ -71,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     concepts = []
     for i, name in enumerate(flags.concepts):
         logger.info("%d/%d %s", i + 1, len(flags.concepts), name)
-        concepts.append(learn(name, plan, sd, judge))
+        concepts.append(learn(name, plan, sd, clipseg, judge))
     words = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "scripts/demo.py", *words])
     page = write_report(plan, concepts, sd, time.monotonic() - started, command)

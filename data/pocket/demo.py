@@ -1,4 +1,4 @@
-"""The demonstration on the pocket model: train a concept, draw it in new contexts, measure that, write a report."""
+"""The demonstration on the pocket model: mask photos, train a concept, draw it, measure that, and write a report."""
 
 import json
 import shlex
@@ -16,10 +16,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from tqdm import tqdm
 
+from clipseg.model import ClipSeg
 from data.dataset import ConceptImages
 from data.pocket.backgrounds import BACKGROUNDS
-from data.pocket.concepts import CONCEPTS
-from data.pocket.judge import Context, Figure, Judge, contexts
+from data.pocket.concepts import CONCEPTS, FOLDER
+from data.pocket.evaluate_masks import concept_photos, iou
+from data.pocket.judge import Context, Figure, Judge, contexts, mean
+from data.soft_segment import read_kept, segment_folder
 from infusion.concept import Concept
 from infusion.generate import Settings, generate
 from infusion.pictures import Numbered, captioned_grid, heat, png
@@ -29,7 +32,6 @@ from ldm.config import ROOT
 from ldm.errors import UserError
 from ldm.pipeline import StableDiffusion
 
-PHOTOS = "data/pocket/concepts"
 LEVELS = {1: "known words in a new combination", 2: "a pattern or pair of colours never seen", 3: "a shape never seen"}
 METRICS = {  # name -> title and note in the report
     "background": ("Background as prompted", ""),
@@ -86,11 +88,25 @@ def free_folder(path: Path) -> Path:
     return folder
 
 
-def train(name: str, plan: Plan) -> tuple[Path, list[str]]:
-    """Train by main.py's own command line; returns the concept file and the command."""
+def segment(name: str, plan: Plan, clipseg: ClipSeg) -> tuple[Path, Figure]:
+    """Copy a concept's photos and let CLIPSeg mask them.
+
+    Returns the copies' folder and the mean overlap of the masks with the true ones (`evaluate_masks.iou`).
+    """
+    folder = plan.folder / name / "photos"
+    folder.mkdir(parents=True)
+    for photo in sorted((FOLDER / name).glob("*.png")):
+        shutil.copyfile(photo, folder / photo.name)
+    rows = segment_folder(folder, CONCEPTS[name].noun, clipseg)
+    _, true = concept_photos(name)
+    return folder, mean([iou(read_kept(row.mask), answer) for row, answer in zip(rows, true, strict=True)])
+
+
+def train(name: str, photos: Path, plan: Plan) -> tuple[Path, list[str]]:
+    """Train on a folder of photos by main.py's own command line; returns the concept file and the command."""
     run = plan.folder / name / "run"
     command = ["python", "main.py", "--base", plan.base, "-t", "--logdir", str(run), *plan.overrides]
-    command += [f"superclass={CONCEPTS[name].noun}", f"data_root={PHOTOS}/{name}"]
+    command += [f"superclass={CONCEPTS[name].noun}", f"data_root={photos}"]
     if status := call(command):
         raise SystemExit(status)  # the command has said why
     trained = sorted((run / "models").glob("step=*.safetensors"))
@@ -123,14 +139,16 @@ def draw(
     return torch.cat(base), torch.cat(ours), torch.cat(attention)
 
 
-def learn(name: str, plan: Plan, sd: StableDiffusion, judge: Judge) -> dict:
-    """Train, draw, measure and write one concept; returns what the report says of it."""
-    world, started = CONCEPTS[name], time.monotonic()
-    file, command = train(name, plan)
+def learn(name: str, plan: Plan, sd: StableDiffusion, clipseg: ClipSeg, judge: Judge) -> dict:
+    """Mask, train, draw, measure and write one concept; returns what the report says of it."""
+    world = CONCEPTS[name]
+    masked, overlap = segment(name, plan, clipseg)
+    started = time.monotonic()
+    file, command = train(name, masked, plan)
     seconds, concept = time.monotonic() - started, Concept.load(file)
     around = contexts(world)
     places = [around[i % len(around)] for i in range(plan.samples)]
-    photos = (ConceptImages(f"{PHOTOS}/{name}", sd.image_size, world.noun).images + 1) / 2
+    photos = (ConceptImages(masked, sd.image_size, world.noun).images + 1) / 2
     base, ours, attention = draw(sd, concept, places, plan, name)
     maps = torch.stack([heat(image, level) for image, level in zip(ours, attention, strict=True)])
     pictures = {"base": base, "infusion": ours, "attention": maps}
@@ -149,6 +167,7 @@ def learn(name: str, plan: Plan, sd: StableDiffusion, judge: Judge) -> dict:
         "columns": columns,
         "figures": judge.measure(world, places, photos, base, ours),
         "prompts": [place.template for place in places],
+        "masks": overlap,
         "numbers": concept.numbers,
         "layers": len(concept.tensors),
         "file": file.relative_to(plan.folder).as_posix(),

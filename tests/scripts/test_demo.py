@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from clipseg.training import ClipSegTraining
+from clipseg.weights import POCKET_CONFIG
 from data.pocket import demo
 from data.pocket.classifier import SceneClassifier
-from data.pocket.judge import CLIP_CONFIG
+from data.pocket.judge import CLIP_CONFIG, CLIP_WEIGHTS
 from infusion.concept import Concept
 from ldm.config import ROOT, build, load_config, resolve
 from scripts.demo import main
@@ -30,13 +32,17 @@ callbacks: {samples: null}
 
 @pytest.fixture(scope="module")
 def judges(tmp_path_factory) -> list[str]:
-    """Flags that name judges with random weights."""
+    """Flags that name judges and a CLIPSeg with random weights."""
     folder = tmp_path_factory.mktemp("judges")
     torch.manual_seed(0)
     clip = build(resolve(load_config(ROOT / CLIP_CONFIG)).clip, "clip")
-    for name, module in {"clip": clip, "classifier": SceneClassifier()}.items():
-        save_file(module.state_dict(), folder / f"{name}.safetensors")
-    return ["--clip", str(folder / "clip.safetensors"), "--classifier", str(folder / "classifier.safetensors")]
+    decoder = ClipSegTraining(build(resolve(load_config(ROOT / POCKET_CONFIG)).clipseg, "clipseg"), CLIP_WEIGHTS)
+    weights = {"clip": clip.state_dict(), "classifier": SceneClassifier().state_dict(), "clipseg": decoder.weights()}
+    flags = []
+    for name, tensors in weights.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+        flags += [f"--{name}", str(folder / f"{name}.safetensors")]
+    return flags
 
 
 @pytest.fixture
@@ -86,6 +92,10 @@ def test_everything_is_written_and_a_second_run_loses_nothing(run, wide, tmp_pat
         assert {"base", "infusion", "drawn", "difference"} <= set(metric)
         assert metric["base"]["n"] == metric["infusion"]["n"] == 15
     assert 0 < found["share"] < 10
+    masks = sorted((out / "zigzag_hat/photos/mask").glob("*.png"))
+    assert [mask.name for mask in masks] == [f"{i}.png" for i in range(5)]
+    assert 0 < found["masks"]["value"] < 0.6 and found["masks"]["n"] == 5  # of random weights
+    assert found["train_command"].endswith(f"data_root={out}/zigzag_hat/photos")
     assert results["settings"]["seeds"] == "30 to 44"
 
     html = (out / "report.html").read_text()
@@ -118,11 +128,11 @@ def test_training_is_a_command_of_this_python(monkeypatch):
     monkeypatch.setattr(demo.subprocess, "run", record)
     plan = demo.Plan("configs/pocket_demo.yaml", ("seed=1",), 4, 0, demo.Settings(), 4, Path("out"))
     with pytest.raises(SystemExit) as stop:
-        demo.train("other_horse", plan)
+        demo.train("other_horse", Path("photos of it"), plan)
     assert stop.value.code == 2
     assert calls == [
         [sys.executable, str(ROOT / "main.py"), "--base", "configs/pocket_demo.yaml", "-t", "--logdir",
-         "out/other_horse/run", "seed=1", "superclass=horse", "data_root=data/pocket/concepts/other_horse"]
+         "out/other_horse/run", "seed=1", "superclass=horse", "data_root=photos of it"]
     ]  # fmt: skip
 
 
@@ -130,6 +140,7 @@ def test_training_is_a_command_of_this_python(monkeypatch):
     "arguments, complaint",
     [
         (["--clip", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
+        (["--clipseg", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
         (["--classifier", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
         (["ckpt=nowhere.safetensors"], "error: nowhere.safetensors: no such file; get it from the shelf"),
         (["--base", "nowhere.yaml"], "error: nowhere.yaml: no such config file"),
