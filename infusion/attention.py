@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infusion.regions import shrink
 from ldm.attention import Context, CrossAttention
 
 Tape = dict[str, tuple[Tensor, Tensor]]  # layer name -> attention output before to_out (B, N, C), mass (B, K, H, N)
@@ -39,40 +40,57 @@ class CustomisedPass(Context):
         tape: as a foundation pass of the same text, latents and timesteps left it.
         strengths: (K,), the factor on each concept's residual.
         rows: which rows of the foundation pass this pass continues, (B,) indices; None is all of them.
+        regions: (K, h, w) in [0, 1], where in the latents each concept acts; None is everywhere.
     """
 
     tape: Tape
     strengths: Tensor
     rows: Tensor | None = None
+    regions: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class OwnPass(Context):
     """A single pass whose edited layers attend with their own queries: `A (V + g rᵀ)`, the released code's behaviour.
 
+    Where concepts have residual keys r_K too, A is the map of the keys `K + g r_Kᵀ`.
+
     Attributes:
         gates: (B, K, L).
         tape: filled by the pass, detached, for the record alone.
         strengths: (K,).
+        regions: as of a customised pass.
     """
 
     gates: Tensor
     tape: Tape
     strengths: Tensor
+    regions: Tensor | None = None
+
+
+def key_name(layer: str) -> str:
+    """What a layer's residual key is called in a concept; its residual value has the layer's name."""
+    return f"{layer}.key"
 
 
 class ResidualValue(nn.Module):
-    """r, the residual value embedding of one concept at one layer: float32 (C,), zero before it is trained."""
+    """r, the residual value embedding of one concept at one layer: float32 (C,), zero before it is trained.
 
-    def __init__(self, width: int):
+    With `keys` there is a residual key r_K beside it, likewise, which only an `OwnPass` heeds.
+    """
+
+    def __init__(self, width: int, keys: bool = False):
         super().__init__()
         self.residual = nn.Parameter(torch.zeros(width))
+        self.key = nn.Parameter(torch.zeros(width)) if keys else None
 
     @classmethod
-    def of(cls, value: Tensor) -> "ResidualValue":
-        """A fixed residual with the given value (C,), on its device, in float32."""
-        edit = cls(value.numel()).requires_grad_(False).to(value.device)
+    def of(cls, value: Tensor, key: Tensor | None = None) -> "ResidualValue":
+        """A fixed residual with the given value, and key, (C,) each, on the value's device, in float32."""
+        edit = cls(value.numel(), key is not None).requires_grad_(False).to(value.device)
         edit.residual.copy_(value)
+        if key is not None:
+            edit.key.copy_(key)
         return edit
 
 
@@ -113,16 +131,16 @@ class EditedCrossAttention(nn.Module):
             out, mass = context.tape[self.name]
             if context.rows is not None:
                 out, mass = out[context.rows], mass[context.rows]
-            out = self.blend(out, mass, context.strengths)
+            out = self.blend(out, mass, context.strengths, context.regions)
         elif isinstance(context, OwnPass):
-            out, mass = self.attend(x, context.text, context.gates)
+            out, mass = self.attend(x, context.text, context.gates, self.keys(context))
             context.tape[self.name] = out.detach(), mass.detach()
-            out = self.blend(out, mass, context.strengths)
+            out = self.blend(out, mass, context.strengths, context.regions)
         else:
             return self.base(x, context)
         return self.base.to_out(out)
 
-    def attend(self, x: Tensor, text: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor, text: Tensor, gates: Tensor, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Attention output `A V` and mass `A g`.
 
         The output is computed by the base layer's own call, so that the foundation stream is the base model to the bit
@@ -131,21 +149,36 @@ class EditedCrossAttention(nn.Module):
 
         Args:
             x: (B, N, query_dim); text: (B, L, context_dim); gates: (B, K, L).
+            keys: what is added to the text's keys, (B, L, C); None is nothing.
 
         Returns:
             (B, N, C) before to_out, and (B, K, H, N).
         """
         base, concepts = self.base, gates.shape[1]
-        q, k, v = base.split(base.to_q(x)), base.split(base.to_k(text)), base.split(base.to_v(text))  # (B, H, N|L, D)
+        keyed = base.to_k(text) if keys is None else base.to_k(text) + keys
+        q, k, v = base.split(base.to_q(x)), base.split(keyed), base.split(base.to_v(text))  # (B, H, N|L, D)
         out = base.merge(base.attend(q, k, v))
         values = F.pad(gates.to(v.dtype).mT, (0, max(0, base.dim_head - concepts)))  # (B, L, D): fused kernels want D
         mass = base.attend(q, k, values[:, None].expand(-1, base.heads, -1, -1))  # (B, H, N, D)
         return out, mass[..., :concepts].permute(0, 3, 1, 2)
 
-    def blend(self, out: Tensor, mass: Tensor, strengths: Tensor) -> Tensor:
-        """`out + Σ_k strength_k a_k ⊗ r_k`: (B, N, C), (B, K, H, N), (K,) -> (B, N, C)."""
+    def keys(self, context: OwnPass) -> Tensor | None:
+        """`Σ_k strength_k g_k ⊗ r_K,k`, (B, L, C): what the concepts add to the text's keys; None without any."""
+        if all(edit.key is None for edit in self.edits):
+            return None
+        keys = [torch.zeros_like(edit.residual) if edit.key is None else edit.key for edit in self.edits]
+        keys = torch.stack(keys) * context.strengths[:, None]  # (K, C)
+        return torch.einsum("bkl,kc->blc", context.gates.to(keys), keys).to(context.text.dtype)
+
+    def blend(self, out: Tensor, mass: Tensor, strengths: Tensor, regions: Tensor | None = None) -> Tensor:
+        """`out + Σ_k strength_k (m_k a_k) ⊗ r_k`, with the regions m_k at this layer's size.
+
+        (B, N, C), (B, K, H, N), (K,), (K, h, w) -> (B, N, C).
+        """
         residuals = torch.stack([edit.residual for edit in self.edits]) * strengths[:, None]  # (K, C)
         residuals = residuals.to(mass.dtype).unflatten(1, (self.base.heads, -1))  # (K, H, D)
+        if regions is not None:
+            mass = mass * shrink(regions, mass.shape[-1]).to(mass.dtype)[:, None]  # (K, 1, N)
         return out + torch.einsum("bkhn,khd->bnhd", mass, residuals).flatten(2).to(out.dtype)
 
 

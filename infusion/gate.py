@@ -69,9 +69,10 @@ class Gate:
         gates = torch.sigmoid((similarity - self.beta) / self.tau)
         return gates if self.kind == "global" else gates * mask.to(gates)
 
-    def with_blending(self, beta: float | None = None, tau: float | None = None) -> "Gate":
-        """The same kind of gate with another beta or tau; None keeps this one's."""
-        return replace(self, beta=self.beta if beta is None else beta, tau=self.tau if tau is None else tau)
+    def but(self, kind: str | None = None, beta: float | None = None, tau: float | None = None) -> "Gate":
+        """The gate with another kind, beta or tau; None keeps this one's."""
+        given = {"kind": kind, "beta": beta, "tau": tau}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from infusion.concept import Concept
+from infusion.regions import Region
 from infusion.sampling import BETA, TAU
 from infusion.tokens import PLACEHOLDER, concept_masks
 from ldm.pipeline import StableDiffusion
@@ -22,6 +23,9 @@ class Settings:
         negative_prompt: what to guide away from.
         H, W: pixels; None is the size of training.
         beta, tau, strength: one value, or one for each concept.
+        gate: kind of gate, one or one for each concept; None is what each was trained with.
+        replace_word: what stands in the prompts for each concept; None are their superclass words.
+        region: boxes that concepts keep to.
         precision: "full" is the model's own; "autocast" runs the UNet in half precision where torch deems it safe.
     """
 
@@ -35,14 +39,22 @@ class Settings:
     beta: float | Sequence[float] = BETA
     tau: float | Sequence[float] = TAU
     strength: float | Sequence[float] = 1.0
+    gate: str | Sequence[str] | None = None
+    replace_word: Sequence[str] | None = None
+    region: Sequence[Region] = ()
     precision: str = "full"
 
 
-def check_prompts(sd: StableDiffusion, prompts: Sequence[str], concepts: Sequence[Concept] = ()) -> None:
-    """Raises ValueError for a prompt that cannot be drawn with these concepts."""
+def check_prompts(
+    sd: StableDiffusion,
+    prompts: Sequence[str],
+    concepts: Sequence[Concept] = (),
+    nouns: Sequence[str] | None = None,
+) -> None:
+    """Raises ValueError for a prompt that cannot be drawn with these concepts; `nouns`: see `Settings.replace_word`."""
     for prompt in prompts:
         if concepts:
-            concept_masks(sd.text.tokenizer, prompt, [concept.superclass for concept in concepts])
+            concept_masks(sd.text.tokenizer, prompt, nouns or [concept.superclass for concept in concepts])
         elif found := PLACEHOLDER.search(prompt):
             raise ValueError(f"there is no concept for {found[0]} in the prompt {prompt!r}")
 
@@ -71,10 +83,11 @@ def generate(
         ValueError: whatever `check_prompts`, `Customised` and `ldm.sampler.sample` refuse.
     """
     settings = Settings() if settings is None else settings
-    check_prompts(sd, prompts, concepts)
+    check_prompts(sd, prompts, concepts, settings.replace_word)
     options = {}
     if concepts:
-        options = {"beta": settings.beta, "tau": settings.tau, "strengths": settings.strength}
+        options = {"beta": settings.beta, "tau": settings.tau, "strengths": settings.strength, "gate": settings.gate}
+        options |= {"nouns": settings.replace_word, "regions": settings.region}
         options |= {"inverse_covariance": inverse_covariance, "map_grid": map_grid}
     # text and gates in the model's own precision, whatever the UNet's
     context = sd.denoiser(list(prompts), concepts, settings.negative_prompt, settings.scale, **options)

@@ -75,8 +75,9 @@ def _edited_layers(unet: nn.Module) -> dict[str, EditedCrossAttention]:
 def _check_widths(name: str, layer: CrossAttention, residuals: nn.ModuleList) -> None:
     width = layer.heads * layer.dim_head
     for edit in residuals:
-        if isinstance(edit, ResidualValue) and edit.residual.shape != (width,):
-            raise ValueError(f"{name} is {width} wide, but its residual is {tuple(edit.residual.shape)}")
+        for residual in edit.parameters() if isinstance(edit, ResidualValue) else ():
+            if residual.shape != (width,):
+                raise ValueError(f"{name} is {width} wide, but its residual is {tuple(residual.shape)}")
 
 
 def _put(unet: nn.Module, name: str, module: nn.Module) -> None:

@@ -2,19 +2,22 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infusion.attention import CustomisedPass, FoundationPass, OwnPass, ResidualValue, Tape
+from infusion.attention import CustomisedPass, FoundationPass, OwnPass, ResidualValue, Tape, key_name
 from infusion.concept import Concept
 from infusion.gate import IDENTITY, fingerprint, target_input
 from infusion.inject import cross_attention_layers, edited
 from infusion.methods import find_method
+from infusion.regions import Region, weights
 from infusion.tokens import concept_masks
 from ldm.pipeline import StableDiffusion
 
+Value = TypeVar("Value", float, str)
 BETA, TAU = 0.7, 0.15  # the gate when sampling; training uses 0.75 and 0.1
 
 
@@ -36,6 +39,9 @@ class Customised:
         scale: guidance; 1 is none.
         beta, tau: of the gates, one for all concepts or one each; None is 0.7 and 0.15.
         strengths: factors on the concepts' residuals, one for all or one each; None is 1.
+        gate: kind of the gates (`infusion.gate.Gate`), one for all or one each; None is what each was trained with.
+        nouns: what stands in the prompts for the concepts, one each; None is their superclass words.
+        regions: boxes that concepts keep to; a concept without one acts everywhere.
         inverse_covariance: C^-1, (D, D), when the concepts were trained with one.
         map_grid: (rows, columns) of the `attention_maps` to collect; None collects none.
 
@@ -55,6 +61,9 @@ class Customised:
         beta: float | Sequence[float] | None = None,
         tau: float | Sequence[float] | None = None,
         strengths: float | Sequence[float] | None = None,
+        gate: str | Sequence[str] | None = None,
+        nouns: Sequence[str] | None = None,
+        regions: Sequence[Region] = (),
         inverse_covariance: Tensor | None = None,
         map_grid: tuple[int, int] | None = None,
     ) -> None:
@@ -73,7 +82,10 @@ class Customised:
 
         betas = _each(BETA if beta is None else beta, len(concepts), "beta")
         taus = _each(TAU if tau is None else tau, len(concepts), "tau")
-        nouns = [concept.superclass for concept in concepts]
+        kinds = [None] * len(concepts) if gate is None else _each(gate, len(concepts), "gate")
+        nouns = [concept.superclass for concept in concepts] if nouns is None else _each(nouns, len(concepts), "noun")
+        weights(regions, len(concepts), (1, 1))  # refuses a region of no concept
+        self.regions = tuple(regions)
         prompts, masks = zip(*(concept_masks(sd.text.tokenizer, t, nouns) for t in templates), strict=True)
         with torch.no_grad():
             text = sd.text(list(prompts))  # (B, L, D)
@@ -81,8 +93,8 @@ class Customised:
             gates = []
             for k, concept in enumerate(concepts):
                 target = target_input(sd.text, concept.templates, concept.superclass)
-                gate = concept.gate.with_blending(betas[k], taus[k])
-                gates.append(gate(text, masks[:, k], target, inverse_covariance))
+                own = concept.gate.but(kinds[k], betas[k], taus[k])
+                gates.append(own(text, masks[:, k], target, inverse_covariance))
             gates = torch.stack(gates, dim=1)  # (B, K, L)
             if scale != 1:
                 text = torch.cat([sd.text(negatives), text])
@@ -91,7 +103,7 @@ class Customised:
         self.text = text  # (B or 2B, L, D)
         self.gates = F.pad(gates, (0, 0, 0, 0, len(text) - self.rows, 0))  # the unconditional rows have none
         strengths = _each(1.0 if strengths is None else strengths, len(concepts), "strength")
-        self.strengths = torch.tensor(strengths, device=text.device)
+        self.strengths = torch.tensor(strengths, dtype=torch.float32, device=text.device)
         self.active = gates.flatten(1).any(1).nonzero().flatten()  # images with a concept in them
         self.edits = _edits(sd.unet, concepts, text.device)
         self._stack = ExitStack()
@@ -122,12 +134,14 @@ class Customised:
         inputs, timesteps = latents.to(self.text.dtype), timestep.expand(self.rows)
         copies = 2 if guided else 1
         tape: Tape = {}
-        context = self._context(tape)
+        regions = weights(self.regions, len(self.strengths), latents.shape[2:])
+        regions = None if regions is None else regions.to(self.text.device)
+        context = self._context(tape, regions)
         prediction = self.unet(inputs.repeat(copies, 1, 1, 1), timesteps.repeat(copies), context).to(latents.dtype)
         conditional = prediction[guided:]
         if len(self.active) and not self.own:
             rows = self.active
-            context = CustomisedPass(self.text[guided + rows], tape, self.strengths, guided + rows)
+            context = CustomisedPass(self.text[guided + rows], tape, self.strengths, guided + rows, regions)
             customised = self.unet(inputs[rows], timesteps[rows], context).to(latents.dtype)
             conditional = conditional.index_copy(0, rows, customised)
         self._record(tape, latents.shape[2:])
@@ -150,11 +164,11 @@ class Customised:
             raise ValueError("no attention maps: construct with map_grid=(rows, columns), and denoise first")
         return self._maps / self._calls
 
-    def _context(self, tape: Tape) -> Tensor | FoundationPass | OwnPass:
+    def _context(self, tape: Tape, regions: Tensor | None) -> Tensor | FoundationPass | OwnPass:
         if not len(self.active):
             return self.text  # no concept anywhere: the base model, exactly
         if self.own:
-            return OwnPass(self.text, self.gates, tape, self.strengths)
+            return OwnPass(self.text, self.gates, tape, self.strengths, regions)
         return FoundationPass(self.text, self.gates, tape)
 
     def _record(self, tape: Tape, size: torch.Size) -> None:
@@ -188,6 +202,8 @@ def _check(sd: StableDiffusion, concepts: Sequence[Concept]) -> None:
     for concept in concepts:
         find_method(concept.method)
         concept.check_base(sd.architecture, sd.hash)
+        if concept.attention != "own" and any(name.endswith(key_name("")) for name in concept.tensors):
+            raise ValueError(f"{concept.superclass!r} has residual keys, which need attention: own")
         if concept.attention != concepts[0].attention:
             raise ValueError(
                 f"{concepts[0].superclass!r} was trained with {concepts[0].attention} attention and "
@@ -198,22 +214,22 @@ def _check(sd: StableDiffusion, concepts: Sequence[Concept]) -> None:
 def _edits(unet: nn.Module, concepts: Sequence[Concept], device: torch.device) -> dict[str, nn.ModuleList]:
     """Every layer with one residual for each concept, zero where a concept has none."""
     layers = cross_attention_layers(unet)
+    known = {name for layer in layers for name in (layer, key_name(layer))}
     for concept in concepts:
-        if unknown := [name for name in concept.tensors if name not in layers]:
+        if unknown := [name for name in concept.tensors if name not in known]:
             raise ValueError(f"{concept.superclass!r} has a residual for {unknown[0]!r}, which the UNet does not have")
-    return {
-        name: nn.ModuleList(
-            ResidualValue.of(concept.tensors.get(name, torch.zeros(layer.heads * layer.dim_head)).to(device))
-            for concept in concepts
-        )
-        for name, layer in layers.items()
-    }
+    edits: dict[str, nn.ModuleList] = {}
+    for name, layer in layers.items():
+        nothing = torch.zeros(layer.heads * layer.dim_head)
+        of = (ResidualValue.of(c.tensors.get(name, nothing), c.tensors.get(key_name(name))) for c in concepts)
+        edits[name] = nn.ModuleList(of).to(device)
+    return edits
 
 
-def _each(value: float | Sequence[float], concepts: int, name: str) -> list[float]:
-    values = [value] if isinstance(value, int | float) else list(value)
+def _each(value: Value | Sequence[Value], concepts: int, name: str) -> list[Value]:
+    values = [value] if isinstance(value, int | float | str) else list(value)
     if len(values) == 1:
         values = values * concepts
     if len(values) != concepts:
         raise ValueError(f"give one {name} for all concepts or one for each of {concepts}, not {len(values)}")
-    return [float(v) for v in values]
+    return values

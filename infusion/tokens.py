@@ -70,6 +70,32 @@ def concept_masks(tokenizer: Tokenizer, template: str, nouns: Sequence[str]) -> 
     return prompt, masks
 
 
+def point(prompt: str, words: Sequence[str]) -> str:
+    """Put placeholders where a prompt has these words already, the k-th concept's at words[k].
+
+    Of a word that several concepts have, each takes the next occurrence; "a cat beside a cat" with ["cat", "cat"]
+    becomes "a {1} beside a {2}". Capitals do not matter.
+
+    Raises:
+        ValueError: the prompt has placeholders of its own, or lacks a word.
+    """
+    if found := PLACEHOLDER.search(prompt):
+        raise ValueError(f"{found[0]} in {prompt!r}: name the concept by a placeholder or by a word, not by both")
+    places: list[tuple[int, int]] = []
+    for word in words:
+        parts = r"\s+".join(map(re.escape, word.split()))
+        pattern = rf"(?<!\w){parts}(?!\w)"
+        spans = (match.span() for match in re.finditer(pattern, prompt, re.IGNORECASE))
+        free = (span for span in spans if all(span[1] <= start or span[0] >= end for start, end in places))
+        place = next(free, None)
+        if not word.strip() or place is None:
+            raise ValueError(f"the prompt {prompt!r} has no word {word!r} for the concept")
+        places.append(place)
+    for number, (start, end) in sorted(enumerate(places, 1), key=lambda item: item[1], reverse=True):
+        prompt = f"{prompt[:start]}{{{number if len(words) > 1 else ''}}}{prompt[end:]}"
+    return prompt
+
+
 def fill(template: str, nouns: Sequence[str]) -> str:
     """The template with each placeholder replaced by its noun.
 

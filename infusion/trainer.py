@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from infusion.attention import Tape, residual_share
+from infusion.attention import Tape, key_name, residual_share
 from infusion.concept import Concept
 from infusion.covariance import InverseCovariance
 from infusion.gate import Gate, fingerprint, target_input, training_prompts
@@ -80,8 +80,10 @@ class ConceptTrainer(pl.LightningModule):
 
     @property
     def learned(self) -> dict[str, torch.nn.Parameter]:
-        """The trainable parameters, by layer."""
-        return {name: edit.residual for name, edit in self.edits.items() if edit.residual.requires_grad}
+        """The trainable parameters: a layer's residual value by its name, its residual key as `<name>.key`."""
+        edits = {name: edit for name, edit in self.edits.items() if edit.residual.requires_grad}
+        keys = {key_name(name): edit.key for name, edit in edits.items() if edit.key is not None}
+        return {name: edit.residual for name, edit in edits.items()} | keys
 
     def on_fit_start(self) -> None:
         """Raises ValueError when the trainer's precision has cast the learned numbers to half precision."""
@@ -117,8 +119,9 @@ class ConceptTrainer(pl.LightningModule):
         return torch.stack(text).to(self.device), torch.stack(gates).to(self.device)
 
     def shares(self, tape: Tape) -> dict[str, Tensor]:
-        """Norm of the gated residual as a share of the values it is added to, by layer, averaged over the rows."""
-        return {name: residual_share(*tape[name], residual[None]).mean() for name, residual in self.learned.items()}
+        """Norm of the gated residual value as a share of what it is added to, by layer, averaged over the rows."""
+        values = {name: residual for name, residual in self.learned.items() if name in tape}
+        return {name: residual_share(*tape[name], residual[None]).mean() for name, residual in values.items()}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.learned.values(), lr=self.learning_rate, weight_decay=self.weight_decay)

@@ -24,6 +24,14 @@ def numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"`{text}` is not a number, nor several with commas between them") from error
 
 
+def words(text: str) -> list[str]:
+    """One or more words, or groups of words, with commas between them."""
+    found = [part.strip() for part in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"`{text}` is not a word, nor several with commas between them")
+    return found
+
+
 def count(text: str) -> int:
     """A whole number above 0."""
     if not text.isdigit() or int(text) < 1:

@@ -1,4 +1,4 @@
-"""Draws prompts with a learned concept: `{}` in a prompt is the concept.
+"""Draws prompts with learned concepts: `{}` in a prompt is the concept, `{1}`, `{2}` … are several.
 
 python scripts/infusion_txt2img.py --personalized_ckpt cat.safetensors --prompt "a photo of a {} on the beach"
 """
@@ -7,7 +7,7 @@ import argparse
 import logging
 import sys
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,10 +18,14 @@ from infusion.concept import Concept
 from infusion.covariance import InverseCovariance
 from infusion.generate import Settings, check_prompts, generate
 from infusion.pictures import Numbered, grid, png
+from infusion.prompts import Job, read_jobs
+from infusion.recipe import defaults, describe, hashes, recall
+from infusion.regions import regions
 from infusion.sampling import check_covariance
+from infusion.tokens import point
 from ldm.config import ROOT, find
 from ldm.errors import Parser, UserError, report
-from ldm.flags import count, find_device, number, numbers, seed
+from ldm.flags import count, find_device, number, numbers, seed, words
 from ldm.pipeline import StableDiffusion
 from ldm.schedule import SAMPLERS
 
@@ -30,18 +34,23 @@ logger = logging.getLogger(__name__)
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     usual = Settings()
-    parser = Parser(description="Draws prompts with a learned concept.")
+    parser = Parser(description="Draws prompts with learned concepts.")
     add = parser.add_argument
     add("--config", metavar="FILE", help="backbone config; None: the one that the concept file names")
     add("--ckpt", metavar="FILE", help="weights of the base model; None: the backbone's usual file")
-    add("--personalized_ckpt", metavar="A[,B]", help="concept file; None: the base model alone, which needs --config")
+    add("--personalized_ckpt", metavar="A[,B]", help="concept files; None: the base model alone, which needs --config")
     prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", help="{} is the concept", default="a photo of a {}")
-    prompts.add_argument("--from-file", metavar="FILE", help="prompts, one a line, in place of --prompt")
+    prompts.add_argument("--prompt", help="{} is the concept, {1}, {2} … are several", default="a photo of a {}")
+    prompts.add_argument("--from-file", metavar="FILE", help="prompts, one a line, with --n --w --h --s --l --d behind")
+    prompts.add_argument("--from-png", metavar="FILE", help="draw a picture again; flags that are given change it")
+    add("--target_word", metavar="W[,W]", type=words, help="words of the prompt that are the concepts, in place of {}")
+    add("--replace_word", metavar="W[,W]", type=words, help="what {} reads as; None: the concept's superclass word")
     add("--negative_prompt", help="what to guide away from", default=usual.negative_prompt)
+    add("--gate", type=words, metavar="G[,G]", help="sigmoid, hard or global; None: as the concept was trained")
     add("--beta", type=numbers, metavar="B[,B]", help="similarity at which the gate is half open", default=usual.beta)
     add("--tau", type=numbers, metavar="T[,T]", help="temperature of the gate, above 0", default=usual.tau)
     add("--strength", type=numbers, metavar="S[,S]", help="factor on what was learned", default=usual.strength)
+    add("--region", nargs="+", metavar="K:x0,y0,x1,y1", help="keep concept K to a box, in shares of the image")
     add("--covariance", metavar="FILE", help="C⁻¹ that the concept was trained with; None: the identity")
     add("--scale", type=number, help="classifier-free guidance; 1 is none", default=usual.scale)
     add("--steps", "--ddim_steps", type=count, help="sampling steps", default=usual.steps)
@@ -59,24 +68,32 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--skip_save", action="store_true", help="write no single images")
     add("--device", help="such as cpu or cuda:1; auto: CUDA where there is some", default="auto")
     flags = parser.parse_args(arguments)
-    if flags.covariance and not flags.personalized_ckpt:
-        parser.error("--covariance: weighs the gate of a concept, and no --personalized_ckpt is given")
+    said = recall(flags.from_png) if flags.from_png else {}
+    if said:
+        parser.set_defaults(**defaults(said))
+        flags = parser.parse_args(arguments)
+    flags.said = said
+    for name in ("covariance", "target_word", "replace_word", "region", "gate"):
+        if getattr(flags, name) and not flags.personalized_ckpt:
+            parser.error(f"--{name}: is of a concept, and no --personalized_ckpt is given")
+    if flags.target_word and flags.replace_word:
+        parser.error("--target_word and --replace_word: name the words that are there, or those to write, not both")
     if flags.skip_grid and flags.skip_save:
         parser.error("--skip_grid and --skip_save together leave nothing to write")
+    boxes = flags.region or ""
+    flags.region = regions(boxes if isinstance(boxes, str) else " ".join(boxes))
     return flags
 
 
-def read_prompts(flags: argparse.Namespace) -> list[str]:
+def read_prompts(flags: argparse.Namespace, settings: Settings) -> list[Job]:
     if flags.from_file is None:
-        return [flags.prompt]
+        return [Job(flags.prompt, settings)]
     try:
-        lines = Path(flags.from_file).read_text(encoding="utf-8").splitlines()
+        return read_jobs(Path(flags.from_file).read_text(encoding="utf-8"), settings)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--from-file: {flags.from_file} cannot be read as text ({error})") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"--from-file: {flags.from_file} has no prompt in it")
-    return prompts
+    except ValueError as error:
+        raise UserError(f"--from-file: {flags.from_file}: {error}") from error
 
 
 def read_concepts(flags: argparse.Namespace) -> dict[str, Concept]:
@@ -98,8 +115,11 @@ def find_config(flags: argparse.Namespace, concepts: list[Concept]) -> Path:
     return path
 
 
-def joined(value: object) -> object:
-    return ",".join(map(str, value)) if isinstance(value, list) else value
+def warn_of_change(flags: argparse.Namespace, hashes: dict[str, str]) -> None:
+    """Warns where a picture that is drawn again was made from other files."""
+    for name, here in hashes.items():
+        if flags.said and flags.said.get(name, "") != here:
+            logger.warning("warning: --from-png: the picture was made with another file: %s differs", name)
 
 
 @report
@@ -107,47 +127,48 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     flags = parse(arguments)
-    prompts, files = read_prompts(flags), read_concepts(flags)
+    settings = Settings(**{field.name: getattr(flags, field.name) for field in fields(Settings)})
+    if flags.target_word:
+        settings = replace(settings, replace_word=flags.target_word)
+    jobs, files = read_prompts(flags, settings), read_concepts(flags)
     concepts, inverse = list(files.values()), InverseCovariance(flags.covariance)
     check_covariance(concepts, inverse.matrix)
     outdir = Path(flags.outdir)
     samples, grids = Numbered(outdir / "samples"), Numbered(outdir, "grid-", digits=4)
     device = find_device(flags.device)
     sd = StableDiffusion.from_checkpoint(find_config(flags, concepts), flags.ckpt and find(flags.ckpt), device=device)
-    settings = Settings(**{field.name: getattr(flags, field.name) for field in fields(Settings)})
-    check_prompts(sd, prompts, concepts)
-    if concepts and not all("{" in prompt for prompt in prompts):
+    templates = [point(job.prompt, flags.target_word) if flags.target_word else job.prompt for job in jobs]
+    check_prompts(sd, templates, concepts, settings.replace_word)
+    if concepts and not all("{" in template for template in templates):
         logger.warning("warning: a prompt without {} is drawn by the base model: the concept is not in it")
+    of_files = hashes(sd.hash, list(files), inverse.fingerprint)
+    warn_of_change(flags, of_files)
 
-    batches = [prompt for _ in range(flags.n_iter) for prompt in prompts]
-    _, rows, columns = sd.latent_shape(flags.H, flags.W)
-    known = {name: joined(value) for name, value in asdict(settings).items()} | {
-        "H": rows * sd.vae.factor,
-        "W": columns * sd.vae.factor,
-        "personalized_ckpt": ",".join(files),
-        "covariance": inverse.fingerprint,
-        "superclass": ",".join(concept.superclass for concept in concepts),
-        "base": sd.architecture,
-        "base_sha256": sd.hash,
-    }
-    drawn, paths = [], []
-    for index, prompt in enumerate(tqdm(batches, "prompts", disable=len(batches) == 1)):
-        seeds = [flags.seed + index * flags.n_samples + i for i in range(flags.n_samples)]
+    rounds = [(job, template) for _ in range(flags.n_iter) for job, template in zip(jobs, templates, strict=True)]
+    drawn, paths = {}, []
+    for index, (job, template) in enumerate(tqdm(rounds, "prompts", disable=len(rounds) == 1)):
+        first = flags.seed + index * flags.n_samples if job.seed is None else job.seed + index // len(jobs)
+        seeds = [first + i for i in range(flags.n_samples)]
         images, _ = generate(
-            *(sd, [prompt] * flags.n_samples, seeds, concepts, settings),
-            progress=len(batches) == 1,
+            *(sd, [template] * flags.n_samples, seeds, concepts, job.settings),
+            progress=len(rounds) == 1,
             inverse_covariance=inverse.matrix,
         )
-        drawn += images.cpu()
+        drawn.setdefault(images.shape[2:], []).extend(images.cpu())
         if not flags.skip_save:
-            texts = ({"prompt": prompt, "seed": seed} | known for seed in seeds)
-            paths += [samples.write(png(image, text)) for image, text in zip(images, texts, strict=True)]
+            size = {"H": images.shape[2], "W": images.shape[3]}
+            for image, seed_ in zip(images, seeds, strict=True):
+                said = describe(
+                    replace(job.settings, **size), vars(flags) | {"prompt": job.prompt, "seed": seed_}, of_files
+                )
+                paths.append(samples.write(png(image, said)))
     if paths:
         many = f"1 image: {paths[0]}" if len(paths) == 1 else f"{len(paths)} images: {paths[0]} to {paths[-1].name}"
         logger.info(many)
     if not flags.skip_grid:
-        text = {"prompt": "\n".join(prompts), "seed": flags.seed} | known
-        logger.info("grid: %s", grids.write(png(grid(drawn, flags.n_rows or flags.n_samples), text)))
+        said = describe(settings, vars(flags) | {"prompt": "\n".join(job.prompt for job in jobs)}, of_files)
+        for images in drawn.values():  # a grid of each size
+            logger.info("grid: %s", grids.write(png(grid(images, flags.n_rows or flags.n_samples), said)))
 
 
 if __name__ == "__main__":

@@ -35,13 +35,19 @@ def test_every_backbone_builds_and_names_its_file(path: Path):
 
 
 @pytest.mark.parametrize(
-    "name", ["infusion_custom", "infusion_custom_sd_v2", "infusion_custom_sd_v2_768", "infusion_cat"]
+    "name",
+    ["infusion_custom", "infusion_custom_sd_v2", "infusion_custom_sd_v2_768", "infusion_cat", "infusion_custom_own"],
 )
 def test_infusion_learns_12480_numbers_in_16_layers(name: str):
     model = main.build_model(read(CONFIGS / f"{name}.yaml"), {}, meta=True)
     widths = sorted(p.numel() for p in model.parameters() if p.requires_grad)
     assert widths == [320] * 5 + [640] * 5 + [1280] * 6
     assert sum(widths) == 12480
+
+
+def test_residual_keys_double_the_numbers():
+    model = main.build_model(read(CONFIGS / "infusion_custom_own_keys.yaml"), {}, meta=True)
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == 24960
 
 
 def test_recipes_of_the_two_stable_diffusions():

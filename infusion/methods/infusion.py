@@ -18,23 +18,29 @@ class Infusion:
     Args:
         attention: "foundation": the customised stream takes its attention maps from the foundation stream (the paper).
             "own": it attends with its own queries (what the released code does).
+        keys: learn a residual key beside each value (what the released code does where xformers is installed). The
+            foundation's attention maps do not change with what is learned, so this needs attention "own".
         layers: regular expression searched for in the layers' names; the layers it matches are learned, the others
             keep a residual of zero. Everything by default.
 
     Raises:
-        ValueError: an unknown attention, or no regular expression.
+        ValueError: an unknown attention, keys without attention "own", or no regular expression.
     """
 
     name = "infusion"
 
-    def __init__(self, attention: Literal["foundation", "own"] = "foundation", layers: str = ""):
+    def __init__(
+        self, attention: Literal["foundation", "own"] = "foundation", keys: bool = False, layers: str = ""
+    ) -> None:
         if attention not in ATTENTIONS:
             raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, not {attention!r}")
+        if keys and attention != "own":
+            raise ValueError("residual keys change an attention map, and the foundation's stays: set attention: own")
         try:
             self.layers = re.compile(layers)
         except re.error as error:
             raise ValueError(f"layers is not a regular expression: {layers!r} ({error})") from error
-        self.attention = attention
+        self.attention, self.keys = attention, keys
 
     def edits(self, unet: nn.Module) -> dict[str, ResidualValue]:
         """A fresh residual for each cross-attention layer; the learned ones require gradients.
@@ -43,7 +49,7 @@ class Infusion:
             ValueError: no layer matches.
         """
         edits = {
-            name: ResidualValue(layer.heads * layer.dim_head).requires_grad_(self.layers.search(name) is not None)
+            name: ResidualValue(layer.heads * layer.dim_head, self.keys).requires_grad_(bool(self.layers.search(name)))
             for name, layer in cross_attention_layers(unet).items()
         }
         if not any(edit.residual.requires_grad for edit in edits.values()):

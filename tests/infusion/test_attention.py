@@ -119,6 +119,62 @@ def test_own_attention_is_its_definition(checkpoint):
         torch.testing.assert_close(edit[0].residual.grad, parameters[name][0].grad, atol=1e-10, rtol=1e-8)
 
 
+def test_residual_keys_are_their_definition():
+    """softmax(Q (K + Σ g r_Kᵀ)ᵀ / √D) (V + Σ g rᵀ), of two concepts of which one has a key."""
+    torch.manual_seed(0)
+    base = CrossAttention(24, 32, heads=2, dim_head=16).double()
+    x, text, gates = torch.randn(2, 9, 24).double(), torch.randn(2, 5, 32).double(), torch.rand(2, 2, 5).double()
+    with_key = ResidualValue.of(torch.randn(32), torch.randn(32)).double()
+    layer = EditedCrossAttention(base, "layer", nn.ModuleList([with_key, ResidualValue.of(torch.randn(32)).double()]))
+    strengths = torch.tensor([0.7, 1.3]).double()
+
+    k = base.to_k(text) + gates[:, 0, :, None] * 0.7 * with_key.key
+    v = base.to_v(text) + torch.einsum(
+        "bkl,k,kc->blc", gates, strengths, torch.stack([e.residual for e in layer.edits])
+    )
+    q, k, v = base.split(base.to_q(x)), base.split(k), base.split(v)
+    expected = base.to_out(base.merge((q @ k.mT / 4).softmax(-1) @ v))
+    torch.testing.assert_close(layer(x, OwnPass(text, gates, {}, strengths)), expected)
+    without = nn.ModuleList(ResidualValue.of(edit.residual) for edit in layer.edits)
+    plain = EditedCrossAttention(base, "layer", without)(x, OwnPass(text, gates, {}, strengths))
+    assert (plain - expected).abs().max() > 0.01  # the key matters
+    taped: dict = {}
+    layer(x, FoundationPass(text, gates, taped))  # the foundation knows no keys
+    k, v = base.split(base.to_k(text)), base.split(base.to_v(text))
+    torch.testing.assert_close(
+        taped["layer"][0], base.merge(base.attend(q, base.split(base.to_k(text)), base.split(base.to_v(text))))
+    )
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_region_bounds_where_the_layers_change(own):
+    """Within one layer the residual is added to the tokens of the region, by the share that the region covers."""
+    unet, edits = edited_unet(2)
+    randomise(edits)
+    name, layer = next((n, m) for n, m in unet.named_modules() if isinstance(m, EditedCrossAttention))
+    x, (_, _, text, gates) = torch.randn(2, 16, layer.base.to_q.in_features).double(), inputs(2, 2)
+    regions = torch.rand(2, 8, 8).double()  # four latents to a token
+    regions[0] = torch.cat([torch.zeros(8, 4), torch.ones(8, 4)], 1)  # the right half
+    strengths = torch.ones(2).double()
+
+    def added(regions, strengths):
+        tape = {}
+        layer(x, FoundationPass(text, gates, tape))
+        context = CustomisedPass(text, tape, strengths, None, regions)
+        if own:
+            context = OwnPass(text, gates, {}, strengths, regions)
+        return layer(x, context) - layer(x, Context(text))  # (B, N, C)
+
+    first, second = torch.eye(2).double()
+    whole, bounded = added(None, first), added(regions, first)
+    right = torch.arange(16) % 4 >= 2
+    torch.testing.assert_close(bounded[:, right], whole[:, right])
+    assert bounded[:, ~right].abs().max() < 1e-12 < whole[:, ~right].abs().max()
+    covered = regions[1].unflatten(0, (4, 2)).unflatten(2, (4, 2)).mean((1, 3)).flatten()  # (N,)
+    torch.testing.assert_close(added(regions, second), added(None, second) * covered[:, None])
+    torch.testing.assert_close(added(regions, strengths), added(regions, first) + added(regions, second))
+
+
 @pytest.mark.parametrize("concepts", [1, 3])
 def test_without_residuals_every_pass_is_the_base_to_the_bit(concepts):
     plain, (unet, _) = tiny_unet(), edited_unet(concepts, dtype=torch.float32)

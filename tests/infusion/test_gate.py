@@ -70,9 +70,10 @@ def test_a_target_without_energy_is_an_error(encodings, mask):
         Gate()(encodings, mask, torch.zeros(8))
 
 
-def test_with_blending():
-    assert Gate("global", 0.75, 0.1).with_blending(beta=0.7) == Gate("global", 0.7, 0.1)
-    assert Gate().with_blending() == Gate()
+def test_another_gate_keeps_what_is_not_given():
+    assert Gate("global", 0.75, 0.1).but(beta=0.7) == Gate("global", 0.7, 0.1)
+    assert Gate("global", 0.75, 0.1).but("hard", tau=0.2) == Gate("hard", 0.75, 0.2)
+    assert Gate().but() == Gate()
 
 
 def test_target_input_is_the_mean_over_prompts(sd):

@@ -21,7 +21,7 @@ def test_layers_restrict_what_is_learned():
     assert [name.partition("_")[0] for name in learned] == ["middle"] + 4 * ["output"]
 
 
-@pytest.mark.parametrize("arguments", [{"attention": "both"}, {"layers": "("}])
+@pytest.mark.parametrize("arguments", [{"attention": "both"}, {"layers": "("}, {"keys": True}])
 def test_unusable_options_are_errors(arguments):
     with pytest.raises(ValueError):
         Infusion(**arguments)
@@ -32,6 +32,18 @@ def test_matching_no_layer_is_an_error():
         Infusion(layers="attn1").edits(tiny_unet())
     with pytest.raises(ValueError, match="there are none"):
         Infusion().edits(torch.nn.Linear(2, 2))
+
+
+def test_keys_are_learned_beside_values():
+    unet = tiny_unet()
+    method = Infusion("own", keys=True)
+    edits = method.edits(unet)
+    random_residuals(edits)
+    inject(unet, edits)
+    latents, timesteps, text, gates = inputs(dtype=torch.float32)
+    method.predict(unet, latents, timesteps, text, gates[:, 0], {}).square().mean().backward()
+    for name, edit in edits.items():
+        assert edit.key.shape == edit.residual.shape and edit.key.grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("attention", ["foundation", "own"])

@@ -1,11 +1,14 @@
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
+from infusion.attention import key_name
 from infusion.concept import Concept
 from infusion.gate import Gate, target_input
 from infusion.inject import cross_attention_layers
+from infusion.regions import Region
 from infusion.sampling import Customised
 from infusion.tokens import concept_mask
 from ldm.attention import Context
@@ -94,6 +97,80 @@ def test_several_concepts_commute_and_have_their_own_blending(sd, latents):
     torch.testing.assert_close(silent, alone, atol=1e-4, rtol=1e-4)
 
 
+def test_each_concept_has_its_kind_of_gate(sd, latents):
+    cat, dog = make_concept(sd, "cat", seed=1), make_concept(sd, "dog", seed=2)
+    prompts = ["a {1} and a {2}"] * 2
+    with Customised(sd, [cat, dog], prompts, gate=["hard", "global"], beta=0.8) as mixed:
+        gates = mixed.gates[2:]
+    assert set(gates[0, 0].tolist()) == {0.0, 1.0} and gates[0, 0].sum() == 1 and (gates[:, 1] > 0).all()
+    with Customised(sd, [cat, dog], prompts, beta=0.8) as trained:
+        own = trained.gates[2:]
+    assert ((own > 0).sum(2) == 1).all()
+    token = own[0, 1].argmax()
+    torch.testing.assert_close(gates[0, 1, token], own[0, 1, token])
+    hard = make_concept(sd, "cat", seed=1, gate=Gate("hard"))
+    torch.testing.assert_close(
+        denoise(sd, [hard], ["a {}", "the {}"], latents), denoise(sd, [cat], ["a {}", "the {}"], latents, gate="hard")
+    )
+
+
+def test_another_word_may_stand_for_the_concept(sd, latents):
+    cat = make_concept(sd)
+    said = denoise(sd, [cat], ["a {} outside", "my {}"], latents, nouns=["big kitten"])
+    with Customised(sd, [cat], ["a {} outside", "my {}"], nouns=["big kitten"]) as customised:
+        expected = sd.text(["a big kitten outside", "my big kitten"])
+        torch.testing.assert_close(customised.text[2:], expected)
+        assert ((customised.gates[2:] > 0).sum(2) == 2).all()  # on both tokens of it
+    assert (said - denoise(sd, [cat], ["a {} outside", "my {}"], latents)).abs().max() > 1e-3
+
+
+def test_a_region_over_everything_changes_nothing_and_another_does(sd, latents):
+    concept, options = make_concept(sd), {"scale": 3.0}
+    free = denoise(sd, [concept], PROMPTS, latents, **options)
+    whole = denoise(sd, [concept], PROMPTS, latents, regions=[Region(1, 0, 0, 1, 1)], **options)
+    halves = [Region(1, 0, 0, 0.5, 1), Region(1, 0.5, 0, 1, 1)]
+    torch.testing.assert_close(whole, free)
+    torch.testing.assert_close(denoise(sd, [concept], PROMPTS, latents, regions=halves, **options), free)
+    assert (denoise(sd, [concept], PROMPTS, latents, regions=halves[:1], **options) - free).abs().max() > 1e-3
+
+
+def test_eight_concepts_are_the_sum_of_their_residuals(sd, latents):
+    """With one gate on one token, the edits of all concepts at it add up to that of one concept."""
+    concepts = [make_concept(sd, "cat", 0.3, seed) for seed in range(8)]
+    together = {name: sum(concept.tensors[name] for concept in concepts) for name in concepts[0].tensors}
+    names = "".join(f"{{{i}}} " for i in range(1, 9))
+    one = Concept(together, "cat", TEMPLATES, sd.architecture)
+    options = {"gate": "hard", "nouns": ["cat"]}
+    cat = "cat " * 8
+    with Customised(sd, concepts, [names, names], **options) as eight:
+        assert eight.gates[2:].sum((1, 2)).tolist() == [8, 8]
+        assert (eight.gates[2].sum(0) <= 1).all()  # each at an occurrence of its own
+    many = denoise(sd, concepts, ["{1}"] * 2, latents, strengths=[1] + [0] * 7, **options)
+    torch.testing.assert_close(many, denoise(sd, concepts[:1], ["{}"] * 2, latents, **options), atol=1e-5, rtol=1e-5)
+    everywhere = {"gate": "global", "nouns": ["cat"]}
+    torch.testing.assert_close(
+        denoise(sd, concepts, [names, cat], latents, **everywhere),
+        denoise(sd, [one], ["{} " * 8, cat], latents, **everywhere), atol=1e-3, rtol=1e-3,
+    )  # fmt: skip
+
+
+def test_concepts_with_residual_keys(sd, latents):
+    plain = make_concept(sd, attention="own")
+    zero = {key_name(name): torch.zeros_like(tensor) for name, tensor in plain.tensors.items()}
+    keys = {name: torch.randn_like(tensor) for name, tensor in zero.items()}
+    with_zero = make_concept(sd, attention="own")
+    same = denoise(sd, [replace(with_zero, tensors=plain.tensors | zero)], PROMPTS, latents)
+    torch.testing.assert_close(same, denoise(sd, [plain], PROMPTS, latents), atol=1e-5, rtol=1e-5)
+    other = denoise(sd, [replace(with_zero, tensors=plain.tensors | keys)], PROMPTS, latents)
+    assert (other - same).abs().max() > 1e-2
+    torch.testing.assert_close(
+        denoise(sd, [replace(plain, tensors=plain.tensors | keys), plain], ["{1} {2}"] * 2, latents, strengths=[1, 0]),
+        denoise(sd, [replace(plain, tensors=plain.tensors | keys)], ["{} cat"] * 2, latents), atol=1e-4, rtol=1e-4,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="residual keys, which need attention: own"):
+        Customised(sd, [make_concept(sd), replace(make_concept(sd), tensors=keys)], ["{1} {2}"])
+
+
 def test_a_concept_may_cover_some_of_the_layers(sd, latents):
     whole = make_concept(sd)
     name, tensor = next(iter(whole.tensors.items()))
@@ -167,6 +244,10 @@ def test_whole_images(sd):
         ([{}], {"beta": [0.1, 0.2]}, "one beta for all"),
         ([{}], {"strengths": [1, 1, 1]}, "one strength for all"),
         ([{}], {"tau": 0.0}, "tau"),
+        ([{}], {"gate": ["hard", "hard"]}, "one gate for all"),
+        ([{}], {"gate": "open"}, "the gate must be 'sigmoid', 'hard' or 'global', not 'open'"),
+        ([{}], {"nouns": ["a", "b"]}, "one noun for all"),
+        ([{}], {"regions": [Region(2, 0, 0, 1, 1)]}, "the region 2:0,0,1,1 is of no concept"),
         ([{}, {"attention": "own"}], {}, "cannot be sampled together"),
         ([{"method": "dreambooth"}], {}, "no method 'dreambooth'"),
         ([{"covariance": "ab" * 32}], {}, "its gate needs the same file"),

@@ -1,4 +1,5 @@
 import warnings
+from dataclasses import replace
 
 import pytest
 import pytorch_lightning as pl
@@ -94,6 +95,27 @@ def test_the_loss_is_taken_in_the_space_of_the_prediction(sd, monkeypatch):
 
     assert answer("v") < 1e-6
     assert answer("epsilon") > 0.1
+
+
+def test_residual_keys_are_trained_saved_resumed_and_sampled(sd, tmp_path):
+    module = make(sd, method=Infusion("own", keys=True))
+    fit(module, tmp_path, 2)
+    learned = residuals(module)
+    assert len(learned) == 14 and all(tensor.any() for tensor in learned.values())
+    concept = module.concept()
+    assert concept.numbers == 2 * sum(t.numel() for name, t in learned.items() if not name.endswith(".key"))
+    concept.save(tmp_path / "cat.safetensors")
+    again = Concept.load(tmp_path / "cat.safetensors")
+    assert again.attention == "own" and all(torch.equal(again.tensors[name], t) for name, t in learned.items())
+    remove(sd.unet)
+    other = make(sd, method=Infusion("own", keys=True))
+    other.load_state_dict(module.state_dict())
+    assert all(torch.equal(tensor, learned[name]) for name, tensor in residuals(other).items())
+    remove(sd.unet)
+    images = sd.sample(["a photo of a {}"], [again], steps=2)
+    values = {name: tensor for name, tensor in again.tensors.items() if not name.endswith(".key")}
+    without = sd.sample(["a photo of a {}"], [replace(again, tensors=values)], steps=2)
+    assert (images - without).abs().max() > 1e-4
 
 
 def test_a_planted_residual_is_found_again(sd):

@@ -1,3 +1,4 @@
+import hashlib
 import io
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -12,6 +13,7 @@ from infusion.concept import Concept
 from infusion.covariance import InverseCovariance, save_inverse
 from infusion.generate import Settings, generate
 from infusion.inject import cross_attention_layers
+from ldm.config import ROOT
 from ldm.pipeline import StableDiffusion
 from scripts.infusion_txt2img import main
 
@@ -83,15 +85,18 @@ def test_image_i_has_the_seed_plus_i_whatever_the_batches(draw, sd, concept):
     assert sorted(path.name for path in out.glob("*.png")) == ["grid-0000.png", "grid-0001.png"]
 
 
-def test_the_png_says_how_it_was_made(draw, sd, concept):
+def test_the_png_says_how_it_was_made(draw, sd, concept, tiny):
     out = draw(
         "--prompt", "a “{}”", "--n_samples", "1", "--strength", "0.5", "--tau", "0.2", "--negative_prompt", "fog"
     )
-    assert text(out / "samples/00000.png") == {
+    said = text(out / "samples/00000.png")
+    concept_hash = hashlib.sha256(concept.read_bytes()).hexdigest()
+    assert said == {
         "prompt": "a “{}”", "seed": "42", "steps": "2", "scale": "7.5", "sampler": "ddim", "ddim_eta": "0.0",
-        "negative_prompt": "fog", "H": "16", "W": "16", "beta": "0.7", "tau": "0.2", "strength": "0.5",
-        "precision": "full", "personalized_ckpt": str(concept), "covariance": "identity", "superclass": "cat",
-        "base": "tiny", "base_sha256": sd.hash,
+        "negative_prompt": "fog", "H": "16", "W": "16", "beta": "0.7", "tau": "0.2", "strength": "0.5", "gate": "",
+        "precision": "full", "target_word": "", "replace_word": "", "region": "", "config": str(tiny), "ckpt": "",
+        "personalized_ckpt": str(concept), "personalized_sha256": concept_hash, "base_sha256": sd.hash,
+        "covariance": "", "covariance_sha256": "identity",
     }  # fmt: skip
 
 
@@ -105,6 +110,57 @@ def test_prompts_of_a_file_samplers_sizes_and_the_grid(draw, tmp_path):
     assert pixels(out / "samples/00000.png").shape == (24, 8, 3)
     assert pixels(out / "grid-0000.png").shape == (24 + 2 * 2, 4 * 8 + 5 * 2, 3)
     assert text(out / "grid-0000.png")["prompt"] == "a {}\na photo of a {} in the rain"
+
+
+def test_lines_of_a_file_have_options_of_their_own(draw, sd, concept, tmp_path):
+    lines = ["# the first is drawn as the flags say", "a {} outside", "the {} --n fog, rain --w 24 --s 3 --l 2.5 --d 5"]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    out = draw("--from-file", tmp_path / "prompts.txt", "--n_samples", "1", "--n_iter", "2", "--seed", "9")
+    said = [text(path) for path in sorted((out / "samples").iterdir())]
+    assert [one["seed"] for one in said] == ["9", "5", "11", "6"]
+    assert [one["prompt"] for one in said] == ["a {} outside", "the {}"] * 2
+    assert {"negative_prompt": "", "W": "16", "steps": "2", "scale": "7.5"}.items() <= said[0].items()
+    assert {"negative_prompt": "fog, rain", "W": "24", "H": "16", "steps": "3", "scale": "2.5"}.items() <= said[
+        1
+    ].items()
+    shapes = [pixels(out / f"grid-000{i}.png").shape for i in range(2)]
+    assert shapes == [(16 + 4, 16 + 4, 3), (16 + 4, 24 + 4, 3)] or shapes[0][0] > 20  # one of each size
+    alone = sd.sample(["the {}"], [Concept.load(concept)], 3, 2.5, 5, "fog, rain", width=24)[0].permute(1, 2, 0).numpy()
+    assert np.abs(pixels(out / "samples/00001.png") / 255 - alone).max() < 0.01
+
+
+def test_a_picture_is_drawn_again_from_what_it_says(draw, concept, tiny, tmp_path):
+    words = ["--prompt", "a cat on a {}", "--replace_word", "big hill", "--sampler", "euler_a", "--gate", "hard"]
+    boxes = ["--region", "1:0,0,0.5,1", "1:.5,.5,1,1"]
+    first = draw(*words, *boxes, "--n_samples", "3", "--seed", "3", "--beta", "0.4", "--H", "24")
+    picture = first / "samples/00002.png"
+    main(["--from-png", str(picture), "--outdir", str(tmp_path / "again"), "--device", "cpu"])
+    (again,) = (tmp_path / "again/samples").iterdir()
+    assert np.abs(pixels(again).astype(int) - pixels(picture)).max() <= 2
+    assert text(again) == text(picture)
+    main(["--from-png", str(picture), "--outdir", str(tmp_path / "again"), "--device", "cpu", "--strength", "0"])
+    assert np.abs(pixels(tmp_path / "again/samples/00001.png").astype(int) - pixels(picture)).max() > 2
+
+
+def test_a_picture_of_other_files_is_drawn_with_a_warning(draw, concept, tmp_path, caplog):
+    picture = draw("--n_samples", "1", "--skip_grid") / "samples/00000.png"
+    weaker = Concept.load(concept)
+    replace(weaker, tensors={name: t / 2 for name, t in weaker.tensors.items()}).save(tmp_path / "weaker.safetensors")
+    caplog.set_level("WARNING")
+    main(["--from-png", str(picture), "--outdir", str(tmp_path / "again"), "--device", "cpu"])
+    assert not caplog.records
+    draw("--from-png", picture, "--personalized_ckpt", tmp_path / "weaker.safetensors")
+    (record,) = caplog.records
+    assert "made with another file: personalized_sha256 differs" in record.message
+
+
+def test_words_of_the_prompt_may_be_the_concept(draw):
+    out = draw("--prompt", "A Cat and a cat", "--target_word", "cat", "--n_samples", "1", "--skip_grid")
+    draw("--prompt", "A {} and a cat", "--replace_word", "Cat", "--n_samples", "1", "--skip_grid")
+    draw("--prompt", "A Cat and a {}", "--replace_word", "cat", "--n_samples", "1", "--skip_grid")
+    first, same, other = (pixels(out / f"samples/0000{i}.png").astype(int) for i in range(3))
+    assert np.abs(first - same).max() <= 1 < np.abs(first - other).max()
+    assert text(out / "samples/00000.png")["target_word"] == "cat"
 
 
 def test_what_is_skipped_is_not_written(draw):
@@ -121,7 +177,7 @@ def test_strength_zero_and_no_concept_are_the_base_model(draw, tiny, tmp_path):
     main(["--config", str(tiny), "--prompt", "a photo of a cat", "--n_samples", "1", "--outdir", str(out), *FAST])
     none, ours, base = (pixels(out / f"samples/0000{i}.png").astype(int) for i in range(3))
     assert np.abs(none - base).max() <= 1 < np.abs(ours - base).max()
-    assert "superclass" in text(out / "samples/00002.png")
+    assert text(out / "samples/00002.png")["personalized_ckpt"] == ""
 
 
 def test_a_concept_trained_with_a_covariance_wants_its_file(draw, refused, sd, concept, tmp_path):
@@ -141,7 +197,8 @@ def test_a_concept_trained_with_a_covariance_wants_its_file(draw, refused, sd, c
     assert not (tmp_path / "out").exists()
 
     out = draw(*arguments, *named, "--prompt", "the old {} outside")
-    assert text(out / "samples/00000.png")["covariance"] == inverse.fingerprint
+    said = text(out / "samples/00000.png")
+    assert (said["covariance"], said["covariance_sha256"]) == (str(file), inverse.fingerprint)
     prompts, options = ["the old {} outside"], {"settings": Settings(steps=2)}
     expected, _ = generate(sd, prompts, [42], [weighed], inverse_covariance=inverse.matrix, **options)
     plain, _ = generate(sd, prompts, [42], [learned], **options)
@@ -172,6 +229,15 @@ def test_a_concept_trained_with_a_covariance_wants_its_file(draw, refused, sd, c
         (["--sampler", "magic"], "argument --sampler: invalid choice"),
         (["--device", "warp:9"], "error: --device: warp:9 cannot be used here"),
         (["--skip_grid", "--skip_save"], "leave nothing to write"),
+        (["--gate", "soft"], "the gate must be 'sigmoid', 'hard' or 'global', not 'soft'"),
+        (["--region", "1:0,0,1"], "write a region as CONCEPT:x0,y0,x1,y1"),
+        (["--region", "2:0,0,1,1"], "the region 2:0,0,1,1 is of no concept"),
+        (["--region", "1:0.5,0,0.5,1"], "a region's corners are"),
+        (["--target_word", "dog", "--prompt", "a cat"], "has no word 'dog'"),
+        (["--target_word", "cat"], "by a placeholder or by a word, not by both"),
+        (["--target_word", "cat", "--replace_word", "cat"], "not both"),
+        (["--from-png", "nowhere.png"], "error: nowhere.png: cannot be read as a picture"),
+        (["--from-png", str(ROOT / "docs/pocket-world.png")], "pocket-world.png: does not say how it was made"),
         (["--steps", "1000"], "steps must lie between 1 and 999"),
     ],
 )
