@@ -33,9 +33,9 @@ from clipseg.model import ClipSeg
 from clipseg.weights import USUAL, load
 from data.dataset import MASK_LABEL, is_image, over_white, read_image, read_mask
 from data.prompts import TEMPLATES
-from infusion.pictures import png
+from infusion.pictures import png, write
 from infusion.tokens import fill
-from ldm.errors import Parser, UserError, report
+from ldm.errors import Parser, report
 from ldm.flags import count, find_device
 
 TINT, DIMMED, PREVIEW = (1.0, 0.25, 0.1), 0.35, 1024  # the overlay's colour, the light outside, its longer side
@@ -199,17 +199,6 @@ def measure(photo: Path, file: Path, mask: Tensor, made: bool) -> Coverage:
     """Coverage of a mask (H, W) in [0, 1]."""
     top = mask.max().item()
     return Coverage(photo.name, file, made, (mask > top / 2).float().mean().item(), top)
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; raises UserError if that is not allowed."""
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def table(rows: Sequence[Coverage], super_class: str) -> str:

@@ -36,6 +36,17 @@ def png(image: Tensor | Image.Image, text: Mapping[str, object] | None = None) -
     return file.getvalue()
 
 
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; raises UserError if that is not allowed."""
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
 class Numbered:
     """Files `<folder>/<prefix>00000.png` …: numbering goes on after those that are there, and none is overwritten.
 

@@ -24,8 +24,10 @@ from data.pocket.evaluate_masks import concept_photos, iou
 from data.pocket.judge import Context, Figure, Judge, contexts, mean
 from data.soft_segment import read_kept, segment_folder
 from infusion.concept import Concept
+from infusion.gate import IDENTITY
 from infusion.generate import Settings, generate
-from infusion.pictures import Numbered, captioned_grid, heat, png
+from infusion.pictures import Numbered, captioned_grid, heat, png, write
+from infusion.recipe import describe, hashes
 from infusion.report import data_uri, render
 from infusion.tokens import fill
 from ldm.config import ROOT
@@ -112,7 +114,7 @@ def train(name: str, photos: Path, plan: Plan) -> tuple[Path, list[str]]:
     trained = sorted((run / "models").glob("step=*.safetensors"))
     if not trained:
         raise UserError(f"{run}: training has left no concept file")
-    file = plan.folder / "concepts" / f"{name}.safetensors"
+    file = concept_file(plan, name)
     file.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(trained[-1], file)
     return file, command
@@ -152,9 +154,11 @@ def learn(name: str, plan: Plan, sd: StableDiffusion, clipseg: ClipSeg, judge: J
     base, ours, attention = draw(sd, concept, places, plan, name)
     maps = torch.stack([heat(image, level) for image, level in zip(ours, attention, strict=True)])
     pictures = {"base": base, "infusion": ours, "attention": maps}
-    known = asdict(plan.settings) | {"concept": name, "base": sd.architecture, "base_sha256": sd.hash}
-    prompts = [fill(place.template, [concept.superclass]) for place in places]
-    columns = write_pictures(plan.folder / name, photos, pictures, prompts, plan.seeds, len(around), known)
+    cards = [
+        {"template": place.template, "prompt": fill(place.template, [concept.superclass]), "seed": seed}
+        for place, seed in zip(places, plan.seeds, strict=True)
+    ]
+    columns = write_pictures(plan, name, photos, pictures, cards, len(around), sd)
     shares = [value for tag, value in scalars(plan.folder / name / "run/tensorboard").items() if "share/" in tag]
     return {
         "name": name,
@@ -182,36 +186,45 @@ def learn(name: str, plan: Plan, sd: StableDiffusion, clipseg: ClipSeg, judge: J
 
 
 def write_pictures(
-    folder: Path,
+    plan: Plan,
+    name: str,
     photos: Tensor,
     pictures: dict[str, Tensor],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
+    cards: list[dict],
     columns: int,
-    known: dict,
+    sd: StableDiffusion,
 ) -> list[dict]:
-    """Writes every picture as `<folder>/<kind>/00000.png` … and the first `columns` as `<folder>/grid.png`.
+    """Writes every picture of a concept as `<name>/<kind>/00000.png` … and the first `columns` as `<name>/grid.png`.
+
+    A PNG says how it was made, as those of the sampling command do.
 
     Args:
         photos: (P, 3, H, W). pictures: kinds base, infusion and attention, each (B, 3, H, W). All in [0, 1].
-        prompts, seeds: of the B pictures.
-        known: what else the PNGs say.
+        cards: template, prompt and seed of the B pictures.
 
     Returns:
-        The first pictures with prompt and seed, as the report shows them.
+        The first cards with their pictures, as the report shows them.
     """
-    cards = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
+    folder, file = plan.folder / name, str(concept_file(plan, name))
+    flags = {"config": f"configs/backbone/{sd.architecture}.yaml"}
     for kind, images in pictures.items():
-        writer = Numbered(folder / kind)
+        writer, files = Numbered(folder / kind), [] if kind == "base" else [file]
+        of_files = hashes(sd.hash, files, IDENTITY)
         for card, image in zip(cards, images, strict=True):
-            content = png(image, {"kind": kind, "prompt": card["prompt"], "seed": card["seed"]} | known)
+            own = {"prompt": card["template" if files else "prompt"], "seed": card["seed"]}
+            own |= {"personalized_ckpt": ",".join(files)}
+            content = png(image, describe(plan.settings, flags | own, of_files) | {"kind": kind})
             writer.write(content)
             card[kind] = data_uri(content)
     captions = [f"{card['prompt']} ({card['seed']})" for card in cards[:columns]]
     rows = {"base model": pictures["base"], "Infusion": pictures["infusion"]}
     sheet = captioned_grid(rows, captions, {"concept’s photos": photos})
-    (folder / "grid.png").write_bytes(png(sheet, known))
+    write(folder / "grid.png", png(sheet))
     return cards[:columns]
+
+
+def concept_file(plan: Plan, name: str) -> Path:
+    return plan.folder / "concepts" / f"{name}.safetensors"
 
 
 def sample_command(file: Path, prompt: str, plan: Plan) -> list[str]:

@@ -68,6 +68,12 @@ def run(wide, judges, command, tmp_path, monkeypatch):
     return start
 
 
+def difference(*files: Path) -> int:
+    """The largest between the pixels of two pictures, of 255."""
+    first, second = (np.asarray(Image.open(file)).astype(int) for file in files)
+    return int(np.abs(first - second).max())
+
+
 def test_everything_is_written_and_a_second_run_loses_nothing(run, wide, tmp_path):
     out = run("--concepts", "zigzag_hat", "--samples", "15", "--seed", "30", "learning_rate=0.5")
     concept = Concept.load(out / "concepts/zigzag_hat.safetensors")
@@ -77,8 +83,15 @@ def test_everything_is_written_and_a_second_run_loses_nothing(run, wide, tmp_pat
         assert [file.name for file in files] == [f"{i:05d}.png" for i in range(15)]
         with Image.open(files[3]) as image:
             assert image.size == (64, 64)
-            wanted = {"kind": kind, "seed": "33", "prompt": "a cartoon of a hat on sand", "steps": "1", "scale": "5.0"}
+            prompt = "a cartoon of a hat on sand" if kind == "base" else "a cartoon of a {} on sand"
+            wanted = {"kind": kind, "seed": "33", "prompt": prompt, "steps": "1", "scale": "5.0"}
             assert wanted.items() <= image.text.items()
+    for kind in ("base", "infusion"):
+        picture = out / f"zigzag_hat/{kind}/00003.png"
+        txt2img(
+            ["--from-png", str(picture), "--config", str(wide), "--device", "cpu", "--outdir", str(tmp_path / kind)]
+        )
+        assert difference(picture, tmp_path / kind / "samples/00000.png") <= 1
     with Image.open(out / "zigzag_hat/grid.png") as grid:
         assert grid.width > 14 * 128 and grid.height > 3 * 128
 
@@ -105,9 +118,7 @@ def test_everything_is_written_and_a_second_run_loses_nothing(run, wide, tmp_pat
 
     words = shlex.split(found["sample_command"])[2:]
     txt2img([*words, "--config", str(wide), "--device", "cpu", "--outdir", str(tmp_path / "again")])
-    first, again = (np.asarray(Image.open(file)).astype(int) for file in (
-        out / "zigzag_hat/infusion/00000.png", tmp_path / "again/samples/00000.png"))  # fmt: skip
-    assert np.abs(first - again).max() <= 1
+    assert difference(out / "zigzag_hat/infusion/00000.png", tmp_path / "again/samples/00000.png") <= 1
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     run("--concepts", "other_fish", "--samples", "2")
