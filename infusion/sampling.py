@@ -104,7 +104,8 @@ class Customised:
         self.gates = F.pad(gates, (0, 0, 0, 0, len(text) - self.rows, 0))  # the unconditional rows have none
         strengths = _each(1.0 if strengths is None else strengths, len(concepts), "strength")
         self.strengths = torch.tensor(strengths, dtype=torch.float32, device=text.device)
-        self.active = gates.flatten(1).any(1).nonzero().flatten()  # images with a concept in them
+        acting = gates * (self.strengths != 0)[:, None]  # (B, K, L)
+        self.active = acting.flatten(1).any(1).nonzero().flatten()  # images with a concept in them
         self.edits = _edits(sd.unet, concepts, text.device)
         self._stack = ExitStack()
 
@@ -165,8 +166,8 @@ class Customised:
         return self._maps / self._calls
 
     def _context(self, tape: Tape, regions: Tensor | None) -> Tensor | FoundationPass | OwnPass:
-        if not len(self.active):
-            return self.text  # no concept anywhere: the base model, exactly
+        if not len(self.active) and self.map_grid is None:
+            return self.text  # no concept anywhere: the base model
         if self.own:
             return OwnPass(self.text, self.gates, tape, self.strengths, regions)
         return FoundationPass(self.text, self.gates, tape)

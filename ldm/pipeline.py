@@ -23,6 +23,7 @@ from ldm.unet import UNet
 
 if TYPE_CHECKING:
     from infusion.concept import Concept
+    from infusion.regions import Region
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACEHOLDER = re.compile(r"\{\d*\}")  # where a concept goes in a prompt: {} or {1}, {2}, …
@@ -194,6 +195,8 @@ class StableDiffusion(nn.Module):
         beta: float | Sequence[float] | None = None,
         tau: float | Sequence[float] | None = None,
         strengths: float | Sequence[float] | None = None,
+        gate: str | Sequence[str] | None = None,
+        regions: Sequence["Region"] = (),
         inverse_covariance: Tensor | None = None,
     ) -> Tensor:
         """One image per prompt; image `i` has the seed `seed + i`, so it depends on no other image and no batch size.
@@ -212,6 +215,8 @@ class StableDiffusion(nn.Module):
             progress: show a progress bar.
             beta, tau: the concepts' gates, one value or one per concept; None is the default for sampling.
             strengths: factors on the concepts' residuals, one value or one per concept; None is 1.
+            gate: "sigmoid", "hard" or "global", one or one per concept; None is as each concept was trained.
+            regions: boxes that concepts keep to (`infusion.regions.Region`).
             inverse_covariance: C⁻¹, (D, D), when the concepts were trained with one; None is the identity.
 
         Returns:
@@ -232,8 +237,8 @@ class StableDiffusion(nn.Module):
         for start in range(0, len(prompts), size):
             batch = list(prompts[start : start + size])
             seeds = range(seed + start, seed + start + len(batch))
-            options = {"beta": beta, "tau": tau, "strengths": strengths, "inverse_covariance": inverse_covariance}
-            options = options if concepts else {}
+            options = {"beta": beta, "tau": tau, "strengths": strengths, "gate": gate, "regions": regions}
+            options = options | {"inverse_covariance": inverse_covariance} if concepts else {}
             with self.denoiser(batch, concepts, negative_prompt, scale, **options) as denoise:
                 images.append(self.draw(denoise, seeds, steps, eta, sampler, height, width, progress))
         return torch.cat(images)

@@ -61,6 +61,27 @@ def test_a_concept_of_zeros_is_the_base(sd, latents):
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("map_grid", [None, (4, 4)])
+def test_a_strength_of_zero_is_the_base_to_the_bit(sd, latents, own, map_grid):
+    concepts = [make_concept(sd, attention="own" if own else "foundation")]
+    prompts = [prompt.format("cat") for prompt in PROMPTS]
+    expected = Guided(sd.unet, sd.text(prompts), sd.text([""] * 2), 7.5)(latents, T)
+    none = denoise(sd, concepts, PROMPTS, latents, strengths=0, map_grid=map_grid)
+    assert torch.equal(none, expected)
+    both = denoise(sd, concepts * 2, ["a photo of a {1} outside", "{2} in the rain"], latents, strengths=[0, 1])
+    assert torch.equal(both[0], expected[0]) and not torch.equal(both[1], expected[1])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_strength_is_continuous(sd, latents, own):
+    concepts = [make_concept(sd, attention="own" if own else "foundation")]
+    at = {s: denoise(sd, concepts, PROMPTS, latents, scale=1, strengths=s) for s in (0.0, 1e-3, 0.5, 0.501, 1.0)}
+    whole = (at[1.0] - at[0.0]).norm()
+    assert (at[1e-3] - at[0.0]).norm() < 0.01 * whole and (at[0.501] - at[0.5]).norm() < 0.01 * whole
+    assert (at[0.5] - at[0.0]).norm() > 0.1 * whole
+
+
 @pytest.mark.parametrize("scale", [1, 7.5])
 def test_prompts_without_the_concept_are_the_base_to_the_bit(sd, latents, scale):
     prompts = ["a photo of a dog", "a cat"]

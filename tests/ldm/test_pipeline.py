@@ -167,8 +167,8 @@ class Recorder:
 
     calls: list["Recorder"] = []
 
-    def __init__(self, sd, concepts, templates, negative, scale, beta, tau, strengths, inverse_covariance):
-        self.arguments = (list(concepts), templates, negative, scale, beta, tau, strengths, inverse_covariance)
+    def __init__(self, sd, concepts, templates, negative, scale, **blending):
+        self.arguments, self.blending = (list(concepts), templates, negative, scale), blending
         self.inside, self.times = False, 0
         Recorder.calls.append(self)
 
@@ -191,12 +191,13 @@ def test_concepts_are_sampled_by_the_method(sd, monkeypatch):
     concept = SimpleNamespace(superclass="cat")
     prompts = ["a {}", "the {} on a hill", "{}"]
     inverse = torch.eye(24)
-    blending = {"beta": 0.6, "tau": 0.2, "strengths": 0.5, "inverse_covariance": inverse}
+    blending = {"beta": 0.6, "tau": 0.2, "strengths": 0.5, "gate": "hard", "regions": ["box"]}
+    blending |= {"inverse_covariance": inverse}
     images = sd.sample(prompts, [concept], negative_prompt="blurry", batch_size=2, **blending, **FAST)
     assert images.shape == (3, 3, 16, 16)
     first, second = Recorder.calls
-    assert first.arguments == ([concept], prompts[:2], ["blurry"] * 2, 3.0, 0.6, 0.2, 0.5, inverse)
-    assert second.arguments == ([concept], prompts[2:], ["blurry"], 3.0, 0.6, 0.2, 0.5, inverse)
+    assert first.arguments == ([concept], prompts[:2], ["blurry"] * 2, 3.0) and first.blending == blending
+    assert second.arguments == ([concept], prompts[2:], ["blurry"], 3.0) and second.blending == blending
     assert (first.times, second.times) == (3, 3) and not first.inside and not second.inside
 
 
