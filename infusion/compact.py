@@ -6,14 +6,14 @@ smallest sum of squares (reverse water-filling: Cover and Thomas, Elements of In
 Δ is as fine as the file's limit allows.
 
 **Entropy coding.** The numbers of a layer become one whole number x by an asymmetric numeral system (Duda 2013, arXiv
-1311.2540, uABS/rANS), beginning with x = 0 and the layer's last number. With f(q) the weight of q, c(q) the sum of the
-weights below q, and M the sum of all:
+1311.2540, the variant rANS), beginning with x = 0 and the layer's last number. With f(q) the weight of q, c(q) the sum
+of the weights below q, and M the sum of all:
 
     encode q:  x ← ⌊x / f(q)⌋ M + c(q) + x mod f(q)
     decode q:  c(q) ≤ x mod M < c(q) + f(q),  x ← f(q) ⌊x / M⌋ + x mod M - c(q)
 
-Which costs log₂(M / f(q)) bits. The weights are Student's t distribution with three degrees of freedom, whose tails are
-heavier than a Gaussian's, in whole numbers, so that they are the same on every machine:
+A number costs log₂(M / f(q)) bits. The weights are Student's t distribution with three degrees of freedom, whose tails
+are heavier than a Gaussian's, in whole numbers, so that they are the same on every machine:
 
     f(q) = 1 + ⌊2¹⁶ a² / (a + q²)²⌋  for |q| ≤ peak,  with a = `spread`, about 3 times the layer's mean of q²
 """
@@ -23,7 +23,7 @@ import math
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -37,7 +37,7 @@ LIMIT = 11_264  # bytes of a whole file
 STEPS = tuple(2 ** (i / 8) / 64 for i in range(21))
 SPREADS = tuple(3 * 2 ** (i / 2) for i in range(-5, 4))  # of a, as multiples of the mean of q²
 # what a file may ask its reader to make
-NUMBERS, PEAK, WEIGHTS, DESCRIPTION = 100_000, 2**13 - 1, 2**19, 2**16
+NUMBERS, PEAK, WEIGHTS, DESCRIPTION = 50_000, 2**13 - 1, 2**19, 2**16
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Layer:
         shape: of the tensor.
         peak: the largest |q|; 0 takes no bytes.
         spread: a of the weights, at least 1.
-        bytes: length of x, little-endian.
+        length: bytes of x, little-endian.
 
     Raises:
         ValueError: values that no encoder writes.
@@ -57,13 +57,13 @@ class Layer:
     shape: tuple[int, ...]
     peak: int
     spread: int
-    bytes: int = 0
+    length: int = 0
 
     def __post_init__(self) -> None:
-        values = (*self.shape, self.peak, self.spread - 1, self.bytes)
+        values = (*self.shape, self.peak, self.spread - 1, self.length)
         bounds = (*(NUMBERS for _ in self.shape), PEAK, 2**40, LIMIT)
-        if not all(0 <= value <= bound for value, bound in zip(values, bounds, strict=True)):
-            raise ValueError(f"a layer of {asdict(self)} is out of range")
+        if len(self.shape) > 8 or not all(0 <= value <= bound for value, bound in zip(values, bounds, strict=True)):
+            raise ValueError("a layer's shape, peak, spread or length is out of range")
 
     def weights(self) -> list[int]:
         """f(q) for q from -peak to peak."""
@@ -73,7 +73,7 @@ class Layer:
 
 
 def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A whole file: what `decode` gives back, and nothing else, is encoded without a further loss.
+    """A whole file, with the finest step that fits. What `decode` gives is encoded again to the same bytes.
 
     Args:
         tensors: layer name -> finite numbers, float32.
@@ -110,7 +110,7 @@ def decode(streams: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     step, checksum, layers = _described(streams["layers"].numpy().tobytes())
     if checksum != _checksum(metadata, content):
         raise ValueError("damaged: the checksum is that of other numbers and metadata")
-    if sum(layer.bytes for layer in layers.values()) != len(content):
+    if sum(layer.length for layer in layers.values()) != len(content):
         raise ValueError("damaged: the layers' lengths are not that of `numbers`")
     if sum(math.prod(layer.shape) for layer in layers.values()) > NUMBERS:
         raise ValueError(f"damaged: a compact file has at most {NUMBERS:,} numbers")
@@ -118,8 +118,8 @@ def decode(streams: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
         raise ValueError("damaged: the layers' peaks are out of range")
     tensors, start = {}, 0
     for name, layer in layers.items():
-        state = int.from_bytes(content[start : start + layer.bytes], "little")
-        start += layer.bytes
+        state = int.from_bytes(content[start : start + layer.length], "little")
+        start += layer.length
         q = np.array(_unpack(state, math.prod(layer.shape), layer.weights()), np.float64)
         tensors[name] = torch.from_numpy((step * q).astype(np.float32)).reshape(layer.shape)
     return tensors
@@ -204,7 +204,7 @@ def _described(stream: bytes) -> tuple[float, int, dict[str, Layer]]:
             raise ValueError("its step is no number above 0")
         if any(type(value) is not int for layer in layers.values() for value in (*layer.shape, *astuple(layer)[1:])):
             raise ValueError("a layer has a value that is no whole number")
-    except (zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"damaged: the stream `layers` cannot be read ({error})") from error
     return step, checksum, layers
 

@@ -1,22 +1,30 @@
-"""A learned concept and its file: safetensors, one tensor per edited layer, everything else as metadata strings."""
+"""A learned concept and its file: safetensors, one tensor per edited layer, everything else as metadata strings.
+
+The file has three forms: "full" (float32), "half" (float16) and "compact" (`infusion.compact`); docs/concept-file.md.
+"""
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from infusion import compact
 from infusion.gate import IDENTITY, Gate
 
 FORMAT = "infusion-concept"
-VERSION = 1
+VERSION = 1  # of the forms full and half
+NEWEST = compact.VERSION  # that can be read
+FORMS = ("full", "half", compact.FORM)
 MODELSPEC_ARCHITECTURES = {
     "sd15": "stable-diffusion-v1",
     "sd21": "stable-diffusion-v2-512",
@@ -83,6 +91,21 @@ class Concept:
         """How many numbers were learned."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
+    def relative_error(self, reference: "Concept") -> float:
+        """‖x - x_ref‖ / ‖x_ref‖ over the numbers of all layers; 0 where both are zero, infinite where only x_ref is.
+
+        Raises:
+            ValueError: the reference has other layers.
+        """
+        if self.tensors.keys() != reference.tensors.keys():
+            raise ValueError("the concepts have different layers")
+        ours, theirs = (
+            torch.cat([concept.tensors[name].double().flatten() for name in reference.tensors])
+            for concept in (self, reference)
+        )
+        difference, norm = (ours - theirs).norm().item(), theirs.norm().item()
+        return difference / norm if norm else (math.inf if difference else 0.0)
+
     def check_base(self, architecture: str, base_hash: str | None) -> None:
         """Warn when the base model is another one than the concept was trained on.
 
@@ -101,7 +124,7 @@ class Concept:
             )
 
     def metadata(self) -> dict[str, str]:
-        """What the file says beside its tensors."""
+        """What a file of the forms full and half says beside its tensors."""
         name = MODELSPEC_ARCHITECTURES.get(self.architecture, self.architecture)
         return {
             "format": FORMAT,
@@ -131,35 +154,52 @@ class Concept:
             "modelspec.usage_hint": "Write {} in the prompt where the concept goes, for example: a photo of a {}",
         }
 
-    def save(self, path: str | Path) -> None:
-        """Write the file in one go: it is there whole, or not at all. Makes the folder if need be."""
+    def save(self, path: str | Path, form: Literal["full", "half", "compact"] = "full") -> None:
+        """Write the file in one go: it is there whole, or not at all. Makes the folder if need be.
+
+        Raises:
+            ValueError: an unknown form, numbers beyond float16's for "half", or too many of them, or too much metadata,
+                for "compact".
+        """
         path = Path(path)
+        content = self._encoded(form) if form == compact.FORM else self._rounded(form)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            save_file({name: t.contiguous() for name, t in self.tensors.items()}, partial, metadata=self.metadata())
+            if isinstance(content, bytes):
+                partial.write_bytes(content)
+            else:
+                save_file(content, partial, metadata=self.metadata())
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
+    def _encoded(self, form: str) -> bytes:
+        metadata = self.metadata() | {"format_version": str(compact.VERSION), "form": form}
+        del metadata["layers"]  # they are in the file's tensor `layers`
+        return compact.encode(self.tensors, metadata)
+
+    def _rounded(self, form: str) -> dict[str, Tensor]:
+        if form not in FORMS:
+            raise ValueError(f"the form must be one of {', '.join(FORMS)}, not {form!r}")
+        dtype = torch.float16 if form == "half" else torch.float32
+        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in self.tensors.items()}
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} has numbers that float16 does not reach: choose the form full or compact")
+        return tensors
+
     @classmethod
     def load(cls, path: str | Path) -> "Concept":
-        """Read a concept file.
+        """Read a concept file of any form.
 
         Raises:
             ValueError: the file is missing, damaged, no concept file, of a newer version, or has unusable contents;
                 the message names the file.
         """
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: there is no such concept file")
+        tensors, metadata = contents(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                _check_format(metadata)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return cls._from_metadata(tensors, metadata)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: damaged, or no safetensors file ({error})") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -188,14 +228,44 @@ class Concept:
             raise ValueError(f"the metadata lacks {error}") from error
 
 
+def contents(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Layer name -> numbers as stored, and the metadata, of a concept file of any form.
+
+    A compact file's are decoded: its numbers are float32, and its metadata list the layers.
+
+    Raises:
+        ValueError: the file is missing, damaged, no concept file, or of a newer version; the message names the file.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such concept file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_format(metadata)
+            form = metadata.get("form", "full")
+            if form == compact.FORM and Path(path).stat().st_size > compact.LIMIT:
+                raise ValueError(f"damaged: a compact file has at most {compact.LIMIT:,} bytes")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if form == compact.FORM:
+            tensors = compact.decode(tensors, metadata)
+            metadata = metadata | {"layers": json.dumps(list(tensors))}
+        return tensors, metadata
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged, or no safetensors file ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def _check_format(metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"no concept file: its format is {metadata.get('format')!r}, not {FORMAT!r}")
     version = metadata.get("format_version", "")
     if not version.isdigit():
         raise ValueError(f"the format version {version!r} is no number")
-    if int(version) > VERSION:
-        raise ValueError(f"written by a newer version (format {version}; this code reads up to {VERSION}): update")
+    if int(version) > NEWEST:
+        raise ValueError(f"written by a newer version (format {version}; this code reads up to {NEWEST}): update")
+    if metadata.get("form", "full") not in FORMS:
+        raise ValueError(f"its form is {metadata['form']!r}, which is none of {', '.join(FORMS)}")
 
 
 def _strings(text: str) -> list[str]:

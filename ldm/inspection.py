@@ -22,10 +22,11 @@ def inspect_file(path: str | Path) -> dict[str, Any]:
         For every file: `file`, `format`, `bytes`, `sha256`, `kind`, `says`, `tensors`, `parameters`, `dtypes`,
         `metadata`. For a base checkpoint also `architecture` (the first of those in `configs`, which its tensors all
         fit), `prediction_type` and where that is known from, `has_ema`, `components`, and against the architecture
-        `missing`, `wrong_shapes` and `unexpected`. For a concept file also `layers`: shape, dtype and Euclidean norm.
+        `missing`, `wrong_shapes` and `unexpected`. For a concept file also `form` and `layers`: shape, dtype and
+        Euclidean norm; tensors, dtypes and metadata are those that a compact one decodes to.
 
     Raises:
-        ValueError: nothing is there, or it cannot be read safely.
+        ValueError: nothing is there, or it cannot be read safely; a concept file is damaged, or of a newer version.
     """
     with open_checkpoint(path) as file:
         kind = recognise(file)
@@ -40,13 +41,13 @@ def inspect_file(path: str | Path) -> dict[str, Any]:
             "says": kind.says,
             "tensors": len(counts),
             "parameters": sum(counts.values()),
-            "dtypes": dict(Counter(str(dtype).removeprefix("torch.") for dtype in file.dtypes.values())),
+            "dtypes": dict(Counter(map(_short, file.dtypes.values()))),
             "metadata": file.metadata,
         }
         if kind.name == "base checkpoint":
             facts |= _base(file, kind, counts)
         if kind.name == "concept":
-            facts["layers"] = {name: _layer(file, name) for name in file.shapes}
+            facts |= _concept(file.path)
     return facts
 
 
@@ -86,6 +87,25 @@ def _prediction(file: TensorFile | Folder, kind: Kind) -> tuple[str | None, str 
     return (types.pop(), config_name(kind.architectures[0])) if len(types) == 1 else (None, None)
 
 
-def _layer(file: TensorFile | Folder, name: str) -> dict[str, Any]:
-    dtype = str(file.dtypes[name]).removeprefix("torch.")
-    return {"shape": list(file.shapes[name]), "dtype": dtype, "norm": file.read(name).double().norm().item()}
+def _concept(path: Path) -> dict[str, Any]:
+    from infusion.concept import contents  # the method builds on this package, not the other way round
+
+    tensors, metadata = contents(path)
+    layers = {
+        name: {"shape": list(tensor.shape), "dtype": _short(tensor.dtype), "norm": tensor.double().norm().item()}
+        for name, tensor in tensors.items()
+    }
+    dtypes = Counter(layer["dtype"] for layer in layers.values())
+    stored = "half" if set(dtypes) == {"float16"} else "full"
+    return {
+        "tensors": len(layers),
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "dtypes": dict(dtypes),
+        "metadata": metadata,
+        "form": metadata.get("form", stored),
+        "layers": layers,
+    }
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -15,6 +15,7 @@ from ldm.tensorfile import TensorFile
 BACKBONES = ROOT / "configs" / "backbone"
 TITLES = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sd21_768": "SD 2.1", "pocket": "pocket"}
 CONCEPT = "infusion-concept"  # `format` in the metadata of `infusion.concept`
+LEARNED = "target_output"  # what the paper's released code calls a residual (`infusion.released`)
 LORA = ("lora_up.", "lora_down.", "lora_A.", "lora_B.", ".lora.", "lora_linear_layer.")
 # what the names of a file's tensors begin with -> what it is
 OTHERS = {
@@ -61,6 +62,10 @@ def recognise(file: TensorFile | Folder) -> Kind:
     shapes = file.shapes
     if file.metadata.get("format") == CONCEPT:
         return Kind("concept", "a concept file of this project: pass it as --personalized_ckpt")
+    if LEARNED in file.top or any(name.endswith(f".to_v.{LEARNED}") for name in shapes):
+        return Kind(
+            "released concept", "a concept of Infusion's released code: convert it by scripts/convert_concept.py"
+        )
     if any(part in name for name in shapes for part in LORA):
         return Kind("lora", "a LoRA: a change to a base checkpoint, and none itself")
     if {"string_to_param", "string_to_token"} & set(file.top) or "emb_params" in shapes or _embeddings(shapes):

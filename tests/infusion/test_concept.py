@@ -1,5 +1,6 @@
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,9 +68,40 @@ def test_file_is_readable_by_others(concept, tmp_path):
 
 def test_half_precision_files_load_as_float32(concept, tmp_path):
     path = tmp_path / "c.safetensors"
-    concept.save(path)
-    rewrite(path, tensors={name: tensor.half() for name, tensor in concept.tensors.items()})
-    assert all(tensor.dtype == torch.float32 for tensor in Concept.load(path).tensors.values())
+    concept.save(path, "half")
+    assert {name: tensor.dtype for name, tensor in load_file(path).items()} == dict.fromkeys(LAYERS, torch.float16)
+    loaded = Concept.load(path)
+    assert all(torch.equal(loaded.tensors[name], concept.tensors[name].half().float()) for name in LAYERS)
+    assert loaded.metadata() == concept.metadata() and 0 < loaded.relative_error(concept) < 2**-11
+    loaded.save(path, "half")
+    assert Concept.load(path).relative_error(loaded) == 0
+
+
+def test_full_and_half_files_are_of_the_first_version(concept, tmp_path):
+    for form, version in (("full", "1"), ("half", "1"), ("compact", "2")):
+        concept.save(tmp_path / form, form)
+        with safe_open(tmp_path / form, "pt") as file:
+            assert file.metadata()["format_version"] == version
+
+
+def test_a_form_that_cannot_hold_the_numbers_is_refused(concept, tmp_path):
+    large = replace(concept, tensors={LAYERS[0]: torch.tensor([1e6, 1.0])})
+    with pytest.raises(ValueError, match="float16 does not reach"):
+        large.save(tmp_path / "c.safetensors", "half")
+    with pytest.raises(ValueError, match="full, half, compact"):
+        concept.save(tmp_path / "c.safetensors", "tiny")
+    assert not list(tmp_path.iterdir())
+    large.save(tmp_path / "c.safetensors", "compact")
+    assert Concept.load(tmp_path / "c.safetensors").tensors[LAYERS[0]][0] == pytest.approx(1e6, rel=0.01)
+
+
+def test_relative_error(concept):
+    doubled = replace(concept, tensors={name: 2 * tensor for name, tensor in concept.tensors.items()})
+    zero = replace(concept, tensors={name: 0 * tensor for name, tensor in concept.tensors.items()})
+    assert doubled.relative_error(concept) == 1 and concept.relative_error(doubled) == 0.5
+    assert zero.relative_error(zero) == 0 and concept.relative_error(zero) == float("inf")
+    with pytest.raises(ValueError, match="different layers"):
+        concept.relative_error(replace(concept, tensors={LAYERS[0]: torch.zeros(64)}))
 
 
 def test_a_failed_save_leaves_the_old_file(concept, tmp_path, monkeypatch):
@@ -102,8 +134,10 @@ def test_truncated_files_are_errors(concept, tmp_path, keep):
     [
         ({"format": None}, "no concept file"),
         ({"format": "pt"}, "no concept file"),
-        ({"format_version": "2"}, "newer version"),
+        ({"format_version": "3"}, "newer version"),
         ({"format_version": "one"}, "no number"),
+        ({"form": "tiny"}, "none of full, half, compact"),
+        ({"form": "compact"}, "two tensors"),
         ({"superclass": None}, "lacks 'superclass'"),
         ({"superclass": " "}, "superclass"),
         ({"templates": "a photo"}, "c.safetensors"),

@@ -81,6 +81,34 @@ def test_a_concept_file(inspect, tmp_path):
     assert facts["layers"]["input_blocks.1.1"] == {"shape": [4], "dtype": "float32", "norm": 4.0}
 
 
+def test_every_form_of_a_concept_shows_the_same(inspect, tmp_path):
+    torch.manual_seed(0)
+    tensors = {"input_blocks.1.1": torch.randn(400), "middle_block.1": torch.zeros(8)}
+    concept = Concept(tensors, "naïve cat", ("a photo of a {}",), "sd15", steps=7)
+    facts = {}
+    for form, dtype in (("full", "float32"), ("half", "float16"), ("compact", "float32")):
+        concept.save(tmp_path / form, form)
+        shown = facts[form] = inspect(tmp_path / form)
+        assert (shown["kind"], shown["format"], shown["form"]) == ("concept", "safetensors", form)
+        assert shown["tensors"] == 2 and shown["parameters"] == 408 and shown["dtypes"] == {dtype: 2}
+        assert shown["bytes"] == (tmp_path / form).stat().st_size
+        layer = shown["layers"]["input_blocks.1.1"]
+        assert layer["shape"] == [400] and layer["dtype"] == dtype
+        assert layer["norm"] == pytest.approx(tensors["input_blocks.1.1"].norm().item(), rel=1e-3)
+        assert shown["layers"]["middle_block.1"] == {"shape": [8], "dtype": dtype, "norm": 0.0}
+    assert facts["half"]["metadata"] == facts["full"]["metadata"] == concept.metadata()
+    assert facts["compact"]["metadata"] == concept.metadata() | {"format_version": "2", "form": "compact"}
+    (tmp_path / "compact").write_bytes((tmp_path / "compact").read_bytes()[:-1])
+    with pytest.raises(SystemExit):
+        inspect(tmp_path / "compact")
+
+
+def test_a_concept_of_the_released_code(inspect, tmp_path):
+    torch.save({"target_output": {"middle_block.1.attn2.to_v.target_output": torch.ones(4)}}, tmp_path / "a.ckpt")
+    facts = inspect(tmp_path / "a.ckpt")
+    assert facts["kind"] == "released concept" and "convert_concept.py" in facts["says"]
+
+
 def test_tensors_do_not_tell_what_sd_2_predicts(inspect, tmp_path):
     prefix = "model.diffusion_model."
     shapes = {prefix + "input_blocks.0.0.weight": (320, 4, 3, 3), prefix + "x.attn2.to_k.weight": (1, 1024)}
