@@ -39,6 +39,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, help="of the first sample; sample i has the seed + i", default=100)
     add("--batch_size", type=int, help="samples at a time", default=16)
     add("--clip", metavar="FILE", help="weights of the pocket CLIP", default=str(CLIP_WEIGHTS))
+    add("--masks", choices=["true", "clipseg"], help="of the photos: the world's own, or CLIPSeg's", default="true")
     add(
         "--clipseg",
         metavar="FILE",
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     flags, started = parse(arguments), time.monotonic()
     judge = Judge.load(clip_weights=flags.clip, classifier_weights=flags.classifier)
-    clipseg = load(flags.clipseg, config=POCKET_CONFIG)
+    clipseg = load(flags.clipseg, config=POCKET_CONFIG) if flags.masks == "clipseg" else None
     base = str(find(flags.base))
     sd = StableDiffusion.from_checkpoint(load_config(base, flags.overrides))
     settings = Settings(steps=flags.steps, scale=flags.scale)

@@ -90,8 +90,8 @@ def free_folder(path: Path) -> Path:
     return folder
 
 
-def segment(name: str, plan: Plan, clipseg: ClipSeg) -> tuple[Path, Figure]:
-    """Copy a concept's photos and let CLIPSeg mask them.
+def segment(name: str, plan: Plan, clipseg: ClipSeg | None) -> tuple[Path, Figure]:
+    """Copy a concept's photos, with masks by CLIPSeg, or without one with the true masks.
 
     Returns the copies' folder and the mean overlap of the masks with the true ones (`evaluate_masks.iou`).
     """
@@ -99,6 +99,9 @@ def segment(name: str, plan: Plan, clipseg: ClipSeg) -> tuple[Path, Figure]:
     folder.mkdir(parents=True)
     for photo in sorted((FOLDER / name).glob("*.png")):
         shutil.copyfile(photo, folder / photo.name)
+    if clipseg is None:
+        shutil.copytree(FOLDER / name / "mask", folder / "mask")
+        return folder, mean([1.0] * len(list(folder.glob("*.png"))))
     rows = segment_folder(folder, CONCEPTS[name].noun, clipseg)
     _, true = concept_photos(name)
     return folder, mean([iou(read_kept(row.mask), answer) for row, answer in zip(rows, true, strict=True)])
@@ -141,7 +144,7 @@ def draw(
     return torch.cat(base), torch.cat(ours), torch.cat(attention)
 
 
-def learn(name: str, plan: Plan, sd: StableDiffusion, clipseg: ClipSeg, judge: Judge) -> dict:
+def learn(name: str, plan: Plan, sd: StableDiffusion, clipseg: ClipSeg | None, judge: Judge) -> dict:
     """Mask, train, draw, measure and write one concept; returns what the report says of it."""
     world = CONCEPTS[name]
     masked, overlap = segment(name, plan, clipseg)
@@ -172,6 +175,7 @@ def learn(name: str, plan: Plan, sd: StableDiffusion, clipseg: ClipSeg, judge: J
         "figures": judge.measure(world, places, photos, base, ours),
         "prompts": [place.template for place in places],
         "masks": overlap,
+        "masked_by": "CLIPSeg" if clipseg else "the world that drew the photos",
         "numbers": concept.numbers,
         "layers": len(concept.tensors),
         "file": file.relative_to(plan.folder).as_posix(),

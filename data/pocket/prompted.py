@@ -2,7 +2,7 @@
 
 The concepts that are held out of the world have patterns, colours and shapes that it does not show, and CLIPSeg is to
 find them nevertheless: so objects get random colours and textures, and images are bent. The prompts are to mean
-something: so each image has two, which name two objects that it shows, or one, and one that it does not.
+something: so each image has two, of which most name what it shows, and some a second object that it does not.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,8 @@ from data.prompts import TEMPLATES
 from infusion.tokens import fill
 
 RECOLOURED, TEXTURED, BENT = 0.4, 0.4, 0.5  # share of objects, of objects, of images
-PAIRED, ABSENT, DESCRIBED = 0.5, 0.2, 0.25  # share of images of two objects, of these with one named; of captions
+# share of images with two objects, of second prompts for what is not there, of captions among the prompts
+PAIRED, ABSENT, DESCRIBED = 0.5, 0.2, 0.25
 
 
 def random(rng: np.random.Generator, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -124,10 +125,12 @@ def draw_batch(world: World, rng: np.random.Generator, count: int) -> dict:
     masks = torch.cat([masks * (1 - cover), cover], 1)  # (B, 2, 64, 64)
     named = [list(scenes), list(others)]
     for i, (one, two) in enumerate(zip(scenes, others, strict=True)):
-        if not paired[i] or rng.random() < ABSENT:
+        if rng.random() < ABSENT:
             shown = (one.noun, two.noun) if paired[i] else (one.noun,)
             absent = rng.choice([noun for noun in NOUNS if noun not in shown])
             named[1][i], masks[i, 1] = replace(draw_scene(rng), noun=str(absent)), 0
+        elif not paired[i]:
+            named[1][i], masks[i, 1] = one, masks[i, 0]
     images, masks = bend(images, masks, rng)
     return {
         "images": perturb(images, rng) * 2 - 1,

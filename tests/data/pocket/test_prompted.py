@@ -27,19 +27,19 @@ def test_shapes_and_ranges(batch):
     assert [len(prompts) for prompts in batch["prompts"]] == [64, 64]
 
 
-def test_each_prompt_names_one_noun_and_the_two_differ(batch):
+def test_masks_are_those_of_the_nouns(batch):
+    """The same noun has the same mask; of two nouns, the masks do not overlap, or the second's is empty."""
     first, second = ([nouns(text) for text in prompts] for prompts in batch["prompts"])
     assert all(len(words) == 1 for words in first + second)
-    assert all(one != two for one, two in zip(first, second, strict=True))
-
-
-def test_masks_of_two_prompts_do_not_overlap(batch):
-    assert (batch["masks"].sum(1) < 1.001).all()
+    same = torch.tensor([one == two for one, two in zip(first, second, strict=True)])
+    assert 0.25 < same.float().mean() < 0.55  # 40 % expected
+    assert torch.equal(batch["masks"][same, 0], batch["masks"][same, 1])
+    assert (batch["masks"][~same].sum(1) < 1.001).all()
 
 
 def test_some_second_prompts_name_nothing_there_and_some_a_second_object(batch):
     empty = batch["masks"][:, 1].amax((1, 2)) == 0
-    assert 0.4 < empty.float().mean() < 0.8  # 60 % expected
+    assert 0.05 < empty.float().mean() < 0.4  # 20 % expected
     assert batch["masks"][~empty, 1].mean((1, 2)).min() > 0.005
 
 
