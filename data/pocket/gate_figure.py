@@ -44,9 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
     for tau in flags.tau:
         settings = [Settings(USUAL.steps, USUAL.scale, beta=beta, tau=tau) for beta in flags.beta]
         images = [generate(sd, [flags.prompt], [flags.seed], [concept], how)[0] for how in settings]
-        rows[f"τ = {tau:g}"] = torch.cat(images)
+        rows[f"tau = {tau:g}"] = torch.cat(images)
     above = {"base model": generate(sd, [flags.prompt.replace("{}", concept.superclass)], [flags.seed], (), USUAL)[0]}
-    sheet = captioned_grid(rows, [f"β = {beta:g}" for beta in flags.beta], above)
+    sheet = captioned_grid(rows, [f"beta = {beta:g}" for beta in flags.beta], above)
     write(Path(flags.picture), png(sheet, {"prompt": flags.prompt, "seed": flags.seed, "concept": flags.concept}))
 
 
