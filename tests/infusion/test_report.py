@@ -32,9 +32,10 @@ def concept(**changes):
     }
     return {
         "name": "zigzag_hat", "title": "Zigzag & hat", "level": 2, "level_text": "a pattern", "superclass": "hat",
-        "setting": "on water", "photos": [IMAGE] * 5, "columns": [card], "figures": figures(), "numbers": 1152, "masks": {"value": 0.9},
-        "layers": 7, "file": "hat.safetensors", "bytes": 6720, "steps": 300, "learning_rate": 0.01, "seconds": 99.6,
-        "share": 0.25, "masked_by": "CLIPSeg", "train_command": "python main.py 'a' <script>", "sample_command": "python scripts/x.py",
+        "setting": "on water", "photos": [IMAGE] * 5, "columns": [card], "figures": figures(), "numbers": 1152,
+        "masks": {"value": 0.9}, "masked_by": "CLIPSeg", "layers": 7, "file": "hat.safetensors", "bytes": 6720,
+        "steps": 300, "learning_rate": 0.01, "seconds": 99.6, "share": 0.25,
+        "train_command": "python main.py 'a' <script>", "sample_command": "python scripts/x.py",
     } | changes  # fmt: skip
 
 
