@@ -22,7 +22,6 @@ from ldm.config import build
 from ldm.layout import PREFIXES
 from ldm.recognise import LEARNED, backbones
 from ldm.tensorfile import TensorFile
-from ldm.unpickle import StoredTensor
 
 WIDEST = 2**16  # numbers of a layer, at most
 TEMPLATES = ("a photo of a {}",)
@@ -42,15 +41,13 @@ class ReleasedFile(TensorFile):
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
         if self.format == "safetensors":
-            self._stack.close()
+            self.close()
             raise ValueError(f"{path}: a safetensors file, which the released code does not write")
-        content = self._source.content if isinstance(self._source.content, Mapping) else {}
+        content = self.content if isinstance(self.content, Mapping) else {}
         steps, learned = content.get("global_step"), content.get("target_output")
         self.steps = steps if type(steps) is int and steps >= 0 else 0
-        for name, value in learned.items() if isinstance(learned, Mapping) else ():
-            if isinstance(name, str) and isinstance(value, StoredTensor):
-                self._source.tensors[name] = value
-                self.shapes[name], self.dtypes[name] = value.shape, value.dtype
+        if isinstance(learned, Mapping):
+            self.include(learned)
 
     def residuals(self, part: str) -> dict[str, Tensor]:
         """Layer name -> residual (C,) or (1, C) of "to_v" or "to_k".

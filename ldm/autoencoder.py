@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,7 @@ class Upsample(nn.Module):
 def level(channels: int, out_channels: int, blocks: int, **resample: nn.Module) -> nn.Sequential:
     """`blocks` residual blocks at one size, then the resampling layer, if any, under the name it is given."""
     widths = [channels] + [out_channels] * blocks
-    block = nn.Sequential(*(ResnetBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+    block = nn.Sequential(*(ResnetBlock(a, b) for a, b in pairwise(widths)))
     return nn.Sequential(OrderedDict(block=block, **resample))
 
 

@@ -63,6 +63,22 @@ class TensorFile:
             raise ValueError(f"{path}: not a checkpoint that can be read safely ({reason})") from error
         self._source = source
 
+    @property
+    def content(self) -> Any:
+        """What a pickle holds, with a `StoredTensor` for each tensor; None of a safetensors file."""
+        return self._source.content if isinstance(self._source, _Pickled) else None
+
+    def include(self, part: Mapping) -> None:
+        """Lists the tensors of a mapping that lies somewhere in `content`.
+
+        Raises:
+            ValueError: a tensor that is cut off.
+        """
+        try:
+            self._source.include(part, self)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
     def read(self, name: str) -> Tensor:
         """The tensor of that name, on the CPU, as stored."""
         return self._source.read(name)
@@ -71,6 +87,10 @@ class TensorFile:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing can be read afterwards."""
         self._stack.close()
 
 
@@ -121,7 +141,10 @@ class _Pickled:
                 content = content["state_dict"]
         if not isinstance(content, Mapping):
             raise Refused(f"holds no state dict but a {type(content).__name__}")
-        for name, value in content.items():
+        self.include(content, target)
+
+    def include(self, part: Mapping, target: TensorFile) -> None:
+        for name, value in part.items():
             if isinstance(name, str) and isinstance(value, StoredTensor):
                 self.tensors[name] = value
                 target.shapes[name], target.dtypes[name] = value.shape, value.dtype

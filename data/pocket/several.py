@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         figures["alone"][f"{number} {noun}"] = rate(present(clipseg, draw(f"{article} {{}}", [concept]), noun))
     results = {"shares": figures, "prompt": f"a photo of {scene} …", "nouns": nouns, "samples": flags.samples}
     results |= {"seed": flags.seed, "concepts": flags.concepts, "present_above": PRESENT, "base_sha256": sd.hash}
-    shown = [f"{place} ({number})" for place, number in zip(places, seeds, strict=False)]
+    shown = [f"{places[i]} ({seeds[i]})" for i in range(min(len(places), flags.samples))]
     sheet = captioned_grid({kind: images[: len(shown)] for kind, images in drawn.items()}, shown)
     write(outdir / "grid.png", png(sheet, {"prompt": scene, "concepts": flags.concepts}))
     text = json.dumps(results, indent=2, ensure_ascii=False)
