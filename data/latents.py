@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from data.dataset import ConceptImages
+from data.prior import ClassImages
 from data.prompts import TEMPLATES
 from ldm.autoencoder import AutoencoderKL
 
@@ -50,13 +52,15 @@ class LatentCache:
 class ConceptBatches(IterableDataset):
     """Endless batches, drawn with replacement; batch i depends on (seed, rank, i) only.
 
-    Yields latents (B, C, h, w), mask (B, 1, h, w) where there are masks, and template (list of B).
+    Yields latents (B, C, h, w), mask (B, 1, h, w) where there are masks, and template (list of B); with images of the
+    superclass, also such a batch of these, without masks and placeholders, as `prior`.
 
     Args:
         cache: what to draw from.
         templates: for each photo, the templates to draw from.
         flip_p: chance of the mirror image.
         start: index of the first batch.
+        prior: latents (N, C, h, w) of images of the superclass and their prompt.
     """
 
     def __init__(
@@ -68,7 +72,9 @@ class ConceptBatches(IterableDataset):
         seed: int = 0,
         rank: int = 0,
         start: int = 0,
+        prior: tuple[Tensor, str] | None = None,
     ) -> None:
+        self.prior = prior
         self.cache, self.templates = cache, templates
         self.batch_size, self.flip_p = batch_size, flip_p
         self.seed, self.rank, self.start = seed, rank, start
@@ -82,8 +88,14 @@ class ConceptBatches(IterableDataset):
             choices = rng.random(self.batch_size)
             own = [self.templates[photo] for photo in photos]
             template = [options[int(choice * len(options))] for options, choice in zip(own, choices, strict=True)]
-            batch = {"latents": self.cache.latents[sides, photos], "template": template}
-            yield batch if self.cache.masks is None else batch | {"mask": self.cache.masks[sides, photos]}
+            batch: dict[str, Any] = {"latents": self.cache.latents[sides, photos], "template": template}
+            if self.cache.masks is not None:
+                batch["mask"] = self.cache.masks[sides, photos]
+            if self.prior is not None:
+                latents, prompt = self.prior
+                chosen = rng.integers(len(latents), size=self.batch_size)
+                batch["prior"] = {"latents": latents[chosen], "template": [prompt] * self.batch_size}
+            yield batch
             index += 1
 
 
@@ -98,6 +110,7 @@ class ConceptData(pl.LightningDataModule):
         templates: prompts with `{}` for the concept; a photo with captions of its own uses these instead.
         flip_p: chance of the mirror image; 0 for subjects that are not symmetric.
         seed: of the draws.
+        prior: images of the superclass, as many in each batch as photos; None has none.
 
     Raises:
         ValueError: a template without `{}` or with another placeholder; a number out of range.
@@ -110,6 +123,7 @@ class ConceptData(pl.LightningDataModule):
         templates: Sequence[str] = TEMPLATES,
         flip_p: float = 0.5,
         seed: int = 23,
+        prior: ClassImages | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -123,7 +137,9 @@ class ConceptData(pl.LightningDataModule):
             if "{}" not in template or set("{}") & set(template.replace("{}", "")):
                 raise ValueError(f"templates: {template!r} must have {{}} for the concept, and no other braces")
         self.images, self.batch_size, self.flip_p, self.seed = images, batch_size, flip_p, seed
+        self.prior = prior
         self.cache: LatentCache | None = None
+        self.prior_latents: Tensor | None = None
 
     def setup(self, stage: str) -> None:
         """Reports and encodes the photos; ValueError for a size that the model cannot halve as often as it needs."""
@@ -138,8 +154,11 @@ class ConceptData(pl.LightningDataModule):
                 raise ValueError(f"image_size: {error}") from error
             vae = sd.vae.to(self.trainer.strategy.root_device)
             self.cache = LatentCache.encode(self.images, vae, flip=self.flip_p > 0)
+            if self.prior is not None:
+                self.prior_latents = self.prior.latents(sd.to(self.trainer.strategy.root_device))
 
     def train_dataloader(self) -> DataLoader:
         start = self.trainer.global_step * self.trainer.accumulate_grad_batches
         draws = (self.batch_size, self.flip_p, self.seed, self.trainer.global_rank, start)
-        return DataLoader(ConceptBatches(self.cache, self.templates, *draws), batch_size=None)
+        prior = None if self.prior is None else (self.prior_latents, self.prior.prompt)
+        return DataLoader(ConceptBatches(self.cache, self.templates, *draws, prior), batch_size=None)

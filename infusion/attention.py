@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infusion.regions import shrink
+from infusion.weights import kept
 from ldm.attention import Context, CrossAttention
 
 Tape = dict[str, tuple[Tensor, Tensor]]  # layer name -> attention output before to_out (B, N, C), mass (B, K, H, N)
@@ -74,24 +75,23 @@ def key_name(layer: str) -> str:
 
 
 class ResidualValue(nn.Module):
-    """r, the residual value embedding of one concept at one layer: float32 (C,), zero before it is trained.
+    """r, the residual value embedding of one concept at one layer: float32 (C,), and r_K, the residual key beside it.
 
-    With `keys` there is a residual key r_K beside it, likewise, which only an `OwnPass` heeds.
+    The key is heeded by an `OwnPass` only.
+
+    Args:
+        residual, key: see `infusion.weights.kept`; no residual key with None.
     """
 
-    def __init__(self, width: int, keys: bool = False):
+    def __init__(self, residual: Tensor, key: Tensor | None = None):
         super().__init__()
-        self.residual = nn.Parameter(torch.zeros(width))
-        self.key = nn.Parameter(torch.zeros(width)) if keys else None
+        self.residual = kept(residual)
+        self.key = None if key is None else kept(key)
 
     @classmethod
-    def of(cls, value: Tensor, key: Tensor | None = None) -> "ResidualValue":
-        """A fixed residual with the given value, and key, (C,) each, on the value's device, in float32."""
-        edit = cls(value.numel(), key is not None).requires_grad_(False).to(value.device)
-        edit.residual.copy_(value)
-        if key is not None:
-            edit.key.copy_(key)
-        return edit
+    def zeros(cls, width: int, keys: bool = False) -> "ResidualValue":
+        """A residual to be learned, and a key with `keys`, that do nothing yet."""
+        return cls(nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width)) if keys else None)
 
 
 class EditedCrossAttention(nn.Module):

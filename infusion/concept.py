@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,14 +42,16 @@ class Concept:
     """What was learned, and what it was learned from.
 
     Attributes:
-        tensors: layer name -> residual value embedding, float32 (C,).
-        superclass: the noun that stands for the concept in prompts.
+        tensors: name -> float32, what the method learned; of Infusion: layer name -> residual value embedding (C,).
+        superclass: the noun of what the concept is one of.
         templates: the training prompts, with {} for the concept; they define the gate's target input.
         architecture: the base model's architecture, such as "sd15".
         base_hash: sha256 of the base model's checkpoint; None when it came from no file.
         gate: as it was trained.
         covariance: fingerprint of the gate's inverse covariance (`infusion.gate.fingerprint`).
         method: name of the customisation method. attention: its attention, "foundation" or "own".
+        options: arguments that the method was constructed with (`infusion.methods.base.Method.options`).
+        noun: the words that stand for the concept in prompts; "" is the superclass.
         steps, learning_rate, seed: how it was trained. date: ISO 8601.
 
     Raises:
@@ -65,6 +67,8 @@ class Concept:
     covariance: str = IDENTITY
     method: str = "infusion"
     attention: str = "foundation"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    noun: str = ""
     steps: int = 0
     learning_rate: float = 0.0
     seed: int = 0
@@ -85,6 +89,7 @@ class Concept:
         tensors = {name: tensor.detach().cpu().float().clone() for name, tensor in self.tensors.items()}
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "templates", tuple(self.templates))
+        object.__setattr__(self, "noun", self.noun.strip() or self.superclass)
 
     @property
     def numbers(self) -> int:
@@ -131,6 +136,7 @@ class Concept:
             "format_version": str(VERSION),
             "method": self.method,
             "attention": self.attention,
+            **({"options": json.dumps(dict(self.options))} if self.options else {}),
             "superclass": self.superclass,
             "templates": json.dumps(self.templates),
             "gate": self.gate.kind,
@@ -144,13 +150,13 @@ class Concept:
             "learning_rate": str(self.learning_rate),
             "seed": str(self.seed),
             "date": self.date,
-            "trained_words": json.dumps([self.superclass]),
+            "trained_words": json.dumps([self.noun]),
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": f"{name}/{self.method}",
             "modelspec.implementation": "infusion",
             "modelspec.title": f"{self.superclass} ({self.method})",
             "modelspec.date": self.date,
-            "modelspec.trigger_phrase": self.superclass,
+            "modelspec.trigger_phrase": self.noun,
             "modelspec.usage_hint": "Write {} in the prompt where the concept goes, for example: a photo of a {}",
         }
 
@@ -219,6 +225,8 @@ class Concept:
                 covariance=metadata["covariance"],
                 method=metadata["method"],
                 attention=metadata["attention"],
+                options=_options(metadata.get("options", "{}")),
+                noun=metadata.get("modelspec.trigger_phrase", ""),
                 steps=int(metadata["steps"]),
                 learning_rate=float(metadata["learning_rate"]),
                 seed=int(metadata["seed"]),
@@ -272,6 +280,15 @@ def _strings(text: str) -> list[str]:
     values = json.loads(text)
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"expected a JSON list of strings, not {text[:80]!r}")
+    return values
+
+
+def _options(text: str) -> dict[str, Any]:
+    values = json.loads(text)
+    if not isinstance(values, dict) or not all(
+        isinstance(value, int | float | str | None) for value in values.values()
+    ):
+        raise ValueError(f"expected a JSON mapping of plain values, not {text[:80]!r}")
     return values
 
 

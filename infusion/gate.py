@@ -55,24 +55,32 @@ class Gate:
         Raises:
             ValueError: the target input has no energy E > 0.
         """
-        dtype = torch.promote_types(encodings.dtype, torch.float32)
         if self.kind == "hard":
-            return mask.to(encodings.device, dtype)
-        target = target_input.to(encodings.device, dtype)
-        direction = target  # C^-1 i*, for a symmetric C
-        if inverse_covariance is not None:
-            direction = inverse_covariance.to(encodings.device, dtype) @ target  # (D,)
-        energy = target @ direction
-        if not energy > 0:
-            raise ValueError(f"the target input's energy i*' C^-1 i* must be above 0, not {energy.item()}")
-        similarity = encodings.to(dtype) @ direction / energy  # (B, L)
-        gates = torch.sigmoid((similarity - self.beta) / self.tau)
+            return mask.to(encodings.device, torch.promote_types(encodings.dtype, torch.float32))
+        gates = torch.sigmoid((similarity(encodings, target_input, inverse_covariance) - self.beta) / self.tau)
         return gates if self.kind == "global" else gates * mask.to(gates)
 
     def but(self, kind: str | None = None, beta: float | None = None, tau: float | None = None) -> "Gate":
         """The gate with another kind, beta or tau; None keeps this one's."""
         given = {"kind": kind, "beta": beta, "tau": tau}
         return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+
+def similarity(encodings: Tensor, target_input: Tensor, inverse_covariance: Tensor | None = None) -> Tensor:
+    """s / E of every text token: (B, L) for encodings (B, L, D); the rest as `Gate` has it.
+
+    Raises:
+        ValueError: the target input has no energy E > 0.
+    """
+    dtype = torch.promote_types(encodings.dtype, torch.float32)
+    target = target_input.to(encodings.device, dtype)
+    direction = target  # C^-1 i*, for a symmetric C
+    if inverse_covariance is not None:
+        direction = inverse_covariance.to(encodings.device, dtype) @ target  # (D,)
+    energy = target @ direction
+    if not energy > 0:
+        raise ValueError(f"the target input's energy i*' C^-1 i* must be above 0, not {energy.item()}")
+    return encodings.to(dtype) @ direction / energy
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def check_prompts(
     """Raises ValueError for a prompt that cannot be drawn with these concepts; `nouns`: see `Settings.replace_word`."""
     for prompt in prompts:
         if concepts:
-            concept_masks(sd.text.tokenizer, prompt, nouns or [concept.superclass for concept in concepts])
+            concept_masks(sd.text.tokenizer, prompt, nouns or [concept.noun for concept in concepts])
         elif found := PLACEHOLDER.search(prompt):
             raise ValueError(f"there is no concept for {found[0]} in the prompt {prompt!r}")
 

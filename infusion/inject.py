@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from infusion.attention import EditedCrossAttention, ResidualValue
+from infusion.weights import weights_edited
 from ldm.attention import CrossAttention
 
 
@@ -56,16 +57,27 @@ def remove(unet: nn.Module) -> None:
 
 @contextmanager
 def edited(unet: nn.Module, edits: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The UNet with exactly these edits inside the `with`; any others are set aside and put back afterwards."""
+    """The UNet with exactly these edits inside the `with`; any others are set aside and put back afterwards.
+
+    Without edits it is the base model.
+    """
     previous = _edited_layers(unet)
     remove(unet)
     try:
-        inject(unet, edits)
+        if edits:
+            inject(unet, edits)
         yield
     finally:
         remove(unet)
         for name, module in previous.items():
             _put(unet, name, module)
+
+
+@contextmanager
+def unedited(unet: nn.Module) -> Iterator[None]:
+    """The base model inside the `with`; edits of layers and of weights are set aside and put back afterwards."""
+    with edited(unet, {}), weights_edited(unet, {}):
+        yield
 
 
 def _edited_layers(unet: nn.Module) -> dict[str, EditedCrossAttention]:

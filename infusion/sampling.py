@@ -1,4 +1,4 @@
-"""Sampling with concepts: a denoiser with a foundation and a customised stream in place of the plain UNet."""
+"""Sampling with concepts of any method: a denoiser with their edits in place of the plain UNet."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infusion.attention import CustomisedPass, FoundationPass, OwnPass, ResidualValue, Tape, key_name
+from infusion.attention import CustomisedPass, FoundationPass, OwnPass, Tape
 from infusion.concept import Concept
-from infusion.gate import IDENTITY, fingerprint, target_input
-from infusion.inject import cross_attention_layers, edited
-from infusion.methods import find_method
+from infusion.encode import encode, own_embeddings
+from infusion.gate import IDENTITY, fingerprint
+from infusion.inject import edited
+from infusion.methods import method_of
+from infusion.methods.base import Method, by_layer
 from infusion.regions import Region, weights
-from infusion.tokens import concept_masks
+from infusion.weights import weights_edited
 from ldm.pipeline import StableDiffusion
 
 Value = TypeVar("Value", float, str)
@@ -24,9 +26,9 @@ BETA, TAU = 0.7, 0.15  # the gate when sampling; training uses 0.75 and 0.1
 class Customised:
     """Classifier-free guidance towards prompts with concepts in them; a denoiser for `ldm.sampler.sample`.
 
-    Three rows per image in two UNet calls: unconditional and foundation, then customised on the foundation's attention.
-    An image without a concept needs no third row; a scale of 1 needs no first. Concepts trained with `attention: own`
-    take one call. The UNet is edited inside the `with` only:
+    With the foundation's attention, three rows per image in two UNet calls: unconditional and foundation, then
+    customised. An image without a concept needs no third row; a scale of 1 needs no first. Concepts with attention
+    "own" take one call. The UNet is edited inside the `with` only:
 
         with Customised(sd, [concept], ["a photo of a {}"], "", scale=7.5) as denoise:
             latents = sample(denoise, sd.schedule.scheduler("ddim"), noise, steps=50)
@@ -38,17 +40,17 @@ class Customised:
         negative: what to be guided away from, one for all images or one each.
         scale: guidance; 1 is none.
         beta, tau: of the gates, one for all concepts or one each; None is 0.7 and 0.15.
-        strengths: factors on the concepts' residuals, one for all or one each; None is 1.
+        strengths: factors on what the concepts learned, one for all or one each; None is 1.
         gate: kind of the gates (`infusion.gate.Gate`), one for all or one each; None is what each was trained with.
-        nouns: what stands in the prompts for the concepts, one each; None is their superclass words.
+        nouns: what stands in the prompts for the concepts, one each; None is what each was trained with.
         regions: boxes that concepts keep to; a concept without one acts everywhere.
         inverse_covariance: C^-1, (D, D), when the concepts were trained with one.
         map_grid: (rows, columns) of the `attention_maps` to collect; None collects none.
 
     Raises:
-        ValueError: no concepts or prompts, a concept of another architecture, of an unknown method, with layers that
-            the UNet does not have or with another covariance; concepts of different attention; numbers that do not
-            match; whatever `concept_masks` refuses in a template.
+        ValueError: no concepts or prompts, a concept of another architecture, of an unknown method, with tensors that
+            the UNet has no place for or with another covariance; concepts of different attention; numbers that do not
+            match; whatever `concept_places` refuses in a template.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Customised:
         negatives = [negative] * len(templates) if isinstance(negative, str) else list(negative)
         if len(negatives) != len(templates):
             raise ValueError(f"there are {len(negatives)} negative prompts for {len(templates)} prompts")
-        _check(sd, concepts)
+        methods = _methods(sd, concepts)
         check_covariance(concepts, inverse_covariance)
         self.unet = sd.unet
         self.scale = scale
@@ -83,34 +85,48 @@ class Customised:
         betas = _each(BETA if beta is None else beta, len(concepts), "beta")
         taus = _each(TAU if tau is None else tau, len(concepts), "tau")
         kinds = [None] * len(concepts) if gate is None else _each(gate, len(concepts), "gate")
-        nouns = [concept.superclass for concept in concepts] if nouns is None else _each(nouns, len(concepts), "noun")
+        nouns = [concept.noun for concept in concepts] if nouns is None else _each(nouns, len(concepts), "noun")
+        strengths = _each(1.0 if strengths is None else strengths, len(concepts), "strength")
         weights(regions, len(concepts), (1, 1))  # refuses a region of no concept
         self.regions = tuple(regions)
-        prompts, masks = zip(*(concept_masks(sd.text.tokenizer, t, nouns) for t in templates), strict=True)
+        self.rows, self.concepts = len(templates), len(concepts)
+
+        changes: dict[str, list[nn.Module]] = {}  # tensor of the UNet -> what changes it
+        terms, learned = [], []
+        for concept, method, noun, strength in zip(concepts, methods, nouns, strengths, strict=True):
+            learned.append(_blended(method.tokens(concept.tensors), sd, noun, strength))
+            terms.append(method.terms(sd, concept.tensors, concept.superclass, concept.templates))
+            for name, change in method.differences(concept.tensors, strength).items():
+                changes.setdefault(name, []).append(change)
+        self.changes = changes
+        self.edits = by_layer([term for own in terms for term in own])
+        self.owners = [k for k, own in enumerate(terms) for _ in own]  # of R terms: each one's concept
+
         with torch.no_grad():
-            text = sd.text(list(prompts))  # (B, L, D)
-            masks = torch.stack(masks).to(text.device)  # (B, K, L)
+            text, masks = encode(sd.text, templates, nouns, learned)  # (B, L, D), (B, K, L)
+            masks = masks.to(text.device)
             gates = []
-            for k, concept in enumerate(concepts):
-                target = target_input(sd.text, concept.templates, concept.superclass)
+            for k, (concept, method) in enumerate(zip(concepts, methods, strict=True)):
+                target = None
+                if terms[k]:
+                    target = method.target(sd, concept.tensors, concept.superclass, concept.templates)
                 own = concept.gate.but(kinds[k], betas[k], taus[k])
-                gates.append(own(text, masks[:, k], target, inverse_covariance))
-            gates = torch.stack(gates, dim=1)  # (B, K, L)
+                gates.append(method.gates(own, text, masks[:, k], target, inverse_covariance))
+            gates = torch.cat(gates, dim=1)  # (B, R, L)
             if scale != 1:
                 text = torch.cat([sd.text(negatives), text])
             text = text.to(sd.dtype)
-        self.rows = len(templates)
         self.text = text  # (B or 2B, L, D)
         self.gates = F.pad(gates, (0, 0, 0, 0, len(text) - self.rows, 0))  # the unconditional rows have none
-        strengths = _each(1.0 if strengths is None else strengths, len(concepts), "strength")
-        self.strengths = torch.tensor(strengths, dtype=torch.float32, device=text.device)
-        acting = gates * (self.strengths != 0)[:, None]  # (B, K, L)
-        self.active = acting.flatten(1).any(1).nonzero().flatten()  # images with a concept in them
-        self.edits = _edits(sd.unet, concepts, text.device)
+        strengths = torch.tensor(strengths, dtype=torch.float32, device=text.device)
+        self.strengths = strengths[self.owners]  # (R,)
+        acting = gates * (self.strengths != 0)[:, None]
+        self.active = acting.flatten(1).any(1).nonzero().flatten()  # images with terms in them
         self._stack = ExitStack()
 
     def __enter__(self) -> "Customised":
         self._stack.enter_context(edited(self.unet, self.edits))
+        self._stack.enter_context(weights_edited(self.unet, self.changes))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -135,8 +151,8 @@ class Customised:
         inputs, timesteps = latents.to(self.text.dtype), timestep.expand(self.rows)
         copies = 2 if guided else 1
         tape: Tape = {}
-        regions = weights(self.regions, len(self.strengths), latents.shape[2:])
-        regions = None if regions is None else regions.to(self.text.device)
+        regions = weights(self.regions, self.concepts, latents.shape[2:])  # (K, h, w)
+        regions = None if regions is None else regions[self.owners].to(self.text.device)
         context = self._context(tape, regions)
         prediction = self.unet(inputs.repeat(copies, 1, 1, 1), timesteps.repeat(copies), context).to(latents.dtype)
         conditional = prediction[guided:]
@@ -156,24 +172,24 @@ class Customised:
         """Foundation attention on each concept's tokens, weighted by its gate: mean over heads, layers and calls.
 
         Returns:
-            (B, K, *map_grid) float32 in [0, 1].
+            (B, R, *map_grid) float32 in [0, 1], one for each term; Infusion has one for each concept.
 
         Raises:
-            ValueError: none were asked for, or there has been no call.
+            ValueError: none were asked for, the concepts' methods have none, or there has been no call.
         """
-        if self.map_grid is None or not self._calls:
+        if self.map_grid is None or not self._calls or not self.owners:
             raise ValueError("no attention maps: construct with map_grid=(rows, columns), and denoise first")
         return self._maps / self._calls
 
     def _context(self, tape: Tape, regions: Tensor | None) -> Tensor | FoundationPass | OwnPass:
-        if not len(self.active) and self.map_grid is None:
-            return self.text  # no concept anywhere: the base model
+        if not self.owners or not len(self.active) and self.map_grid is None:
+            return self.text  # no term anywhere
         if self.own:
             return OwnPass(self.text, self.gates, tape, self.strengths, regions)
         return FoundationPass(self.text, self.gates, tape)
 
     def _record(self, tape: Tape, size: torch.Size) -> None:
-        if self.map_grid is None:
+        if self.map_grid is None or not self.owners:
             return
         self._calls += 1
         maps = torch.zeros(self.rows, self.gates.shape[1], *self.map_grid, device=self.text.device)
@@ -199,32 +215,26 @@ def check_covariance(concepts: Sequence[Concept], inverse_covariance: Tensor | N
             )
 
 
-def _check(sd: StableDiffusion, concepts: Sequence[Concept]) -> None:
+def _methods(sd: StableDiffusion, concepts: Sequence[Concept]) -> list[Method]:
     for concept in concepts:
-        find_method(concept.method)
         concept.check_base(sd.architecture, sd.hash)
-        if concept.attention != "own" and any(name.endswith(key_name("")) for name in concept.tensors):
-            raise ValueError(f"{concept.superclass!r} has residual keys, which need attention: own")
         if concept.attention != concepts[0].attention:
             raise ValueError(
                 f"{concepts[0].superclass!r} was trained with {concepts[0].attention} attention and "
                 f"{concept.superclass!r} with {concept.attention} attention: they cannot be sampled together"
             )
+    return [method_of(concept) for concept in concepts]
 
 
-def _edits(unet: nn.Module, concepts: Sequence[Concept], device: torch.device) -> dict[str, nn.ModuleList]:
-    """Every layer with one residual for each concept, zero where a concept has none."""
-    layers = cross_attention_layers(unet)
-    known = {name for layer in layers for name in (layer, key_name(layer))}
-    for concept in concepts:
-        if unknown := [name for name in concept.tensors if name not in known]:
-            raise ValueError(f"{concept.superclass!r} has a residual for {unknown[0]!r}, which the UNet does not have")
-    edits: dict[str, nn.ModuleList] = {}
-    for name, layer in layers.items():
-        nothing = torch.zeros(layer.heads * layer.dim_head)
-        of = (ResidualValue.of(c.tensors.get(name, nothing), c.tensors.get(key_name(name))) for c in concepts)
-        edits[name] = nn.ModuleList(of).to(device)
-    return edits
+def _blended(learned: Tensor | None, sd: StableDiffusion, noun: str, strength: float) -> Tensor | None:
+    """Learned input embeddings (T, D), and with another strength than 1 the vocabulary's as much closer."""
+    if learned is None or strength == 1:
+        return learned
+    usual = own_embeddings(sd.text, noun)
+    if len(usual) < len(learned):
+        raise ValueError(f"{noun!r} has {len(usual)} tokens, the concept {len(learned)}: its strength can only be 1")
+    usual = usual[: len(learned)]
+    return usual + strength * (learned.to(usual) - usual)
 
 
 def _each(value: Value | Sequence[Value], concepts: int, name: str) -> list[Value]:

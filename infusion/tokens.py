@@ -22,7 +22,13 @@ def concept_mask(tokenizer: Tokenizer, template: str, noun: str) -> tuple[str, T
 
 
 def concept_masks(tokenizer: Tokenizer, template: str, nouns: Sequence[str]) -> tuple[str, Tensor]:
-    """Put each concept's superclass word into a template and find its tokens.
+    """`concept_places` as bool masks (K, L), True on the tokens of each concept."""
+    prompt, places = concept_places(tokenizer, template, nouns)
+    return prompt, places >= 0
+
+
+def concept_places(tokenizer: Tokenizer, template: str, nouns: Sequence[str]) -> tuple[str, Tensor]:
+    """Put each concept's noun into a template and find its tokens.
 
     Every occurrence of a placeholder is the concept; the same noun written out in the template is not. A noun
     may be several tokens. A placeholder that is cut off at the tokenizer's length keeps what remains.
@@ -30,10 +36,11 @@ def concept_masks(tokenizer: Tokenizer, template: str, nouns: Sequence[str]) -> 
     Args:
         tokenizer: as in `ldm.tokenizer`; L is its context length, counting the begin and the end token.
         template: "{}" stands for the only concept; "{1}", "{2}" … for several.
-        nouns: the superclass word of each of K concepts.
+        nouns: what stands in a prompt for each of K concepts.
 
     Returns:
-        The prompt with the nouns filled in, and a bool mask (K, L); all False for a concept that is not named.
+        The prompt with the nouns filled in, and int64 (K, L): j on the j-th token of the concept's noun, counted from
+        0, and -1 elsewhere.
 
     Raises:
         ValueError: no noun or an empty noun; a placeholder of no concept; a placeholder glued to letters, so that
@@ -49,7 +56,7 @@ def concept_masks(tokenizer: Tokenizer, template: str, nouns: Sequence[str]) -> 
     prompt = fill(template, nouns)
     row = tokenizer([prompt])[0].tolist()
     end = len(row) - 1  # the end token keeps the last place, whatever is cut
-    masks = torch.zeros(len(nouns), len(row), dtype=torch.bool)
+    places = torch.full((len(nouns), len(row)), -1)
     for match, concept in _placeholders(template, len(nouns)):
         before = tokenizer.encode(fill(template[: match.start()], nouns))
         ids = nouns_ids[concept]
@@ -60,14 +67,15 @@ def concept_masks(tokenizer: Tokenizer, template: str, nouns: Sequence[str]) -> 
                 f"{match.group()} in {template!r} is glued to its neighbours: {nouns[concept]!r} is not a word of its "
                 f"own in {prompt!r}. Put spaces around {match.group()}."
             )
-        masks[concept, start : min(stop, end)] = True
+        shown = max(0, min(stop, end) - start)
+        places[concept, start : start + shown] = torch.arange(shown)
     for match, concept in _placeholders(template, len(nouns)):
-        if not masks[concept].any():
+        if (places[concept] < 0).all():
             raise ValueError(
                 f"{match.group()} in {template!r} lies wholly beyond the {len(row)} tokens that the text encoder "
                 "reads: shorten the prompt, or move the concept forward."
             )
-    return prompt, masks
+    return prompt, places
 
 
 def point(prompt: str, words: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
-"""Trains a concept: the foundation stream without gradients, the customised stream with gradients to its edits."""
+"""Trains a concept by any method: the base model is frozen, and what is learned is edited into it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -9,14 +10,15 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from infusion.attention import Tape, key_name, residual_share
+from infusion.attention import Tape, residual_share
 from infusion.concept import Concept
 from infusion.covariance import InverseCovariance
-from infusion.gate import Gate, fingerprint, target_input, training_prompts
+from infusion.encode import encode
+from infusion.gate import Gate, fingerprint, training_prompts
 from infusion.inject import inject
 from infusion.loss import masked_loss
-from infusion.methods.infusion import Infusion
-from infusion.tokens import concept_mask
+from infusion.methods.base import Method, by_layer
+from infusion.weights import attach
 from ldm.pipeline import StableDiffusion
 
 
@@ -24,8 +26,9 @@ class ConceptTrainer(pl.LightningModule):
     """One concept on one base model (DESIGN section 2). Injects the method's edits into the UNet for good.
 
     A batch is a dict: latents (B, 4, h, w), scaled; template, a list of B prompts with {} for the concept; mask
-    (B, 1, h, w) in [0, 1], or no such key for a loss over the whole image. Timesteps and noise depend on seed, step,
-    batch and rank alone, so a resumed run draws the same.
+    (B, 1, h, w) in [0, 1], or no such key for a loss over the whole image; prior, where there are images of the
+    superclass to keep, another such dict without placeholders. Timesteps and noise depend on seed, step, batch and rank
+    alone, so a resumed run draws the same.
 
     Args:
         sd: the base model, which is frozen.
@@ -33,13 +36,15 @@ class ConceptTrainer(pl.LightningModule):
         superclass: the noun in place of {}.
         templates: the training prompts, over which the gate's target input is averaged.
         gate: its beta and tau are for training.
-        learning_rate: of AdamW.
+        learning_rate: of AdamW, where the method has none of its own.
         weight_decay: of AdamW.
+        prior_weight: of the loss on the images of the superclass.
         normalise_loss: divide each image's loss by its mask's area.
         seed: of timesteps and noise.
         covariance: of the gate; None is the identity.
 
     Attributes:
+        tensors: what the concept consists of, by name; those that require gradients are learned.
         inverse_covariance: C^-1, (D, D), of the gate; None is the identity.
 
     Raises:
@@ -50,12 +55,13 @@ class ConceptTrainer(pl.LightningModule):
     def __init__(
         self,
         sd: StableDiffusion,
-        method: Infusion,
+        method: Method,
         superclass: str,
         templates: Sequence[str],
         gate: Gate | None = None,
         learning_rate: float = 0.01,
         weight_decay: float = 0.01,
+        prior_weight: float = 1.0,
         normalise_loss: bool = False,
         seed: int = 0,
         covariance: InverseCovariance | None = None,
@@ -67,64 +73,83 @@ class ConceptTrainer(pl.LightningModule):
         self.templates = tuple(templates)
         self.gate = Gate() if gate is None else gate
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.normalise_loss = normalise_loss
+        self.prior_weight, self.normalise_loss = prior_weight, normalise_loss
         self.seed = seed
         self.inverse_covariance = None if covariance is None else covariance.matrix
         if self.inverse_covariance is not None:
             covariance.check_base(sd.architecture, sd.hash, sd.text.width)
-        training_prompts(sd.text.tokenizer, self.templates, superclass)  # refuses what cannot be trained
-        self.edits = method.edits(sd.unet)  # layer name -> edit; registered by inject() as parts of the UNet
-        inject(sd.unet, self.edits)
-        self._texts: dict[str, tuple[Tensor, Tensor]] = {}  # template -> encoding (L, D), gate (L,)
+        self.noun = method.noun(superclass)
+        training_prompts(sd.text.tokenizer, self.templates, self.noun)  # refuses what cannot be trained
+        self.tensors = method.start(sd, superclass, self.templates)
+        self.tokens = method.tokens(self.tensors)
+        terms = method.terms(sd, self.tensors, superclass, self.templates)
+        attach(sd.unet, {name: [edit] for name, edit in method.differences(self.tensors).items()})
+        self.edits = by_layer(terms)  # layer name -> terms; registered by inject() as parts of the UNet
+        if self.edits:
+            inject(sd.unet, self.edits)
+        self._texts: dict[str, tuple[Tensor, Tensor]] = {}  # template -> encoding (L, D), gates (R, L)
         self._target_input: Tensor | None = None
-
-    @property
-    def learned(self) -> dict[str, torch.nn.Parameter]:
-        """The trainable parameters: a layer's residual value by its name, its residual key as `<name>.key`."""
-        edits = {name: edit for name, edit in self.edits.items() if edit.residual.requires_grad}
-        keys = {key_name(name): edit.key for name, edit in edits.items() if edit.key is not None}
-        return {name: edit.residual for name, edit in edits.items()} | keys
 
     def on_fit_start(self) -> None:
         """Raises ValueError when the trainer's precision has cast the learned numbers to half precision."""
-        if any(parameter.dtype != torch.float32 for parameter in self.learned.values()):
+        if any(tensor.dtype != torch.float32 for tensor in self.tensors.values()):
             raise ValueError("what is learned must stay in float32: use precision 32-true, bf16-mixed or 16-mixed")
 
-    def training_step(self, batch: Mapping[str, Tensor | list[str]], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        tape: Tape = {}
+        loss = self.denoising_loss(batch, self._generator(batch_idx), tape)
+        size = len(batch["latents"])
+        if "prior" in batch:
+            prior = self.denoising_loss(batch["prior"], self._generator(batch_idx, 1), {})
+            self.log_dict({"train/concept": loss, "train/prior": prior}, batch_size=size)
+            loss = loss + self.prior_weight * prior
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        if self._logs_now():
+            self.log_dict({f"share/{name}": s for name, s in self.shares(tape).items()}, batch_size=size)
+        return loss
+
+    def denoising_loss(self, batch: Mapping[str, Any], generator: torch.Generator, tape: Tape) -> Tensor:
+        """The masked loss of a batch, with timesteps and noise by the generator; fills the tape."""
         latents, schedule = batch["latents"], self.sd.schedule
-        generator = self._generator(batch_idx)
         timesteps = torch.randint(schedule.timesteps, (len(latents),), generator=generator).to(latents.device)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         text, gates = self.encode(batch["template"])
         noisy = schedule.add_noise(latents, noise, timesteps).to(text.dtype)
-        tape: Tape = {}
         prediction = self.method.predict(self.sd.unet, noisy, timesteps, text, gates, tape)
         target = schedule.target(latents, noise, timesteps)
-        loss = masked_loss(prediction, target, batch.get("mask"), self.normalise_loss)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(latents))
-        if self._logs_now():
-            self.log_dict({f"share/{name}": s for name, s in self.shares(tape).items()}, batch_size=len(latents))
-        return loss
+        return masked_loss(prediction, target, batch.get("mask"), self.normalise_loss)
 
     def encode(self, templates: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Text encodings (B, L, D) and gates (B, L); the text encoder runs once for each template.
+        """Text encodings (B, L, D) and gates (B, R, L).
+
+        The text encoder runs once for each template, unless the concept's own word is learned.
 
         Raises:
-            ValueError: whatever `concept_mask` refuses.
+            ValueError: whatever `concept_places` refuses.
         """
+        if self.tokens is not None:
+            text, gates = self._encode(templates)
+            return text.to(self.device), gates.to(self.device)
         for template in templates:
             if template not in self._texts:
-                self._texts[template] = self._encode(template)
+                with torch.no_grad():
+                    text, gates = self._encode([template])
+                self._texts[template] = text[0], gates[0]
         text, gates = zip(*(self._texts[template] for template in templates), strict=True)
         return torch.stack(text).to(self.device), torch.stack(gates).to(self.device)
 
     def shares(self, tape: Tape) -> dict[str, Tensor]:
-        """Norm of the gated residual value as a share of what it is added to, by layer, averaged over the rows."""
-        values = {name: residual for name, residual in self.learned.items() if name in tape}
-        return {name: residual_share(*tape[name], residual[None]).mean() for name, residual in values.items()}
+        """Norm of what the terms add to the values' sum as a share of that sum, by layer, averaged over the rows."""
+        shares = {}
+        for name, terms in self.edits.items():
+            if name in tape and name in self.tensors:
+                residuals = torch.stack([term.residual for term in terms])  # (R, C)
+                shares[name] = residual_share(*tape[name], residuals).mean()
+        return shares
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.learned.values(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        groups = self.method.groups(self.tensors)
+        return torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
 
     def concept(self) -> Concept:
         """What has been learned so far.
@@ -133,7 +158,7 @@ class ConceptTrainer(pl.LightningModule):
             ValueError: the residuals are not finite.
         """
         return Concept(
-            tensors=dict(self.learned),
+            tensors=dict(self.tensors),
             superclass=self.superclass,
             templates=self.templates,
             architecture=self.sd.architecture,
@@ -142,6 +167,8 @@ class ConceptTrainer(pl.LightningModule):
             covariance=fingerprint(self.inverse_covariance),
             method=self.method.name,
             attention=self.method.attention,
+            options=self.method.options,
+            noun=self.noun,
             steps=self.global_step,
             learning_rate=self.learning_rate,
             seed=self.seed,
@@ -156,9 +183,9 @@ class ConceptTrainer(pl.LightningModule):
     def state_dict(
         self, *, destination: dict[str, Tensor] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Tensor]:
-        """The learned parameters alone, by layer: the base model is in its own file."""
+        """The concept's tensors alone: the base model is in its own file."""
         state = {} if destination is None else destination
-        for name, parameter in self.learned.items():
+        for name, parameter in self.tensors.items():
             state[prefix + name] = parameter if keep_vars else parameter.detach()
         return state
 
@@ -166,9 +193,9 @@ class ConceptTrainer(pl.LightningModule):
         """Strict, whatever `strict` says.
 
         Raises:
-            ValueError: a layer too few, too many, or of another shape.
+            ValueError: a tensor too few, too many, or of another shape.
         """
-        learned = self.learned
+        learned = self.tensors
         if odd := sorted(set(learned) ^ set(state_dict)):
             raise ValueError(f"the resume state does not fit the method: {odd[0]} is in one of them only")
         for name, parameter in learned.items():
@@ -179,17 +206,17 @@ class ConceptTrainer(pl.LightningModule):
             for name, parameter in learned.items():
                 parameter.copy_(state_dict[name])
 
-    @torch.no_grad()
-    def _encode(self, template: str) -> tuple[Tensor, Tensor]:
-        if self._target_input is None:
-            self._target_input = target_input(self.sd.text, self.templates, self.superclass)
-        prompt, mask = concept_mask(self.sd.text.tokenizer, template, self.superclass)
-        text = self.sd.text([prompt])  # (1, L, D)
-        gates = self.gate(text, mask[None].to(text.device), self._target_input, self.inverse_covariance)
-        return text[0].to(self.sd.dtype), gates[0]
+    def _encode(self, templates: Sequence[str]) -> tuple[Tensor, Tensor]:
+        text, masks = encode(self.sd.text, templates, [self.noun], [self.tokens])  # (B, L, D), (B, 1, L)
+        mask = masks[:, 0].to(text.device)
+        self.method.observe(self.tensors, text.detach(), mask)
+        if self.edits and (self._target_input is None or self.tokens is not None):
+            self._target_input = self.method.target(self.sd, self.tensors, self.superclass, self.templates)
+        gates = self.method.gates(self.gate, text, mask, self._target_input, self.inverse_covariance)
+        return text.to(self.sd.dtype), gates
 
-    def _generator(self, batch_idx: int) -> torch.Generator:
-        entropy = (self.seed, self.global_step, batch_idx, self.global_rank)
+    def _generator(self, batch_idx: int, *which: int) -> torch.Generator:
+        entropy = (self.seed, self.global_step, batch_idx, self.global_rank, *which)
         return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def _logs_now(self) -> bool:

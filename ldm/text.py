@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import open_clip
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.tokenizer import Tokenizer
@@ -63,10 +65,19 @@ class ClipText(nn.Module):
         tower.embeddings.position_ids = torch.arange(max_length, device="cpu")[None]  # (1, L)
         self.transformer = nn.ModuleDict({"text_model": tower})
 
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Encodings (B, L, D) of token ids (B, L) int64, on any device."""
+    @property
+    def embeddings(self) -> nn.Parameter:
+        """The input embedding of every token id, (V, D)."""
+        return self.transformer["text_model"].embeddings.token_embedding.weight
+
+    def encode_tokens(self, tokens: Tensor, learned: Tensor | None = None) -> Tensor:
+        """Encodings (B, L, D) of token ids (B, L) int64, on any device; `learned` (T, D) embeds the ids from V on."""
         tower = self.transformer["text_model"]
-        return tower(input_ids=tokens.to(tower.embeddings.position_ids.device)).last_hidden_state
+        tokens = tokens.to(tower.embeddings.position_ids.device)
+        if learned is None:
+            return tower(input_ids=tokens).last_hidden_state
+        rows = {"embeddings.token_embedding.weight": torch.cat([self.embeddings, learned.to(self.embeddings)])}
+        return functional_call(tower, rows, kwargs={"input_ids": tokens}).last_hidden_state
 
     def forward(self, texts: Sequence[str]) -> Tensor:
         """Encodings (B, L, D) of a list of B strings."""
@@ -122,10 +133,16 @@ class OpenClipText(nn.Module):
         causal = torch.full((max_length, max_length), float("-inf"), device="cpu").triu_(1)
         self.model.register_buffer("attn_mask", causal, persistent=False)  # (L, L), added to the logits
 
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Encodings (B, L, D) of token ids (B, L) int64, on any device."""
-        model, mask = self.model, self.model.attn_mask
-        x = model.token_embedding(tokens.to(mask.device)) + model.positional_embedding  # (B, L, D)
+    @property
+    def embeddings(self) -> nn.Parameter:
+        """The input embedding of every token id, (V, D)."""
+        return self.model.token_embedding.weight
+
+    def encode_tokens(self, tokens: Tensor, learned: Tensor | None = None) -> Tensor:
+        """Encodings (B, L, D) of token ids (B, L) int64, on any device; `learned` (T, D) embeds the ids from V on."""
+        model, mask, rows = self.model, self.model.attn_mask, self.embeddings
+        rows = rows if learned is None else torch.cat([rows, learned.to(rows)])
+        x = F.embedding(tokens.to(mask.device), rows) + model.positional_embedding  # (B, L, D)
         blocks = model.transformer.resblocks
         for block in blocks[: len(blocks) - self.skip]:
             x = block(x, attn_mask=mask)

@@ -1,16 +1,38 @@
-"""The customisation methods by name."""
+"""The customisation methods: each is a file of this package with one `Method` of the same name."""
 
-from infusion.methods.infusion import Infusion
+import pkgutil
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-METHODS = {Infusion.name: Infusion}
+from infusion.methods.base import Method
+
+if TYPE_CHECKING:
+    from infusion.concept import Concept
+
+METHODS = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
 
 
-def find_method(name: str) -> type:
+def find_method(name: str) -> type[Method]:
     """The method's class.
 
     Raises:
         ValueError: there is no such method.
     """
     if name not in METHODS:
-        raise ValueError(f"there is no method {name!r}; there are: {', '.join(sorted(METHODS))}")
-    return METHODS[name]
+        raise ValueError(f"there is no method {name!r}; there are: {', '.join(METHODS)}")
+    found = vars(import_module(f"{__name__}.{name}")).values()
+    return next(cls for cls in found if isinstance(cls, type) and vars(cls).get("name") == name)
+
+
+def method_of(concept: "Concept") -> Method:
+    """The method as a concept was trained with it.
+
+    Raises:
+        ValueError: there is no such method, or none with these options.
+    """
+    try:
+        return find_method(concept.method).of(concept)
+    except TypeError as error:
+        raise ValueError(
+            f"{concept.superclass!r}: the options {concept.options} are none of {concept.method}"
+        ) from error

@@ -1,18 +1,25 @@
 """Infusion: a residual value embedding per cross-attention layer, on the foundation's attention (DESIGN section 2)."""
 
 import re
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from infusion.attention import CustomisedPass, FoundationPass, OwnPass, ResidualValue, Tape
+from infusion.attention import CustomisedPass, FoundationPass, ResidualValue, Tape, key_name
+from infusion.gate import Gate
 from infusion.inject import cross_attention_layers
+from infusion.methods.base import Method, Tensors, check_names
+from ldm.pipeline import StableDiffusion
+
+if TYPE_CHECKING:
+    from infusion.concept import Concept
 
 ATTENTIONS = ("foundation", "own")
 
 
-class Infusion:
+class Infusion(Method):
     """The method's edits and its training pass.
 
     Args:
@@ -42,37 +49,52 @@ class Infusion:
             raise ValueError(f"layers is not a regular expression: {layers!r} ({error})") from error
         self.attention, self.keys = attention, keys
 
-    def edits(self, unet: nn.Module) -> dict[str, ResidualValue]:
-        """A fresh residual for each cross-attention layer; the learned ones require gradients.
+    @classmethod
+    def of(cls, concept: "Concept") -> "Infusion":
+        return cls(concept.attention, any(name.endswith(key_name("")) for name in concept.tensors))
+
+    def start(self, sd: StableDiffusion, superclass: str, templates: Sequence[str]) -> dict[str, nn.Parameter]:
+        """A residual of zero for each layer, by the layer's name, and the residual keys.
 
         Raises:
             ValueError: no layer matches.
         """
-        edits = {
-            name: ResidualValue(layer.heads * layer.dim_head, self.keys).requires_grad_(bool(self.layers.search(name)))
-            for name, layer in cross_attention_layers(unet).items()
-        }
-        if not any(edit.residual.requires_grad for edit in edits.values()):
-            known = ", ".join(edits) or "there are none"
+        widths = {name: layer.heads * layer.dim_head for name, layer in cross_attention_layers(sd.unet).items()}
+        learned = [name for name in widths if self.layers.search(name)]
+        if not learned:
+            known = ", ".join(widths) or "there are none"
             raise ValueError(f"{self.layers.pattern!r} matches none of the cross-attention layers: {known}")
-        return edits
+        named = {name: name for name in learned} | {key_name(name): name for name in learned if self.keys}
+        return {name: nn.Parameter(torch.zeros(widths[layer])) for name, layer in named.items()}
+
+    def differences(self, tensors: Tensors, strength: float = 1.0) -> dict[str, nn.Module]:
+        return {}
+
+    def terms(
+        self, sd: StableDiffusion, tensors: Tensors, superclass: str, templates: Sequence[str]
+    ) -> list[dict[str, ResidualValue]]:
+        layers = cross_attention_layers(sd.unet)
+        check_names(tensors, [*layers, *map(key_name, layers)])
+        return [
+            {
+                name: ResidualValue(
+                    tensors.get(name, torch.zeros(layer.heads * layer.dim_head)), tensors.get(key_name(name))
+                )
+                for name, layer in layers.items()
+            }
+        ]
+
+    def gates(
+        self, gate: Gate, encodings: Tensor, mask: Tensor, target: Tensor, inverse_covariance: Tensor | None
+    ) -> Tensor:
+        return gate(encodings, mask, target, inverse_covariance)[:, None]
 
     def predict(
         self, unet: nn.Module, latents: Tensor, timesteps: Tensor, text: Tensor, gates: Tensor, tape: Tape
     ) -> Tensor:
-        """The customised stream's prediction, with gradients to the residuals and none to the foundation stream.
-
-        Args:
-            unet: with this method's edits injected.
-            latents: noisy, (B, 4, h, w). timesteps: (B,). text: (B, L, D). gates: (B, L).
-            tape: empty; left with the attention of every layer.
-
-        Returns:
-            (B, 4, h, w) in the model's own prediction type.
-        """
-        gates, strengths = gates[:, None], torch.ones(1, device=latents.device)  # (B, 1, L), (1,)
+        """The customised stream's prediction; the foundation stream has no gradients."""
         if self.attention == "own":
-            return unet(latents, timesteps, OwnPass(text, gates, tape, strengths))
+            return super().predict(unet, latents, timesteps, text, gates, tape)
         with torch.no_grad():
             unet(latents, timesteps, FoundationPass(text, gates, tape))
-        return unet(latents, timesteps, CustomisedPass(text, tape, strengths))
+        return unet(latents, timesteps, CustomisedPass(text, tape, torch.ones(1, device=latents.device)))

@@ -1,9 +1,13 @@
 """A Stable Diffusion with random weights that runs in milliseconds."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from infusion.attention import ResidualValue
+from infusion.methods.infusion import Infusion
 from ldm.autoencoder import AutoencoderKL
 from ldm.pipeline import StableDiffusion
 from ldm.schedule import Schedule
@@ -35,6 +39,12 @@ def tiny_unet(checkpoint: bool = False) -> UNet:
         checkpoint=checkpoint,
     )
     return randomise(unet).requires_grad_(False).eval()
+
+
+def infusion_edits(unet: UNet, method: Infusion | None = None) -> dict[str, ResidualValue]:
+    """What the method edits before training, layer by layer."""
+    method, sd = Infusion() if method is None else method, SimpleNamespace(unet=unet)
+    return method.terms(sd, method.start(sd, "cat", ["a {}"]), "cat", ["a {}"])[0]
 
 
 def random_residuals(edits: dict[str, nn.Module], scale: float = 1.0) -> None:

@@ -56,7 +56,7 @@ def reference(unet: UNet, residuals, latents, timesteps, text, gates, own=False)
 def edited_unet(concepts: int = 1, checkpoint: bool = False, dtype=torch.float64):
     unet = tiny_unet(checkpoint).to(dtype)
     edits = {
-        name: nn.ModuleList(ResidualValue(layer.heads * layer.dim_head).to(dtype) for _ in range(concepts))
+        name: nn.ModuleList(ResidualValue.zeros(layer.heads * layer.dim_head).to(dtype) for _ in range(concepts))
         for name, layer in cross_attention_layers(unet).items()
     }
     inject(unet, edits)
@@ -124,8 +124,8 @@ def test_residual_keys_are_their_definition():
     torch.manual_seed(0)
     base = CrossAttention(24, 32, heads=2, dim_head=16).double()
     x, text, gates = torch.randn(2, 9, 24).double(), torch.randn(2, 5, 32).double(), torch.rand(2, 2, 5).double()
-    with_key = ResidualValue.of(torch.randn(32), torch.randn(32)).double()
-    layer = EditedCrossAttention(base, "layer", nn.ModuleList([with_key, ResidualValue.of(torch.randn(32)).double()]))
+    with_key = ResidualValue(torch.randn(32), torch.randn(32)).double()
+    layer = EditedCrossAttention(base, "layer", nn.ModuleList([with_key, ResidualValue(torch.randn(32)).double()]))
     strengths = torch.tensor([0.7, 1.3]).double()
 
     k = base.to_k(text) + gates[:, 0, :, None] * 0.7 * with_key.key
@@ -135,7 +135,7 @@ def test_residual_keys_are_their_definition():
     q, k, v = base.split(base.to_q(x)), base.split(k), base.split(v)
     expected = base.to_out(base.merge((q @ k.mT / 4).softmax(-1) @ v))
     torch.testing.assert_close(layer(x, OwnPass(text, gates, {}, strengths)), expected)
-    without = nn.ModuleList(ResidualValue.of(edit.residual) for edit in layer.edits)
+    without = nn.ModuleList(ResidualValue(edit.residual) for edit in layer.edits)
     plain = EditedCrossAttention(base, "layer", without)(x, OwnPass(text, gates, {}, strengths))
     assert (plain - expected).abs().max() > 0.01  # the key matters
     taped: dict = {}

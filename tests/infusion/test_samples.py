@@ -40,7 +40,7 @@ def test_base_above_concept_with_the_same_seeds(module, tmp_path):
     assert (untrained[0, 0] != untrained[0, 1]).any()
 
     with torch.no_grad():
-        for residual in module.learned.values():
+        for residual in module.tensors.values():
             residual.fill_(3.0)
     trainer.global_step = 5
     callback.on_train_end(trainer, module)
@@ -70,7 +70,7 @@ def test_a_concept_is_drawn_with_the_covariance_that_it_learns_with(module, tmp_
     spread = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
     module.inverse_covariance = spread @ spread.mT + torch.eye(32)
     with torch.no_grad():
-        for residual in module.learned.values():
+        for residual in module.tensors.values():
             residual.fill_(3.0)
     module.trainer = None
     trainer = SimpleNamespace(global_step=2, default_root_dir=str(tmp_path), loggers=[])

@@ -1,0 +1,66 @@
+"""Images of the superclass, which a customised model is to go on drawing (prior preservation: DreamBooth, 3.2)."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.dataset import SUFFIXES, ConceptImages
+from infusion.inject import unedited
+from infusion.pictures import png, write
+from ldm.pipeline import StableDiffusion
+
+
+class ClassImages:
+    """Photos from a folder, or samples of the base model.
+
+    Args:
+        prompt: what they show.
+        count: how many.
+        root: their folder, which is made; images that it lacks are drawn and written there. None keeps them in memory.
+        steps, scale, seed: of the drawing; image i has the seed + i.
+        batch_size: images at a time.
+
+    Raises:
+        ValueError: an empty prompt, or a count below 1.
+    """
+
+    def __init__(
+        self,
+        prompt: str,
+        count: int = 200,
+        root: str | Path | None = None,
+        steps: int = 50,
+        scale: float = 7.5,
+        seed: int = 0,
+        batch_size: int = 4,
+    ) -> None:
+        if not prompt.strip() or count < 1:
+            raise ValueError(f"prior: a prompt and 1 or more images are wanted, not {prompt!r} and {count}")
+        self.prompt, self.count, self.root = prompt, count, None if root is None else Path(root)
+        self.steps, self.scale, self.seed, self.batch_size = steps, scale, seed, batch_size
+
+    def latents(self, sd: StableDiffusion) -> Tensor:
+        """Latents (N, C, h, w) float32 on the CPU, scaled; the UNet's edits are set aside for the drawing."""
+        if self.root is None:
+            images = torch.cat([image for _, image in self.draw(sd, range(self.count))]) * 2 - 1
+        else:
+            there = [path for path in self.root.glob("*") if path.suffix.lower() in SUFFIXES]
+            for seed, image in self.draw(sd, range(len(there), self.count)):
+                write(self.root / f"class-{seed:06d}.png", png(image[0]))
+            images = ConceptImages(self.root, sd.image_size, self.prompt, mask="none").images[: self.count]
+        weight = next(sd.vae.parameters())
+        return torch.cat([sd.vae.encode(image[None].to(weight)).float().cpu() for image in images])
+
+    def draw(self, sd: StableDiffusion, numbers: range) -> list[tuple[int, Tensor]]:
+        """Seed and image (1, 3, H, W) in [0, 1] of each number."""
+        drawn = []
+        for start in tqdm(range(numbers.start, numbers.stop, self.batch_size), f"drawing {self.prompt}", leave=False):
+            seeds = [self.seed + i for i in range(start, min(start + self.batch_size, numbers.stop))]
+            with unedited(sd.unet):
+                context = sd.denoiser([self.prompt] * len(seeds), (), "", self.scale)
+                with context as denoise:
+                    images = sd.draw(denoise, seeds, self.steps).cpu()
+            drawn += list(zip(seeds, images.split(1), strict=True))
+        return drawn

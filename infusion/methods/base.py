@@ -1,0 +1,111 @@
+"""What a customisation method decides. Trainer, sampler, concept file and metrics know methods by this alone.
+
+Up to three kinds of edit make a method: learned input embeddings of the words that stand for the concept (`tokens`),
+changes of the UNet's weights (`differences`), and gated rank-one terms in its cross-attentions (`terms`, `gates`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from infusion.attention import OwnPass, Tape
+from infusion.gate import Gate, target_input
+from infusion.weights import Difference
+from ldm.pipeline import StableDiffusion
+
+if TYPE_CHECKING:
+    from infusion.concept import Concept
+
+Tensors = Mapping[str, Tensor]  # name -> tensor: all that a concept consists of, as its file holds it
+TOKENS = "tokens"  # of learned input embeddings
+
+
+class Method:
+    """A method; the file that holds it is called like it. Without edits, it is the base model.
+
+    Attributes:
+        name: of the method and of its file.
+        attention: "own", or "foundation" for a second stream that takes over the attention of the base model.
+        options: the constructor's arguments that a concept file has to remember.
+    """
+
+    name: ClassVar[str]
+    attention: str = "own"
+    options: Mapping[str, Any] = {}
+
+    @classmethod
+    def of(cls, concept: "Concept") -> Self:
+        """The method as a concept was trained with it."""
+        return cls(**concept.options)
+
+    def noun(self, superclass: str) -> str:
+        """The words that stand in prompts for the concept."""
+        return superclass
+
+    def start(self, sd: StableDiffusion, superclass: str, templates: Sequence[str]) -> dict[str, nn.Parameter]:
+        """What a concept is before training, float32; what requires gradients is learned."""
+        raise NotImplementedError
+
+    def tokens(self, tensors: Tensors) -> Tensor | None:
+        """Input embeddings (T, D) of the first T tokens of `noun`; None keeps the vocabulary's."""
+        return tensors.get(TOKENS)
+
+    def differences(self, tensors: Tensors, strength: float = 1.0) -> dict[str, nn.Module]:
+        """The UNet's tensor -> what changes it, see `infusion.weights`. Parameters are kept as they are.
+
+        Unless a method says otherwise, everything but the tokens is a difference to the UNet's tensor of that name.
+        """
+        return {name: Difference(tensor, strength) for name, tensor in tensors.items() if name != TOKENS}
+
+    def terms(
+        self, sd: StableDiffusion, tensors: Tensors, superclass: str, templates: Sequence[str]
+    ) -> list[dict[str, nn.Module]]:
+        """R rank-one terms, each with a `ResidualValue` for every cross-attention layer. Parameters are kept."""
+        return []
+
+    def gates(
+        self, gate: Gate, encodings: Tensor, mask: Tensor, target: Tensor, inverse_covariance: Tensor | None
+    ) -> Tensor:
+        """How strongly each term is blended at each token, (B, R, L); arguments as of a `Gate`."""
+        return torch.zeros(len(mask), 0, mask.shape[1], device=encodings.device)
+
+    def target(self, sd: StableDiffusion, tensors: Tensors, superclass: str, templates: Sequence[str]) -> Tensor:
+        """The gate's target input i*, (D,)."""
+        return target_input(sd.text, templates, superclass)
+
+    def observe(self, tensors: Tensors, encodings: Tensor, mask: Tensor) -> None:
+        """Sees encodings (B, L, D) and the concept's tokens (B, L) whenever prompts are encoded for training."""
+
+    def groups(self, tensors: Tensors) -> list[dict[str, Any]]:
+        """Parameter groups for the optimiser; a group may have a learning rate of its own, `lr`."""
+        return [{"params": [tensor for tensor in tensors.values() if tensor.requires_grad]}]
+
+    def predict(
+        self, unet: nn.Module, latents: Tensor, timesteps: Tensor, text: Tensor, gates: Tensor, tape: Tape
+    ) -> Tensor:
+        """The customised model's prediction in training, with gradients to what is learned.
+
+        Args:
+            unet: with this method's edits.
+            latents: noisy, (B, 4, h, w). timesteps: (B,). text: (B, L, D). gates: (B, R, L).
+            tape: empty; left with the attention of every layer that has terms.
+
+        Returns:
+            (B, 4, h, w) in the model's own prediction type.
+        """
+        if not gates.shape[1]:
+            return unet(latents, timesteps, text)
+        return unet(latents, timesteps, OwnPass(text, gates, tape, torch.ones(gates.shape[1], device=latents.device)))
+
+
+def by_layer(terms: Sequence[Mapping[str, nn.Module]]) -> dict[str, nn.ModuleList]:
+    """Terms, each by layer, as the edits that `infusion.inject` takes: layer -> all terms."""
+    return {name: nn.ModuleList(term[name] for term in terms) for name in (terms[0] if terms else ())}
+
+
+def check_names(tensors: Tensors, known: Sequence[str]) -> None:
+    """Raises ValueError for a tensor that the model has no place for."""
+    if unknown := [name for name in tensors if name not in set(known)]:
+        raise ValueError(f"there is a tensor {unknown[0]!r}, for which the UNet has no place")

@@ -1,0 +1,39 @@
+"""Custom Diffusion: keys, values and a word (Kumari et al. 2023, arXiv 2212.04488).
+
+Its regularisation images are the node `prior` of `data.latents.ConceptData`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from infusion.encode import own_embeddings
+from infusion.inject import cross_attention_layers
+from infusion.methods.base import TOKENS, Method
+from ldm.pipeline import StableDiffusion
+
+
+class CustomDiffusion(Method):
+    """A change of W_K and W_V in every cross-attention, and the input embedding of a rare word before the superclass.
+
+    Args:
+        identifier: the rare word, from whose embedding the learned one starts.
+    """
+
+    name = "custom_diffusion"
+
+    def __init__(self, identifier: str = "sks") -> None:
+        self.identifier = identifier
+        self.options = {"identifier": identifier}
+
+    def noun(self, superclass: str) -> str:
+        return f"{self.identifier} {superclass}"
+
+    def start(self, sd: StableDiffusion, superclass: str, templates: Sequence[str]) -> dict[str, nn.Parameter]:
+        learned = {TOKENS: nn.Parameter(own_embeddings(sd.text, self.identifier))}
+        for name, layer in cross_attention_layers(sd.unet).items():
+            for part in ("to_k", "to_v"):
+                weight = getattr(layer, part).weight
+                learned[f"{name}.{part}.weight"] = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
+        return learned

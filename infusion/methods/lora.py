@@ -1,0 +1,59 @@
+"""LoRA: low-rank changes of the cross-attentions' projections (Hu et al. 2021, arXiv 2106.09685)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from infusion.inject import cross_attention_layers
+from infusion.methods.base import Method, Tensors
+from infusion.weights import LowRank
+from ldm.pipeline import StableDiffusion
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+DOWN, UP = ".down", ".up"
+
+
+class LoRA(Method):
+    """B A of rank r beside W_Q, W_K, W_V and W_out of every cross-attention; B starts at zero, A at random.
+
+    Args:
+        rank: r. alpha: the change is multiplied by α / r; None is r.
+        identifier: a rare word before the superclass; "" for none.
+        seed: of A.
+
+    Raises:
+        ValueError: a rank below 1.
+    """
+
+    name = "lora"
+
+    def __init__(self, rank: int = 4, alpha: float | None = None, identifier: str = "sks", seed: int = 0) -> None:
+        if rank < 1:
+            raise ValueError(f"rank: must be at least 1, not {rank}")
+        self.rank, self.alpha, self.identifier, self.seed = rank, rank if alpha is None else alpha, identifier, seed
+        self.options = {"rank": rank, "alpha": self.alpha, "identifier": identifier}
+
+    def noun(self, superclass: str) -> str:
+        return f"{self.identifier} {superclass}".strip()
+
+    def start(self, sd: StableDiffusion, superclass: str, templates: Sequence[str]) -> dict[str, nn.Parameter]:
+        generator, learned = torch.Generator().manual_seed(self.seed), {}
+        for name, layer in cross_attention_layers(sd.unet).items():
+            for part in PROJECTIONS:
+                out, width = layer.get_submodule(part).weight.shape
+                bound = 1 / math.sqrt(width)  # the variance that a linear layer starts with
+                down = (2 * torch.rand(self.rank, width, generator=generator, device="cpu") - 1) * bound
+                learned[f"{name}.{part}.weight{DOWN}"] = nn.Parameter(down)
+                learned[f"{name}.{part}.weight{UP}"] = nn.Parameter(torch.zeros(out, self.rank))
+        return learned
+
+    def differences(self, tensors: Tensors, strength: float = 1.0) -> dict[str, nn.Module]:
+        """Raises ValueError for a down without its up, or the other way round."""
+        names = dict.fromkeys(name.removesuffix(DOWN).removesuffix(UP) for name in tensors)
+        try:
+            pairs = {name: (tensors[name + DOWN], tensors[name + UP]) for name in names}
+        except KeyError as error:
+            raise ValueError(f"the concept lacks {error}") from error
+        return {name: LowRank(down, up, self.alpha, strength) for name, (down, up) in pairs.items()}

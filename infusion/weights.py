@@ -1,0 +1,113 @@
+"""Edits of weights: a base tensor W is read as W + s·ΔW, and is itself never touched.
+
+They are torch's parametrizations, which any module takes; taking them off leaves the very same base tensor behind.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+def kept(tensor: Tensor) -> nn.Parameter:
+    """A parameter as it is, so that it can be learned; any other tensor as a fixed parameter in float32."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach().float(), requires_grad=False)
+
+
+class Difference(nn.Module):
+    """W + s·ΔW, with ΔW of W's own shape.
+
+    Args:
+        difference: ΔW, see `kept`.
+        strength: s.
+    """
+
+    def __init__(self, difference: Tensor, strength: float = 1.0) -> None:
+        super().__init__()
+        self.difference, self.strength = kept(difference), strength
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.difference.shape
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.strength * self.difference).to(weight)
+
+
+class LowRank(nn.Module):
+    """W + s·(α / r)·B A (Hu et al. 2021, arXiv 2106.09685, eq. 3).
+
+    Args:
+        down: A, (r, in). up: B, (out, r). See `kept`.
+        alpha: α.
+        strength: s.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, alpha: float, strength: float = 1.0) -> None:
+        super().__init__()
+        self.down, self.up = kept(down), kept(up)
+        self.scale = strength * alpha / len(down)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.up), self.down.shape[1]))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.scale * self.up @ self.down).to(weight)
+
+
+def attach(module: nn.Module, edits: Mapping[str, Sequence[Difference | LowRank]]) -> None:
+    """Lay edits over tensors of a module, the first of each innermost.
+
+    Args:
+        edits: a tensor's name in the module -> modules such as `Difference`, of the tensor's shape.
+
+    Raises:
+        ValueError: no such tensor, or one of another shape.
+    """
+    owners = {name: _owner(module, name) for name in edits}
+    for name, (owner, leaf) in owners.items():
+        base = getattr(owner, leaf, None)
+        if not isinstance(base, Tensor):
+            raise ValueError(f"the model has no tensor {name!r} to change")
+        for edit in edits[name]:
+            if edit.shape != base.shape:
+                raise ValueError(f"{name} is {tuple(base.shape)}, its change is {tuple(edit.shape)}")
+    for name, (owner, leaf) in owners.items():
+        device = getattr(owner, leaf).device
+        for edit in edits[name]:
+            parametrize.register_parametrization(owner, leaf, edit.to(device), unsafe=True)
+
+
+def detach(module: nn.Module) -> dict[str, list[Difference | LowRank]]:
+    """Take all edits off; returns them as `attach` takes them."""
+    edits: dict[str, list[Difference | LowRank]] = {}
+    for path, owner in list(module.named_modules()):
+        if parametrize.is_parametrized(owner):
+            for leaf, parts in list(owner.parametrizations.items()):
+                edits[f"{path}.{leaf}"] = list(parts)
+                parametrize.remove_parametrizations(owner, leaf, leave_parametrized=False)
+    return edits
+
+
+@contextmanager
+def weights_edited(module: nn.Module, edits: Mapping[str, Sequence[Difference | LowRank]]) -> Iterator[None]:
+    """The module with exactly these edits inside the `with`; any others are set aside and put back afterwards."""
+    previous = detach(module)
+    try:
+        attach(module, edits)
+        yield
+    finally:
+        detach(module)
+        attach(module, previous)
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+    """The module that a tensor belongs to, and its name there; None where there is no such module."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        return module.get_submodule(path), leaf
+    except AttributeError:
+        return None, leaf
