@@ -22,14 +22,17 @@ class ClipSegTraining(pl.LightningModule):
         clipseg: its values do not matter.
         clip: file of the CLIP that it is to stand on, which is not trained.
         learning_rate: of AdamW, the highest.
+        start: file of a decoder to go on from; None begins anew.
 
     Raises:
         ValueError: the file does not fit.
     """
 
-    def __init__(self, clipseg: ClipSeg, clip: str | Path, learning_rate: float = 2e-3):
+    def __init__(
+        self, clipseg: ClipSeg, clip: str | Path, learning_rate: float = 2e-3, start: str | Path | None = None
+    ) -> None:
         super().__init__()
-        self.clipseg, self.learning_rate = on_clip(clipseg, clip), learning_rate
+        self.clipseg, self.learning_rate = on_clip(clipseg, clip, start), learning_rate
 
     def training_step(self, batch: dict, index: int) -> Tensor:
         features = self.clipseg.features((batch["images"] + 1) / 2)

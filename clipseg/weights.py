@@ -67,14 +67,18 @@ def from_config(config: str | Path, file: Path) -> ClipSeg:
     return fill(model, read_clip(nodes.clip, model) | read(file), f"{file} and {nodes.clip}")
 
 
-def on_clip(clipseg: ClipSeg, clip: str | Path) -> ClipSeg:
-    """A network to train: the CLIP of a file, the decoder drawn anew; raises ValueError if the file does not fit."""
+def on_clip(clipseg: ClipSeg, clip: str | Path, start: str | Path | None = None) -> ClipSeg:
+    """A network to train: the CLIP of a file, and the decoder of another or, without one, drawn anew.
+
+    Raises:
+        ValueError: a file does not fit.
+    """
     decoder = clipseg.network.decoder
     for module in decoder.modules():  # transformers draws most of it with a deviation of 1
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             module.reset_parameters()
     drawn = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
-    fill(clipseg, read_clip(clip, clipseg) | drawn, clip)
+    fill(clipseg, read_clip(clip, clipseg) | (drawn if start is None else read(find(start))), clip)
     decoder.requires_grad_(True)
     return clipseg.train()
 

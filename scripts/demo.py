@@ -53,9 +53,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in flags.concepts:
         if name not in CONCEPTS:
             parser.error(f"--concepts: there is no `{name}`{suggestion(name, list(CONCEPTS))}")
-    for name in ("samples", "steps", "batch_size"):
-        if getattr(flags, name) < 1:
-            parser.error(f"--{name}: a whole number above 0 is wanted, not {getattr(flags, name)}")
+    for name, least in (("samples", 2), ("steps", 1), ("batch_size", 1)):
+        if getattr(flags, name) < least:
+            parser.error(f"--{name}: a whole number from {least} on is wanted, not {getattr(flags, name)}")
     if flags.seed < 0:
         parser.error(f"--seed: a whole number from 0 on is wanted, not {flags.seed}")
     for word in flags.overrides:

@@ -16,15 +16,17 @@ from data.pocket.backgrounds import BACKGROUNDS
 from data.pocket.classifier import SceneClassifier
 from data.pocket.concepts import LAYOUT, PocketConcept
 from data.pocket.world import NATURAL, PATTERNS, STYLE_WORDS, STYLES, Scene, World
+from infusion.metrics import estimate, fidelity
+from infusion.metrics.features import POCKET_CONFIG as CLIP_CONFIG
+from infusion.metrics.features import POCKET_WEIGHTS as CLIP_WEIGHTS
+from infusion.metrics.features import load_pocket_clip
 from ldm.checkpoint import load_into
 from ldm.clip import Clip
-from ldm.config import ConfigError, build, find, load_config, resolve
+from ldm.config import find
 
-CLIP_CONFIG = Path("configs/pocket_clip.yaml")
-CLIP_WEIGHTS = Path("ckpt/pocket/clip.safetensors")
 CLASSIFIER_WEIGHTS = Path("ckpt/pocket/classifier.safetensors")
 
-Figure = dict[str, float | int]  # value, stderr, n
+Figure = dict[str, float | int | None]  # value, stderr (None of a single measurement), n
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,17 @@ def drawn(concept: PocketConcept, places: Sequence[Context], seed: int = 0) -> T
 
 def mean(values: Sequence[float] | Tensor) -> Figure:
     """Mean and standard error of n measurements."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    error = values.std().item() / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return {"value": values.mean().item(), "stderr": error, "n": len(values)}
+    return estimate.mean(values).as_dict()
 
 
 def rate(hits: Sequence[bool]) -> Figure:
-    """Share of hits, with the standard error of Agresti and Coull (1998), which is not 0 when all are hits."""
-    n, share = len(hits), (sum(hits) + 2) / (len(hits) + 4)
-    return {"value": sum(hits) / n, "stderr": (share * (1 - share) / (n + 4)) ** 0.5, "n": n}
+    """Share of hits and its standard error, see `estimate.rate`."""
+    return estimate.rate(hits).as_dict()
 
 
 def difference(first: Sequence[float] | Tensor, second: Sequence[float] | Tensor) -> Figure:
     """Mean and standard error of `second - first`, measured pair by pair."""
-    first, second = (torch.as_tensor(values, dtype=torch.float64) for values in (first, second))
-    return mean(second - first)
+    return estimate.difference(first, second).as_dict()
 
 
 class Judge(nn.Module):
@@ -88,25 +86,19 @@ class Judge(nn.Module):
         classifier_weights: str | Path = CLASSIFIER_WEIGHTS,
     ) -> "Judge":
         """Raises ValueError for a missing file, one of another model, or a config without a node `clip`."""
-        config = resolve(load_config(find(clip_config)))
-        if "clip" not in config:
-            raise ConfigError(f"{clip_config}: the config has no node `clip`")
-        clip, classifier = build(config.clip, "clip"), SceneClassifier()
-        load_into({"": clip}, find(clip_weights))
+        clip, classifier = load_pocket_clip(clip_config, clip_weights), SceneClassifier()
         load_into({"": classifier}, find(classifier_weights))
         return cls(clip, classifier)
 
     @torch.no_grad()
     def similarities(self, images: Tensor, photos: Tensor) -> Tensor:
         """CLIP-I: cosine of each image (B, 3, H, W) in [0, 1] with each photo (P, 3, H, W), mean over photos: (B,)."""
-        return (self.clip.image_features(images) @ self.clip.image_features(photos).T).mean(1)
+        return fidelity.pairwise(self.clip.image_features(images), self.clip.image_features(photos))
 
     @torch.no_grad()
     def among(self, photos: Tensor) -> Tensor:
         """Each photo's mean cosine with the other photos: (P,)."""
-        features = self.clip.image_features(photos)
-        cosines = features @ features.T  # (P, P)
-        return (cosines.sum(1) - cosines.diagonal()) / (len(photos) - 1)
+        return fidelity.among(self.clip.image_features(photos))
 
     def right(self, images: Tensor, concept: PocketConcept, places: Sequence[Context]) -> dict[str, list[bool]]:
         """What the classifier sees, image by image, for images (B, 3, 64, 64) in [0, 1].

@@ -19,9 +19,8 @@ from data.pocket.world import NOUNS, SIZE, Scene, World, caption, draw_scene
 from data.prompts import TEMPLATES
 from infusion.tokens import fill
 
-RECOLOURED, TEXTURED, BENT = 0.4, 0.4, 0.5  # share of objects, of objects, of images
-# share of images with two objects, of second prompts for what is not there, of captions among the prompts
-PAIRED, ABSENT, DESCRIBED = 0.5, 0.2, 0.25
+RECOLOURED, TEXTURED, BENT = 0.4, 0.5, 0.5  # share of objects, of objects, of images
+PAIRED, DESCRIBED = 0.5, 0.25  # share of images with two objects, of captions among the prompts
 
 
 def random(rng: np.random.Generator, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -61,7 +60,7 @@ def repaint(images: Tensor, masks: Tensor, rng: np.random.Generator) -> Tensor:
     gain, tint = random(rng, (count, 3, 1, 1), 0.5, 1.1), random(rng, (count, 3, 1, 1), -0.15, 0.35)
     other = (gain * other + tint).clamp(0, 1)
     images = images + masks * (random(rng, (count, 1, 1, 1)) < RECOLOURED) * (other - images)
-    weight = random(rng, (count, 1, 1, 1), 0.3, 0.9) * (random(rng, (count, 1, 1, 1)) < TEXTURED)
+    weight = random(rng, (count, 1, 1, 1), 0.3, 1.0) * (random(rng, (count, 1, 1, 1)) < TEXTURED)
     colour = random(rng, (count, 3, 1, 1))
     return images + masks * weight * textures(rng, count) * (colour - images)
 
@@ -98,18 +97,18 @@ class PromptedBatches(IterableDataset):
     out of the world.
     """
 
-    def __init__(self, batch_size: int, seed: int, start: int = 0):
-        self.batch_size, self.seed, self.start = batch_size, seed, start
+    def __init__(self, batch_size: int, seed: int, start: int = 0, absent: float = 0.2):
+        self.batch_size, self.seed, self.start, self.absent = batch_size, seed, start, absent
 
     def __iter__(self) -> Iterator[dict]:
         world, index = World(), self.start
         while True:
-            yield draw_batch(world, np.random.default_rng([self.seed, index]), self.batch_size)
+            yield draw_batch(world, np.random.default_rng([self.seed, index]), self.batch_size, self.absent)
             index += 1
 
 
-def draw_batch(world: World, rng: np.random.Generator, count: int) -> dict:
-    """One batch of `PromptedBatches`."""
+def draw_batch(world: World, rng: np.random.Generator, count: int, absent: float = 0.2) -> dict:
+    """One batch of `PromptedBatches`; `absent` is the share of second prompts for what the image does not show."""
 
     def objects() -> tuple[list[Scene], Tensor, Tensor]:
         scenes = [draw_scene(rng) for _ in range(count)]
@@ -125,10 +124,10 @@ def draw_batch(world: World, rng: np.random.Generator, count: int) -> dict:
     masks = torch.cat([masks * (1 - cover), cover], 1)  # (B, 2, 64, 64)
     named = [list(scenes), list(others)]
     for i, (one, two) in enumerate(zip(scenes, others, strict=True)):
-        if rng.random() < ABSENT:
+        if rng.random() < absent:
             shown = (one.noun, two.noun) if paired[i] else (one.noun,)
-            absent = rng.choice([noun for noun in NOUNS if noun not in shown])
-            named[1][i], masks[i, 1] = replace(draw_scene(rng), noun=str(absent)), 0
+            other = rng.choice([noun for noun in NOUNS if noun not in shown])
+            named[1][i], masks[i, 1] = replace(draw_scene(rng), noun=str(other)), 0
         elif not paired[i]:
             named[1][i], masks[i, 1] = one, masks[i, 0]
     images, masks = bend(images, masks, rng)
@@ -152,9 +151,10 @@ def prompt(scene: Scene, rng: np.random.Generator) -> str:
 class PromptedData(pl.LightningDataModule):
     """The world with prompts and masks; a resumed run goes on with the batch that follows."""
 
-    def __init__(self, batch_size: int, seed: int = 0):
+    def __init__(self, batch_size: int, seed: int = 0, absent: float = 0.2):
         super().__init__()
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.absent = batch_size, seed, absent
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(PromptedBatches(self.batch_size, self.seed, self.trainer.global_step), batch_size=None)
+        batches = PromptedBatches(self.batch_size, self.seed, self.trainer.global_step, self.absent)
+        return DataLoader(batches, batch_size=None)

@@ -86,9 +86,9 @@ def test_a_clip_that_does_not_fit_is_refused(small_config, clip):
         ClipSegTraining(other, clip)
 
 
-def test_the_config_trains_a_decoder_of_less_than_a_megabyte_in_half_precision():
+def test_the_config_trains_a_decoder_of_less_than_two_megabytes_in_half_precision():
     module = build(resolve(load_config(find(POCKET_CONFIG))).model, "model")
-    assert 2 * sum(tensor.numel() for tensor in module.weights().values()) < 1e6
+    assert 2 * sum(tensor.numel() for tensor in module.weights().values()) < 2e6
     module.log_dict = lambda values, **options: None
     loss = module.training_step(draw_batch(World(), np.random.default_rng(0), 4), 0).item()
     assert 0.3 < loss < 3  # of one that guesses: 0.69

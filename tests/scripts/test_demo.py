@@ -157,7 +157,7 @@ def test_training_is_a_command_of_this_python(monkeypatch):
         (["ckpt=nowhere.safetensors"], "error: nowhere.safetensors: no such file; get it from the shelf"),
         (["--base", "nowhere.yaml"], "error: nowhere.yaml: no such config file"),
         (["--concepts", "zigzag_hut"], "there is no `zigzag_hut`; did you mean `zigzag_hat`?"),
-        (["--samples", "0"], "--samples: a whole number above 0"),
+        (["--samples", "0"], "--samples: a whole number from 2 on"),
         (["max_steps"], "write an override as key=value"),
     ],
 )

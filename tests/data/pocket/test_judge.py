@@ -69,7 +69,7 @@ def test_what_is_right():
 
 def test_figures_with_their_errors():
     assert mean([1.0, 2.0, 3.0]) == {"value": 2.0, "stderr": pytest.approx(1 / 3**0.5), "n": 3}
-    assert mean([4.0]) == {"value": 4.0, "stderr": 0.0, "n": 1}
+    assert mean([4.0]) == {"value": 4.0, "stderr": None, "n": 1}
     assert difference([1.0, 5.0], [2.0, 6.0]) == {"value": 1.0, "stderr": 0.0, "n": 2}
     assert difference([True, False], [True, True])["value"] == 0.5
     assert rate([True, False]) == {"value": 0.5, "stderr": pytest.approx((0.25 / 6) ** 0.5), "n": 2}

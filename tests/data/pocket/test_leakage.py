@@ -68,13 +68,19 @@ def test_patches_are_clear_of_objects():
 
 
 def test_an_image_depends_on_no_other():
+    """Nor on their styles: blends, whose patches are nearer to one background for some and to the other for others."""
     parts = [scenes(name, style) for name, style in (("grass", "photo"), ("sand", "cartoon"))]
     images, masks = (torch.cat(part) for part in zip(*parts, strict=True))
+    wood, _ = scenes("wood", "cartoon", 4, seed=1)
+    blends = (images + wood) / 2
     names, styles = ["grass"] * 2 + ["sand"] * 2, ["photo"] * 2 + ["cartoon"] * 2
-    noisy = (images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
-    whole = leakage(noisy, masks, names, "wood", styles, renders=4).values
-    part = leakage(noisy[2:], masks[2:], names[2:], "wood", styles[2:], renders=4).values
-    assert torch.equal(part, whole[2:])
+    whole = leakage(blends, masks, names, "wood", styles, renders=4).values
+    for rows in (slice(2, 4), slice(3, 4)):
+        part = leakage(blends[rows], masks[rows], names[rows], "wood", styles[rows], renders=4).values
+        assert torch.equal(part, whole[rows])
+        assert ((part > 0) & (part < 1)).all()
+    other = leakage(blends, masks, names, "wood", ["photo"] * 4, renders=4).values
+    assert torch.equal(other[:2], whole[:2]) and (other[2:] != whole[2:]).all()
 
 
 def test_refuses():
