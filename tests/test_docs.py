@@ -1,11 +1,14 @@
 """What the pages show is run."""
 
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import infusion.methods
 from infusion.concept import Concept
 from infusion.inject import cross_attention_layers
 from ldm.config import ROOT
@@ -29,3 +32,28 @@ def test_the_python_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "dogs.png").stat().st_size > 1000
     assert shown["prediction"].shape == (1, 4, 16, 16) and shown["attention"].shape == (1, 1, 16, 16)
     assert not torch.equal(shown["faint"], shown["hard"]) and shown["both"].isfinite().all()
+
+
+def test_the_sixth_method_is_one_file_and_one_config(tmp_path, monkeypatch, tiny, photos, command):
+    page = (ROOT / "docs/adding-a-method.md").read_text()
+    (method,), (config,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("python", "yaml"))
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/bitfit.py").write_text(method)
+    monkeypatch.setattr(infusion.methods, "__path__", [*infusion.methods.__path__, str(tmp_path / "package")])
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "configs/method/bitfit.yaml").write_text(config)
+    bases = (tiny, tmp_path / "configs/data/photos.yaml", tmp_path / "configs/method/bitfit.yaml")
+    options = ("data_root=" + str(photos), "superclass=cat", "callbacks.samples=null", "trainer.max_steps=2")
+    try:
+        command("--base", *bases, "-t", "--logdir", tmp_path / "run", *options, "learning_rate=0.1")
+        concept = Concept.load(tmp_path / "run/models/step=000002.safetensors")
+        sd = StableDiffusion.from_checkpoint(tiny)
+        images = sd.sample(["a {}"], [concept], steps=2, seed=0)
+    finally:
+        sys.modules.pop("infusion.methods.bitfit", None)
+    assert (
+        concept.method == "bitfit"
+        and concept.noun == "sks cat"
+        and concept.numbers == sum(layer.to_out[0].bias.numel() for layer in cross_attention_layers(sd.unet).values())
+    )
+    assert not torch.equal(images, sd.sample(["a sks cat"], steps=2, seed=0))

@@ -3,9 +3,8 @@
     python -m data.pocket.several A,B                               # concept files, such as those of make demo
     python -m data.pocket.several A,B,C --outdir outputs/three      # gets grid.png and results.json
 
-The prompts are "a photo of a {1} and a {2} on grass" and so on over the backgrounds. A noun appears where CLIPSeg's
-mask of it exceeds one half somewhere; all appear where that is so of every noun. The base model draws the same prompts
-from the same seeds: the pocket world's scenes have one object each, so that two are new to it.
+The prompts are "a photo of a {1} and a {2} on grass" and so on over the backgrounds. The base model draws the same
+prompts from the same seeds: the pocket world's scenes have one object each, so that two are new to it.
 """
 
 import json
@@ -39,17 +38,23 @@ def columns(concepts: int) -> tuple[Region, ...]:
     return tuple(Region(k + 1, k / concepts, 0, (k + 1) / concepts, 1) for k in range(concepts))
 
 
-def present(clipseg: ClipSeg, images: Tensor, noun: str) -> list[bool]:
-    """Whether CLIPSeg finds the noun in images (B, 3, H, W) in [0, 1]."""
-    masks = clipseg.masks(images, fill_templates(noun, ["a photo of a {}", "a {}"]))
-    return (masks.amax((1, 2)) > PRESENT).tolist()
+def found(clipseg: ClipSeg, images: Tensor, nouns: Sequence[str]) -> list[list[bool]]:
+    """Which of the images (B, 3, H, W) in [0, 1] show each of K nouns: K lists of B.
+
+    A noun is there where its mask exceeds one half, and at least half of these places are more its than another's.
+    """
+    masks = torch.stack([clipseg.masks(images, fill_templates(noun, ["a photo of a {}", "a {}"])) for noun in nouns])
+    places = masks > PRESENT  # (K, B, S, S)
+    owned = places & (masks == masks.amax(0))
+    area, own = places.sum((2, 3)), owned.sum((2, 3))  # (K, B)
+    return ((area > 0) & (2 * own >= area)).tolist()
 
 
 def together(clipseg: ClipSeg, images: Tensor, nouns: Sequence[str]) -> dict[str, Figure]:
-    """The share of images in which each noun appears, and in which all do."""
-    found = [present(clipseg, images, noun) for noun in nouns]
-    shares = {f"{number} {noun}": rate(hits) for number, (noun, hits) in enumerate(zip(nouns, found, strict=True), 1)}
-    return shares | {"all": rate([all(hits) for hits in zip(*found, strict=True)])}
+    """The share of images in which each noun is found, and in which all are."""
+    hits = found(clipseg, images, nouns)
+    shares = {f"{number} {noun}": rate(own) for number, (noun, own) in enumerate(zip(nouns, hits, strict=True), 1)}
+    return shares | {"all": rate([all(shown) for shown in zip(*hits, strict=True)])}
 
 
 @report
@@ -93,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     figures = {kind: together(clipseg, images, nouns) for kind, images in drawn.items()}
     figures["alone"] = {}
     for number, (concept, article, noun) in enumerate(zip(concepts, articles, nouns, strict=True), 1):
-        figures["alone"][f"{number} {noun}"] = rate(present(clipseg, draw(f"{article} {{}}", [concept]), noun))
+        figures["alone"][f"{number} {noun}"] = rate(found(clipseg, draw(f"{article} {{}}", [concept]), [noun])[0])
     results = {"shares": figures, "prompt": f"a photo of {scene} …", "nouns": nouns, "samples": flags.samples}
     results |= {"seed": flags.seed, "concepts": flags.concepts, "present_above": PRESENT, "base_sha256": sd.hash}
     shown = [f"{places[i]} ({seeds[i]})" for i in range(min(len(places), flags.samples))]

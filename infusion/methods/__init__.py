@@ -9,7 +9,10 @@ from infusion.methods.base import Method
 if TYPE_CHECKING:
     from infusion.concept import Concept
 
-METHODS = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+
+def method_names() -> list[str]:
+    """The methods that there are, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
 
 
 def find_method(name: str) -> type[Method]:
@@ -18,8 +21,8 @@ def find_method(name: str) -> type[Method]:
     Raises:
         ValueError: there is no such method.
     """
-    if name not in METHODS:
-        raise ValueError(f"there is no method {name!r}; there are: {', '.join(METHODS)}")
+    if name not in method_names():
+        raise ValueError(f"there is no method {name!r}; there are: {', '.join(method_names())}")
     found = vars(import_module(f"{__name__}.{name}")).values()
     return next(cls for cls in found if isinstance(cls, type) and vars(cls).get("name") == name)
 

@@ -8,13 +8,14 @@ import torch
 from infusion.concept import Concept
 from infusion.gate import Gate
 from infusion.inject import remove
-from infusion.methods import METHODS, find_method
+from infusion.methods import find_method, method_names
 from infusion.methods.lora import LoRA
 from infusion.sampling import Customised
 from infusion.tokens import fill
 from infusion.trainer import ConceptTrainer
 from infusion.weights import detach
 
+METHODS = method_names()
 TEMPLATES = ["a photo of a {}", "the {} in a box"]
 STARTS_AS_BASE = [name for name in METHODS if name != "perfusion"]  # whose gate is not fully open
 ANCHORED = ["infusion", "perfusion", "textual_inversion"]  # which leave prompts without the concept alone

@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from infusion.inject import inject
-from infusion.methods import METHODS, find_method
+from infusion.methods import find_method, method_names
 from infusion.methods.infusion import Infusion
 from tests.infusion.conftest import infusion_edits, inputs, random_residuals, tiny_unet
 
 
 def test_registry():
     assert find_method("infusion") is Infusion
-    assert all(find_method(name).name == name for name in METHODS)
+    assert all(find_method(name).name == name for name in method_names())
     with pytest.raises(ValueError, match="there are: .*infusion"):
         find_method("infusoin")
 

@@ -12,6 +12,19 @@ class Brightness:
         return images[:, 0, :, :1] if "cat" in prompts[0] else images[:, 0, :, -1:]
 
 
+def test_one_object_is_not_two():
+    """Where all nouns claim the same places, the one that claims them most is there."""
+
+    class Vague:
+        def masks(self, images, prompts):
+            return images[:, 0] * (1.0 if "cat" in prompts[0] else 0.9)
+
+    images = torch.zeros(2, 3, 4, 4)
+    images[0, :, :2] = 0.8
+    found = together(Vague(), images, ["cat", "dog"])
+    assert {name: figure["value"] for name, figure in found.items()} == {"1 cat": 0.5, "2 dog": 0, "all": 0}
+
+
 def test_all_appear_where_each_does():
     images = torch.zeros(4, 3, 2, 2)
     images[0] = 0.9  # both
