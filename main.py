@@ -142,6 +142,8 @@ def weight_files(config: DictConfig) -> dict[str, Path]:
     for component in parts:
         if component not in PREFIXES:
             raise ConfigError(f"parts.{component}: unknown component{suggestion(component, list(PREFIXES))}")
+    if config.use_ema and config.get("ckpt") is None:
+        raise ConfigError("use_ema: there is no `ckpt` whose averaged weights it could take")
     found, names = {}, {"ckpt": config.get("ckpt")} | {f"parts.{component}": name for component, name in parts.items()}
     for key, name in names.items():
         if name is not None:

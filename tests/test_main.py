@@ -149,6 +149,8 @@ def remove_mask(photos: Path) -> None:
             None,
             "ckpt: there is no file gone.safetensors; get it from the shelf or name another",
         ),
+        (["use_ema=true", "ckpt=null"], None, "use_ema: there is no `ckpt`"),
+        (["model.params.method.target=infusion.methods.lora.LoRA"], None, "LoRA has no parameter `attention`"),
         (["parts.vea=x"], None, "parts.vea: unknown component; did you mean `vae`?"),
         (["--logdri", "x"], None, "unknown argument `--logdri`"),
         (["--gpus", "99"], None, "--gpus: `99` was asked for"),

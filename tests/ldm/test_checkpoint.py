@@ -195,7 +195,7 @@ def test_training_starts_from_averages_and_from_folders(tiny, tmp_path):
 
     sd = StableDiffusion.from_checkpoint(tiny)
     export_diffusers(sd, tmp_path / "diffusers")
-    config = OmegaConf.create({"ckpt": str(tmp_path / "diffusers"), "parts": {}})
+    config = OmegaConf.create({"ckpt": str(tmp_path / "diffusers"), "parts": {}, "use_ema": False})
     with torch.device("meta"):
         other = StableDiffusion.from_config(tiny)
     main.load_weights(other, main.weight_files(config))
