@@ -39,13 +39,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, help="of the first sample; sample i has the seed + i", default=100)
     add("--batch_size", type=int, help="samples at a time", default=16)
     add("--clip", metavar="FILE", help="weights of the pocket CLIP", default=str(CLIP_WEIGHTS))
-    add("--masks", choices=["true", "clipseg"], help="of the photos: the world's own, or CLIPSeg's", default="true")
-    add(
-        "--clipseg",
-        metavar="FILE",
-        help="weights of the pocket CLIPSeg",
-        default=str(POCKET_WEIGHTS),
-    )
+    add("--masks", choices=["clipseg", "true"], help="of the photos: CLIPSeg's, or the world's own", default="clipseg")
+    add("--clipseg", metavar="FILE", help="weights of the pocket CLIPSeg", default=str(POCKET_WEIGHTS))
     add("--classifier", metavar="FILE", help="weights of the pocket classifier", default=str(CLASSIFIER_WEIGHTS))
     add("--outdir", metavar="DIR", help="where to write; DIR-2, DIR-3 … if there is something", default="outputs/demo")
     flags = parser.parse_args(arguments)
