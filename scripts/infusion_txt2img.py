@@ -139,8 +139,11 @@ def main(arguments: list[str] | None = None) -> None:
     sd = StableDiffusion.from_checkpoint(find_config(flags, concepts), flags.ckpt and find(flags.ckpt), device=device)
     templates = [point(job.prompt, flags.target_word) if flags.target_word else job.prompt for job in jobs]
     check_prompts(sd, templates, concepts, settings.replace_word)
-    if concepts and not all("{" in template for template in templates):
-        logger.warning("warning: a prompt without {} is drawn by the base model: the concept is not in it")
+    without = [template for template in templates if "{" not in template]
+    if concepts and len(without) == len(templates):
+        raise UserError(f"--prompt: {without[0]!r} has no {{}} for the concept; write it, or name its --target_word")
+    if concepts and without:
+        logger.warning("warning: the concept is not in %r, which has no {}", without[0])
     of_files = hashes(sd.hash, list(files), inverse.fingerprint)
     warn_of_change(flags, of_files)
 

@@ -217,6 +217,8 @@ def test_a_concept_trained_with_a_covariance_wants_its_file(draw, refused, sd, c
         (["--from-file", "nowhere.txt"], "error: --from-file: nowhere.txt cannot be read"),
         (["--prompt", "a", "--from-file", "x"], "not allowed with argument"),
         (["--prompt", "a {2}"], "names no concept"),
+        (["--prompt", "a cat"], "--prompt: 'a cat' has no {} for the concept; write it, or name its"),
+        (["--steps", "0"], "argument --steps"),
         (["--prompt", "a{}"], "glued to its neighbours"),
         (["--H", "30"], "error: height must be a multiple of 4 pixels, not 30"),
         (["--n_samples", "0"], "argument --n_samples: `0` is not a whole number above 0"),

@@ -1,0 +1,158 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infusion.concept import Concept
+from infusion.inject import cross_attention_layers
+from infusion.methods import find_method
+from ldm.config import ROOT
+from ldm.pipeline import StableDiffusion
+from scripts.metrics import main
+
+PHOTOS = "data/pocket/concepts/green_dotted_elephant"
+FAST = ["--samples", "4", "--steps", "1", "--strata", "1", "--resamples", "2", "--batch_size", "4", "--device", "cpu"]
+PROTOCOL = """
+concept: ["a photo of a {} on grass on the left", "a cartoon of a {} on snow"]
+none: [grass]
+superclass: ["a photo of a {superclass}"]
+neighbours: ["a photo of a {neighbour}"]
+others: [owl, bee]
+"""
+
+
+@pytest.fixture(scope="module")
+def wide(tiny: Path, tmp_path_factory) -> Path:
+    """The tiny backbone, for pictures of the pocket world's size and under its name."""
+    path = tmp_path_factory.mktemp("wide") / "wide.yaml"
+    path.write_text(tiny.read_text().replace("image_size: 16", "image_size: 64").replace("name: tiny", "name: pocket"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def concepts(wide, tmp_path_factory) -> Path:
+    """A folder with a run of Infusion, three steps of it, and a LoRA."""
+    folder, sd = tmp_path_factory.mktemp("concepts"), StableDiffusion.from_checkpoint(wide)
+    generator = torch.Generator().manual_seed(3)
+    layers = cross_attention_layers(sd.unet)
+    tensors = {n: torch.randn(layer.heads * layer.dim_head, generator=generator) for n, layer in layers.items()}
+    whole = Concept(tensors, "elephant", ("a photo of an {}",), "pocket", base_hash=sd.hash)
+    for step in (0, 10, 20):
+        part = {name: step / 10 * tensor for name, tensor in tensors.items()}
+        replace(whole, steps=step, tensors=part).save(folder / f"ours/models/step={step:06d}.safetensors")
+    lora = find_method("lora")()
+    learned = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in
+               lora.start(sd, "elephant", whole.templates).items()}  # fmt: skip
+    settings = {"method": "lora", "attention": "own", "options": lora.options, "noun": "sks elephant"}
+    replace(whole, tensors=learned, **settings).save(folder / "theirs.safetensors")
+    return folder
+
+
+@pytest.fixture
+def run(wide, concepts, tmp_path):
+    protocol = tmp_path / "protocol.yaml"
+    protocol.write_text(PROTOCOL)
+
+    def start(*arguments: object) -> Path:
+        out = tmp_path / "out"
+        flags = ["--config", wide, "--personalized_ckpt", f"{concepts}/ours,{concepts}/theirs.safetensors"]
+        main([str(word) for word in (*flags, "--protocol", protocol, "--out", out, *FAST, *arguments)])
+        return out
+
+    return start
+
+
+def results(out: Path) -> dict:
+    said = json.loads((out / "metrics.json").read_text())
+    assert said.pop("date")
+    return said
+
+
+@pytest.mark.slow
+def test_everything_by_default_and_the_second_run_finds_it_all(run, concepts, capsys):
+    out = run("--images", PHOTOS)
+    said = results(out)
+    assert list(said["methods"]) == ["ours", "theirs"]
+    ours, theirs = said["methods"].values()
+    assert said["settings"]["metrics"] == ["lfd", "w2", "clip_t", "clip_i", "pres", "div", "drift", "exact"]
+    assert set(said["files"]) == {"base", "clip", "clipseg", "classifier"}
+    assert ours["anchored"] and not theirs["anchored"] and ours["world_concept"] == "green_dotted_elephant"
+    for name in ("lfd_none", "lfd_superclass", "lfd_neighbours"):
+        assert ours["figures"][name]["value"] == 0 < theirs["figures"][name]["value"]
+    assert ours["figures"]["lfd_context"]["value"] > 0 and ours["figures"]["lfd_context"]["n"] == 4
+    assert [one["step"] for one in ours["training"]["context"]] == [0, 10, 20]
+    assert ours["training"]["context"][0]["value"] == 0 and theirs["training"] == {}
+    assert ours["figures"]["clip_i"]["settings"]["backbone"] == "pocket"
+    assert {"right_background", "right_style", "right_place", "photos_background"} <= set(ours["figures"])
+    assert {"metrics.csv", "report.html", "plots", "cache"} <= {path.name for path in out.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in (out / "cache").iterdir()}
+    page = (out / "report.html").read_text()
+    assert "theirs" in page and "Zeros that are not a win" in page and "http" not in page
+    again = results(run("--images", PHOTOS))
+    assert {path: path.stat().st_mtime_ns for path in (out / "cache").iterdir()} == before
+    assert json.dumps(again) == json.dumps(said)
+    rows = load_file(next((out / "cache").glob("base-*.safetensors")))["latents"]
+    assert rows.shape[1:] == (4, 32, 32) and len(rows) <= 4
+    with pytest.raises(SystemExit) as stop:
+        run("--images", PHOTOS, "--seed", "7")
+    assert stop.value.code == 2 and "has results of other concepts or settings" in capsys.readouterr().err
+
+
+def test_some_metrics_names_and_a_cache_elsewhere(run, tmp_path):
+    flags = ["--metrics", "drift", "--labels", "first,second", "--cache", tmp_path / "rows", "--neighbours", "owl,bee"]
+    said = results(run(*flags))
+    assert list(said["methods"]) == ["first", "second"] and set(said["files"]) == {"base", "clip"}
+    assert [set(about["figures"]) for about in said["methods"].values()] == [{"drift"}] * 2
+    assert said["settings"]["protocol"]["nouns"] == ["owl", "bee"] and list((tmp_path / "rows").iterdir())
+    assert not (tmp_path / "out/cache").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--samples", "0"], "--samples: `0` is not a whole number above 0"),
+        (["--samples", "1"], "--samples: a distance between clouds (w2) needs at least 2"),
+        (["--samples", "2"], "--samples: div compares samples of one prompt"),
+        (["--metrics", "lfd,fid"], "--metrics: there is no `fid`"),
+        (["--metrics", "clip_i"], "--images: clip_i compares with the concept's photos"),
+        (["--metrics", "dino", "--images", PHOTOS], "--dino: name a folder of DINO"),
+        (["--metrics", "exact"], "--concept: exact figures are of the pocket world's own"),
+        (["--images", "nowhere"], "data_root: there is no folder nowhere"),
+        (["--images", "a,b,c"], "--images: give one for all or one for each of 2, not 3"),
+        (["--images", PHOTOS, "--concept", "elephant"], "--concept: the pocket world has no `elephant`"),
+        (["--clip", "nowhere"], "backbone nowhere"),
+        (["--clipseg", "nowhere"], "nowhere: no such file"),
+        (["--lpips", "nowhere", "--metrics", "div"], "nowhere"),
+        (["--protocol", "nowhere.yaml"], "nowhere.yaml: no such config file"),
+        (["--curve", "context,all"], "--curve: there is no group `all`"),
+        (["--labels", "one"], "--labels: 1 for 2"),
+        (["--personalized_ckpt", "nowhere.safetensors"], "nowhere.safetensors: there is no such concept file"),
+        (["--config", "configs/backbone/sd15.yaml", "--ckpt", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(run, capsys, tmp_path, arguments, complaint):
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and complaint in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_photo_is_not_enough(run, capsys, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/0.png").write_bytes((ROOT / PHOTOS / "0.png").read_bytes())
+    with pytest.raises(SystemExit) as stop:
+        run("--images", tmp_path / "photos")
+    assert stop.value.code == 2 and "fewer than 2 photos" in capsys.readouterr().err
+
+
+def test_features_of_another_model_are_refused(run, concepts, capsys, tmp_path):
+    other = replace(Concept.load(concepts / "theirs.safetensors"), architecture="sd15")
+    other.save(tmp_path / "other.safetensors")
+    with pytest.raises(SystemExit) as stop:
+        run("--personalized_ckpt", f"{concepts}/theirs.safetensors,{tmp_path}/other.safetensors", "--metrics", "drift")
+    assert stop.value.code == 2 and "does not fit 'pocket'" in capsys.readouterr().err
