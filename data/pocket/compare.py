@@ -1,0 +1,161 @@
+"""The comparison on the pocket model: every method on the same photos, then measured by scripts/metrics.py.
+
+    python -m data.pocket.compare                           # hours on two cores; a killed one goes on where it was
+    python -m data.pocket.compare --methods infusion,lora --concepts zigzag_hat --seeds 0
+
+Each concept's photos are masked once by CLIPSeg. Each (method, concept, seed) is one run of main.py with
+`configs/compare/<method>.yaml`, whose recipe was chosen on a concept that takes no part, `TUNED_ON`. An ablation is
+Infusion with other options, of the first seed.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from clipseg.weights import POCKET, load
+from data.pocket.concepts import CONCEPTS, FOLDER
+from data.soft_segment import segment_folder
+from infusion.methods import method_names
+from ldm.config import ROOT, find
+from ldm.errors import Parser, UserError, report, suggestion
+from ldm.flags import count, words
+
+TUNED_ON = "green_dotted_elephant"
+COMPARED = ("blue_striped_dog", "checkered_car", "zigzag_hat", "other_horse", "other_backpack")
+ABLATIONS = {  # name -> overrides of configs/compare/infusion.yaml
+    "own attention": ("model.params.method.params.attention=own",),
+    "residual keys": ("model.params.method.params.attention=own", "model.params.method.params.keys=true"),
+    "hard gate": ("model.params.gate.params.kind=hard",),
+    "global gate": ("model.params.gate.params.kind=global",),
+    "no mask": ("mask=none",),
+    "outer layers": ("model.params.method.params.layers=^(input|output)_blocks",),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        variant: a method, or a key of `ABLATIONS`. concept: its name in the world. seed: of the training.
+    """
+
+    variant: str
+    concept: str
+    seed: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.variant}, {self.concept.replace('_', ' ')}, {self.seed}"
+
+    def folder(self, work: Path) -> Path:
+        return work / "runs" / self.variant.replace(" ", "-") / self.concept / f"seed-{self.seed}"
+
+    def command(self, work: Path) -> list[str]:
+        """The arguments of main.py that start it, or go on with it."""
+        folder = self.folder(work)
+        if (folder / "models" / "last.ckpt").is_file():
+            return ["--resume", str(folder), "-t"]
+        method, noun = "infusion" if self.variant in ABLATIONS else self.variant, CONCEPTS[self.concept].noun
+        options = [f"superclass={noun}", f"data_root={work / 'photos' / self.concept}", f"seed={self.seed}"]
+        if method in ("dreambooth", "custom_diffusion"):
+            options.append(f"class_root={work / 'class' / noun}")
+        options += ABLATIONS.get(self.variant, ())
+        return ["--base", str(find(f"configs/compare/{method}.yaml")), "-t", "--logdir", str(folder), *options]
+
+    def train(self, work: Path) -> None:
+        """Trains to the end, unless that is done; raises UserError if main.py fails."""
+        folder = self.folder(work)
+        if (folder / "done").is_file():
+            return
+        if folder.exists() and not (folder / "models" / "last.ckpt").is_file():
+            shutil.rmtree(folder)  # killed before its first checkpoint
+        command = [sys.executable, str(ROOT / "main.py"), *self.command(work), "trainer.enable_progress_bar=false"]
+        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        found = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if found.returncode:
+            raise UserError(f"{self.label}: {shlex.join(command)} failed: {found.stderr.strip().splitlines()[-1]}")
+        (folder / "done").touch()
+
+
+def mask(concepts: Sequence[str], work: Path) -> None:
+    """Copies of the concepts' photos with masks by the pocket CLIPSeg; those that are there are kept."""
+    clipseg = None
+    for name in concepts:
+        folder = work / "photos" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for photo in (FOLDER / name).glob("*.png"):
+            if not (folder / photo.name).is_file():
+                shutil.copyfile(photo, folder / photo.name)
+        if len(list((folder / "mask").glob("*.png"))) < len(list(folder.glob("*.png"))):
+            clipseg = load(POCKET) if clipseg is None else clipseg
+            segment_folder(folder, CONCEPTS[name].noun, clipseg)
+
+
+def measure(runs: Sequence[Run], work: Path, out: Path, options: Sequence[str]) -> list[str]:
+    """The arguments of scripts/metrics.py."""
+    columns = {
+        "--personalized_ckpt": [str(run.folder(work)) for run in runs],
+        "--labels": [run.label.replace(", ", " · ") for run in runs],
+        "--images": [str(work / "photos" / run.concept) for run in runs],
+    }
+    listed = [word for flag, values in columns.items() for word in (flag, ",".join(values))]
+    return [*listed, "--out", str(out), "--cache", str(work / "cache"), *options]
+
+
+@report
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--methods", metavar="M[,M]", type=words, help="None: all that there are", default=None)
+    add(
+        "--ablations",
+        metavar="A[,A]",
+        type=words,
+        help=f"of {', '.join(ABLATIONS)}; none leaves them out",
+        default=None,
+    )
+    add("--concepts", metavar="C[,C]", type=words, help="of the world", default=COMPARED)
+    add("--seeds", metavar="S[,S]", type=words, help="of the trainings", default=("0", "1", "2"))
+    add("--jobs", type=count, help="trainings at a time", default=2)
+    add("--samples", type=count, help="of each kind, for each run", default=32)
+    add("--work", metavar="DIR", help="runs, masks and what was measured; kept", default="outputs/compare")
+    add("--out", metavar="DIR", help="gets metrics.json and report.html", default="results/pocket")
+    flags = parser.parse_args(arguments)
+    work = Path(flags.work)
+    variants = list(method_names() if flags.methods is None else flags.methods)
+    variants += [] if flags.ablations == ["none"] else list(ABLATIONS if flags.ablations is None else flags.ablations)
+    for name in variants:
+        if name not in (*method_names(), *ABLATIONS):
+            raise UserError(f"--methods: there is no `{name}`{suggestion(name, [*method_names(), *ABLATIONS])}")
+    for name in flags.concepts:
+        if name not in CONCEPTS:
+            raise UserError(f"--concepts: there is no `{name}`{suggestion(name, list(CONCEPTS))}")
+    if odd := [seed for seed in flags.seeds if not seed.isdigit()]:
+        raise UserError(f"--seeds: whole numbers are wanted, not `{odd[0]}`")
+    seeds = {variant: flags.seeds[:1] if variant in ABLATIONS else flags.seeds for variant in variants}
+    runs = [Run(variant, name, int(seed)) for variant in variants for name in flags.concepts for seed in seeds[variant]]
+    mask(flags.concepts, work)
+    # the first run of a noun draws its images of the superclass, which two at a time would draw twice
+    first = {run.concept: run for run in reversed(runs) if run.variant in ("dreambooth", "custom_diffusion")}
+    for run in tqdm(list(first.values()), "first of each concept"):
+        run.train(work)
+    with ThreadPoolExecutor(flags.jobs) as pool:
+        list(tqdm(pool.map(lambda run: run.train(work), runs), "training", total=len(runs)))
+    options = ["--samples", str(flags.samples), "--scale", "5", "--steps", "25"]
+    status = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/metrics.py"), *measure(runs, work, Path(flags.out), options)]
+    )
+    raise SystemExit(status.returncode)
+
+
+if __name__ == "__main__":
+    main()

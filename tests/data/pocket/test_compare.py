@@ -1,0 +1,121 @@
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from data.pocket import compare
+from data.pocket.compare import ABLATIONS, COMPARED, TUNED_ON, Run, main, mask, measure
+from data.pocket.concepts import CONCEPTS
+from infusion.methods import method_names
+from ldm.config import build, check, find, load_config, resolve
+from ldm.errors import UserError
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What would be run; every command succeeds."""
+    seen = []
+
+    def run(command, **options):
+        seen.append(command[1:])
+        if "--logdir" in command:
+            Path(command[command.index("--logdir") + 1]).mkdir(parents=True)
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return seen
+
+
+def test_the_recipes_were_chosen_on_another_concept():
+    assert TUNED_ON in CONCEPTS and TUNED_ON not in COMPARED and len(COMPARED) >= 5
+    assert {CONCEPTS[name].level for name in COMPARED} == {1, 2, 3}
+
+
+@pytest.mark.parametrize("variant", [*method_names(), *ABLATIONS])
+def test_every_run_is_a_config_that_can_be_built(variant, tmp_path):
+    command = Run(variant, "zigzag_hat", 5).command(tmp_path)
+    overrides = [word for word in command if "=" in word and not word.startswith("--")]
+    config = resolve(
+        load_config([find(f"configs/compare/{'infusion' if variant in ABLATIONS else variant}.yaml")], overrides)
+    )
+    check(config.model, "model")
+    check(config.data, "data")
+    method = build(config.model.params.method, "method")
+    assert method.name == ("infusion" if variant in ABLATIONS else variant)
+    assert config.model.params.seed == config.data.params.seed == 5
+    assert config.data.params.batch_size == 8 and config.trainer.max_steps >= 400
+
+
+def test_a_killed_comparison_goes_on(calls, tmp_path):
+    run = Run("lora", "zigzag_hat", 1)
+    models = run.folder(tmp_path) / "models"
+    models.mkdir(parents=True)
+    (models / "half").touch()
+    run.train(tmp_path)  # killed before its first checkpoint: anew
+    assert not (models / "half").exists() and "--logdir" in calls[-1] and "--resume" not in calls[-1]
+    (run.folder(tmp_path) / "done").unlink()
+    models.mkdir(exist_ok=True)
+    (models / "last.ckpt").touch()
+    run.train(tmp_path)  # killed later: on
+    assert calls[-1][1:4] == ["--resume", str(run.folder(tmp_path)), "-t"]
+    run.train(tmp_path)  # done
+    assert len(calls) == 2
+
+
+def test_a_training_that_fails_is_named(monkeypatch, tmp_path):
+    failed = SimpleNamespace(returncode=2, stderr="warning: x\nerror: batch_size: must be at least 1, not 0\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(UserError, match="lora, zigzag hat, 1: .*main.py.* failed: error: batch_size"):
+        Run("lora", "zigzag_hat", 1).train(tmp_path)
+    assert not (Run("lora", "zigzag_hat", 1).folder(tmp_path) / "done").exists()
+
+
+def test_photos_are_masked_once(monkeypatch, tmp_path):
+    loads = []
+
+    class Left:
+        def squeeze(self, images):
+            return images
+
+        def masks(self, images, prompts):
+            return (torch.arange(64) < 32).float().expand(len(images), 64, 64)
+
+    monkeypatch.setattr(compare, "load", lambda name: loads.append(name) or Left())
+    mask(["zigzag_hat"], tmp_path)
+    folder = tmp_path / "photos/zigzag_hat"
+    assert len(list(folder.glob("*.png"))) == len(list((folder / "mask").glob("*.png"))) == 5
+    mask(["zigzag_hat"], tmp_path)
+    assert loads == ["pocket"]
+
+
+def test_one_row_for_each_run_and_ablations_once(calls, monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "mask", lambda concepts, work: None)
+    words = ["--methods", "infusion,lora", "--ablations", "hard gate", "--concepts", "zigzag_hat", "--seeds", "0,1"]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--jobs", "1"])
+    assert stop.value.code == 0 and len(calls) == 2 * 2 + 1 + 1
+    metrics = calls[-1]
+    labels = metrics[metrics.index("--labels") + 1].split(",")
+    assert labels == [
+        f"{v} · zigzag hat · {s}"
+        for v, s in (("infusion", 0), ("infusion", 1), ("lora", 0), ("lora", 1), ("hard gate", 0))
+    ]
+    assert measure([Run("lora", "zigzag_hat", 0)], tmp_path, tmp_path / "o", [])[1].endswith(
+        "runs/lora/zigzag_hat/seed-0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "lara"], "--methods: there is no `lara`; did you mean `lora`?"),
+        (["--concepts", "zigzag_hut"], "did you mean `zigzag_hat`?"),
+        (["--seeds", "one"], "--seeds: whole numbers are wanted, not `one`"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--work", str(tmp_path / "work")])
+    assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "work").exists()
