@@ -3,11 +3,15 @@ PYTHON = $(shell for python in python3.12 python3.11 python3; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo compare test lint
 .DEFAULT_GOAL := demo
 
 demo: .venv
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/demo.py
+
+# hours; goes on where it was killed
+compare: .venv
+	HF_HUB_OFFLINE=1 $(BIN)/python -m data.pocket.compare
 
 # FAST=1 leaves out the tests marked slow
 test: .venv

@@ -78,7 +78,7 @@ def test_everything_by_default_and_the_second_run_finds_it_all(run, concepts, ca
     assert list(said["methods"]) == ["ours", "theirs"]
     ours, theirs = said["methods"].values()
     assert said["settings"]["metrics"] == ["lfd", "w2", "clip_t", "clip_i", "pres", "div", "drift", "exact"]
-    assert set(said["files"]) == {"base", "clip", "clipseg", "classifier"}
+    assert set(said["files"]) == {"base", "clip", "clipseg", "classifier"} and len(set(said["files"].values())) == 4
     assert ours["anchored"] and not theirs["anchored"] and ours["world_concept"] == "green_dotted_elephant"
     for name in ("lfd_none", "lfd_superclass", "lfd_neighbours"):
         assert ours["figures"][name]["value"] == 0 < theirs["figures"][name]["value"]
@@ -123,9 +123,9 @@ def test_some_metrics_names_and_a_cache_elsewhere(run, tmp_path):
         (["--images", "nowhere"], "data_root: there is no folder nowhere"),
         (["--images", "a,b,c"], "--images: give one for all or one for each of 2, not 3"),
         (["--images", PHOTOS, "--concept", "elephant"], "--concept: the pocket world has no `elephant`"),
-        (["--clip", "nowhere"], "backbone nowhere"),
-        (["--clipseg", "nowhere"], "nowhere: no such file"),
-        (["--lpips", "nowhere", "--metrics", "div"], "nowhere"),
+        (["--clip", "nowhere"], "--clip: backbone nowhere"),
+        (["--clipseg", "nowhere"], "--clipseg: nowhere: no such file"),
+        (["--lpips", "nowhere", "--metrics", "div"], "--lpips: nowhere: no such file"),
         (["--protocol", "nowhere.yaml"], "nowhere.yaml: no such config file"),
         (["--curve", "context,all"], "--curve: there is no group `all`"),
         (["--labels", "one"], "--labels: 1 for 2"),

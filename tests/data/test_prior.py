@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.latents import ConceptBatches, LatentCache
+from data.prior import ClassImages
+from infusion.methods.dreambooth import DreamBooth
+from infusion.trainer import ConceptTrainer
+from ldm.pipeline import StableDiffusion
+
+
+@pytest.fixture
+def sd(tiny):
+    return StableDiffusion.from_checkpoint(tiny)
+
+
+def test_images_are_the_base_models_whatever_is_being_trained(sd):
+    images = ClassImages("a photo of a cat", count=3, steps=2, batch_size=2, seed=4)
+    drawn = torch.cat([image for _, image in images.draw(sd, range(3))])
+    expected = torch.cat([sd.sample(["a photo of a cat"], steps=2, scale=7.5, seed=4 + i) for i in range(3)])
+    torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=0)
+    module = ConceptTrainer(sd, DreamBooth(), "cat", ["a {}"])
+    with torch.no_grad():
+        for tensor in module.tensors.values():
+            tensor.add_(0.1)
+    assert not torch.equal(sd.sample(["a photo of a cat"], steps=2, seed=4), expected[:1])
+    assert torch.equal(torch.cat([image for _, image in images.draw(sd, range(3))]), drawn)
+    latents = images.latents(sd)
+    torch.testing.assert_close(latents, sd.vae.encode(drawn * 2 - 1), atol=1e-5, rtol=0)
+
+
+def test_a_folder_keeps_its_images_and_gets_those_that_it_lacks(sd, tmp_path):
+    Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(tmp_path / "mine.png")
+    images = ClassImages("a cat", count=3, root=tmp_path, steps=2)
+    latents = images.latents(sd)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["class-000001.png", "class-000002.png", "mine.png"]
+    assert latents.shape == (3, 4, 8, 8)
+    grey = sd.vae.encode(torch.full((1, 3, 16, 16), 200 / 127.5 - 1))
+    assert (latents - grey).abs().amax((1, 2, 3)).min() < 1e-4  # mine is among them
+    before = (tmp_path / "class-000001.png").read_bytes()
+    assert torch.equal(images.latents(sd), latents) and (tmp_path / "class-000001.png").read_bytes() == before
+    assert len(ClassImages("a cat", count=2, root=tmp_path).latents(sd)) == 2
+
+
+@pytest.mark.parametrize("arguments", [{"prompt": " "}, {"prompt": "a cat", "count": 0}])
+def test_unusable_arguments(arguments):
+    with pytest.raises(ValueError, match="prior"):
+        ClassImages(**arguments)
+
+
+def test_batches_have_them_beside_the_same_photos():
+    cache, prior = LatentCache(torch.randn(2, 3, 4, 2, 2), torch.rand(2, 3, 1, 2, 2)), torch.randn(5, 4, 2, 2)
+    plain = iter(ConceptBatches(cache, [["a {}"]] * 3, 4, 0.5, seed=1))
+    with_prior = iter(ConceptBatches(cache, [["a {}"]] * 3, 4, 0.5, seed=1, prior=(prior, "a cat")))
+    drawn = set()
+    for _ in range(5):
+        first, second = next(plain), next(with_prior)
+        assert torch.equal(first["latents"], second["latents"]) and torch.equal(first["mask"], second["mask"])
+        assert second["prior"]["template"] == ["a cat"] * 4 and "mask" not in second["prior"]
+        rows = (second["prior"]["latents"][:, None] == prior).all(-1).all(-1).all(-1)  # (B, N)
+        assert rows.any(1).all()
+        drawn |= set(rows.int().argmax(1).tolist())
+    assert len(drawn) > 2

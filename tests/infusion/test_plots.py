@@ -1,0 +1,47 @@
+import re
+
+from infusion.methods import method_names
+from infusion.plots import PALETTE, Point, Series, colour_of, curves, inline, plane
+
+POINTS = [
+    Series("lora", "#2f7fc4", (Point(0.3, 0.5, 0.02, 0.03),)),
+    Series("base <model>", "#7a828f", (Point(0, 0.1),)),
+]
+
+
+def test_a_method_keeps_its_colour():
+    colours = [colour_of(name) for name in method_names()]
+    assert len(set(colours)) == len(colours) and set(colours) <= set(PALETTE)
+    assert colour_of("something new") in PALETTE
+
+
+def test_a_plane_names_its_points_and_levels():
+    svg = plane(POINTS, "LFD", "likeness", {"photos": 0.8})
+    texts = re.findall(r">([^<>]+)</text>", svg)
+    assert {"lora", "base &lt;model&gt;", "photos", "LFD", "likeness"} <= set(texts)
+    assert svg == plane(POINTS, "LFD", "likeness", {"photos": 0.8})
+
+
+def test_names_do_not_cover_each_other():
+    close = [Series(f"method{i}", "#2f7fc4", (Point(0.3, 0.5 + i / 100),)) for i in range(3)]
+    svg = plane(close, "x", "y")
+    places = re.findall(r"translate\(([\d.]+) ([\d.]+)\)[^>]*>method\d", svg)
+    places = places or re.findall(r'x="([\d.]+)" y="([\d.]+)"[^>]*>method\d', svg)
+    assert len(places) == 3
+    for i, (x, y) in enumerate(places):
+        for u, v in places[:i]:
+            assert abs(float(x) - float(u)) > 40 or abs(float(y) - float(v)) > 9
+
+
+def test_in_a_page_it_takes_the_pages_colours():
+    body = inline(curves([Series("a", "#2f7fc4", (Point(0, 1), Point(1, 2, 0, 0.1)))], "step", "LFD"))
+    assert body.startswith('<svg class="drawing" viewBox=') and body.endswith("</svg>")
+    assert "http" not in body and "xlink" not in body and "metadata" not in body
+    assert "var(--ink)" in body and "var(--line)" in body and "#23262c" not in body and "#2f7fc4" in body
+    for name in set(re.findall(r'href="#([^"]+)"', body)):
+        assert f'id="{name}"' in body
+
+
+def test_a_curve_shows_zero():
+    svg = curves([Series("a", "#2f7fc4", (Point(0, 10), Point(1, 11)))], "step", "LFD")
+    assert re.search(r">0(\.0)?</text>", svg)
