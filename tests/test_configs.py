@@ -45,6 +45,22 @@ def test_infusion_learns_12480_numbers_in_16_layers(name: str):
     assert sum(widths) == 12480
 
 
+@pytest.mark.parametrize(
+    ("method", "numbers"),
+    [
+        ("infusion", 12_480), ("textual_inversion", 768), ("dreambooth", 859_520_964), ("custom_diffusion", 19_170_048),
+        ("perfusion", 13_248), ("lora", 397_824),
+    ],
+)  # fmt: skip
+def test_numbers_that_each_method_learns_on_sd15(method: str, numbers: int):
+    files = ("backbone/sd15.yaml", "data/photos.yaml", f"method/{method}.yaml")
+    arguments = ["--base", *(str(CONFIGS / file) for file in files), "--summary"]
+    config = main.read_config(main.parse(arguments))
+    main.check_config(config, main.trainer_params(main.parse(arguments), config))
+    model = main.build_model(config, {}, meta=True)
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == numbers
+
+
 def test_residual_keys_double_the_numbers():
     model = main.build_model(read(CONFIGS / "infusion_custom_own_keys.yaml"), {}, meta=True)
     assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == 24960

@@ -1,11 +1,14 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
 
-from infusion.metrics import stages
+from infusion.metrics import fidelity, stages
 from infusion.metrics.cache import Cache
 from infusion.metrics.evaluate import evaluate
 from infusion.metrics.fidelity import drift, pairwise
@@ -247,3 +250,32 @@ def test_the_page_on_metrics_runs(sd, tools, subject, tmp_path, monkeypatch):
     exec(block.replace("samples=32", "samples=2, steps=1"), shown)
     assert shown["result"]["figures"]["lfd_context"]["n"] == 2
     assert "cat, seed 1" in (tmp_path / "outputs/compared/report.html").read_text()
+
+
+def test_dino_and_lpips_where_there_are_some(sd, protocol, options, tools, known, monkeypatch):
+    class Dino:
+        name, width = "dino", 3
+
+        def __call__(self, images):
+            return F.normalize(images.mean((2, 3)), dim=1)
+
+    tools = replace(tools, dino=Dino(), hashes={"clip": "1", "dino": "2"})
+    options = replace(options, metrics=("dino", "pres", "div", "clip_i"))
+    figures = evaluate(sd, known("lora", learning_rate=0.5), protocol, options, Cache(), tools)["figures"]
+    assert figures["dino"]["settings"]["backbone"] == figures["pres"]["settings"]["backbone"] == "dino"
+    assert figures["clip_i"]["settings"]["backbone"] == "fake" and "dino" in figures["div"]["settings"]["distance"]
+    assert figures["dino"]["value"] > 0.9 > figures["clip_i"]["value"]  # mean colours are alike
+    seen = []
+    monkeypatch.setattr(fidelity, "lpips_diversity", lambda *arguments: seen.append(arguments) or torch.tensor([0.25]))
+    tools, options = replace(tools, lpips=Path("alexnet.pth")), replace(options, metrics=("div",), samples=3)
+    div = evaluate(sd, known("infusion"), protocol, options, Cache(), tools)["figures"]["div"]
+    assert div["value"] == 0.25 and div["settings"]["distance"] == "LPIPS"
+    images, groups, weights = seen[0]
+    assert images.shape == (2, 3, 16, 16) and groups == [0, 0] and weights == Path("alexnet.pth")  # rows 0 and 2
+
+
+def test_a_few_samples_do_for_the_pictures_alone(sd, protocol, options, tools, subject, tmp_path):
+    options = replace(options, metrics=("lfd",), samples=10, batch_size=10)
+    pictures = evaluate(sd, subject("infusion"), protocol, options, Cache(tmp_path), tools)["pictures"]
+    (drawn,) = tmp_path.glob("samples-*")
+    assert len(load_file(drawn)["latents"]) == 8 == len(pictures["best"]) + len(pictures["worst"])
