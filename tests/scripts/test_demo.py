@@ -75,7 +75,7 @@ def difference(*files: Path) -> int:
 
 
 def test_everything_is_written_and_a_second_run_loses_nothing(run, wide, tmp_path):
-    out = run("--concepts", "zigzag_hat", "--samples", "15", "--seed", "30", "--masks", "clipseg", "learning_rate=0.5")
+    out = run("--concepts", "zigzag_hat", "--samples", "15", "--seed", "30", "learning_rate=0.5")
     concept = Concept.load(out / "concepts/zigzag_hat.safetensors")
     assert (concept.superclass, concept.steps, concept.learning_rate) == ("hat", 2, 0.5)
     for kind in ("base", "infusion", "attention"):
@@ -121,11 +121,11 @@ def test_everything_is_written_and_a_second_run_loses_nothing(run, wide, tmp_pat
     assert difference(out / "zigzag_hat/infusion/00000.png", tmp_path / "again/samples/00000.png") <= 1
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    run("--concepts", "other_fish", "--samples", "2")
+    run("--concepts", "other_fish", "--samples", "2", "--masks", "true")
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     second = json.loads((tmp_path / "demo-2/results.json").read_text())
     assert [concept["name"] for concept in second["concepts"]] == ["other_fish"]
-    assert second["concepts"][0]["masks"]["value"] == 1.0  # the true ones, which is usual
+    assert second["concepts"][0]["masks"]["value"] == 1.0
     assert "colour" not in second["concepts"][0]["figures"]  # its colours are the drawing's own
     assert (tmp_path / "demo-2/report.html").read_text().count("<figure") == 2
 
@@ -152,7 +152,7 @@ def test_training_is_a_command_of_this_python(monkeypatch):
     "arguments, complaint",
     [
         (["--clip", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
-        (["--masks", "clipseg", "--clipseg", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
+        (["--clipseg", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
         (["--classifier", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
         (["ckpt=nowhere.safetensors"], "error: nowhere.safetensors: no such file; get it from the shelf"),
         (["--base", "nowhere.yaml"], "error: nowhere.yaml: no such config file"),
