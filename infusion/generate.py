@@ -24,7 +24,7 @@ class Settings:
         H, W: pixels; None is the size of training.
         beta, tau, strength: one value, or one for each concept.
         gate: kind of gate, one or one for each concept; None is what each was trained with.
-        replace_word: what stands in the prompts for each concept; None are their superclass words.
+        replace_word: what stands in the prompts for each concept; None is what each was trained with.
         region: boxes that concepts keep to.
         precision: "full" is the model's own; "autocast" runs the UNet in bfloat16 where torch deems it safe, or in
             float16 on a device that lacks it.

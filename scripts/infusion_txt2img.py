@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     prompts.add_argument("--from-file", metavar="FILE", help="prompts, one a line, with --n --w --h --s --l --d behind")
     prompts.add_argument("--from-png", metavar="FILE", help="draw a picture again; flags that are given change it")
     add("--target_word", metavar="W[,W]", type=words, help="words of the prompt that are the concepts, in place of {}")
-    add("--replace_word", metavar="W[,W]", type=words, help="what {} reads as; None: the concept's superclass word")
+    add("--replace_word", metavar="W[,W]", type=words, help="what {} reads as; None: as the concept was trained")
     add("--negative_prompt", help="what to guide away from", default=usual.negative_prompt)
     add("--gate", type=words, metavar="G[,G]", help="sigmoid, hard or global; None: as the concept was trained")
     add("--beta", type=numbers, metavar="B[,B]", help="similarity at which the gate is half open", default=usual.beta)

@@ -59,6 +59,7 @@ def test_a_concept_that_learned_nothing_is_the_base_model(sd, protocol, every, t
                           "w2_clip_exact", "clip_t", "clip_i", "pres", "div", "drift", "leakage"}  # fmt: skip
     for name in GROUPS:
         assert found[f"lfd_{name}"] == 0, name
+    assert result["figures"]["drift"]["value"] == pytest.approx(0, abs=1e-12)
     for name in ("leakage", "w2_latent", "w2_clip", "w2_latent_exact", "w2_clip_exact", "drift"):
         assert found[name] == pytest.approx(0, abs=1e-4), name
     for name in ("clip_t", "clip_i", "pres", "div"):

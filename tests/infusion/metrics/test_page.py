@@ -96,6 +96,13 @@ def test_what_figures_are_read_against_has_rows_of_its_own():
     assert first["rows"][0]["cells"][0] == {"value": "0.20", "error": "± 0.10"}  # the mean of two
 
 
+def test_a_long_report_is_folded():
+    few, many = html(result(), result("dog")), html(*(result(f"cat {i}") for i in range(13)))
+    assert many.count("<details><summary>Most like the photos") == 13 and "<details><summary>Most" not in few
+    assert many.count("<details") == many.count("</details>") and 'class="verdicts"' not in many
+    assert 'class="verdicts"' in few
+
+
 def test_plots_are_of_what_has_been_measured():
     assert set(plots([result()])) == {"tradeoff_lfd", "tradeoff_w2", "training_context", "timesteps_context"}
     bare = result(timesteps={}, training={})
