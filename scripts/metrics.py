@@ -1,0 +1,189 @@
+"""Measures how much customised models overfit and how well they show their concepts, and writes a report.
+
+python scripts/metrics.py --personalized_ckpt logs/cat,logs/cat_lora --images photos/cat --clip ckpt/clip --out out/cat
+"""
+
+import argparse
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TypeVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from clipseg.weights import POCKET, POCKET_CONFIG, POCKET_WEIGHTS, USUAL
+from clipseg.weights import load as load_clipseg
+from data.dataset import ConceptImages
+from data.pocket.exact import CLASSIFIER_WEIGHTS, Exact, load_classifier, recognise
+from data.prompts import TEMPLATES
+from infusion.covariance import InverseCovariance
+from infusion.metrics.cache import Cache
+from infusion.metrics.evaluate import check, evaluate
+from infusion.metrics.features import load_backbone
+from infusion.metrics.options import METRICS, OF_PHOTOS, Options, Tools, identity
+from infusion.metrics.output import write
+from infusion.metrics.protocol import GROUPS, Protocol
+from infusion.metrics.subject import Subject, load_subjects
+from infusion.metrics.table import CACHE, Measured, check_folder
+from infusion.sampling import check_covariance
+from ldm.config import find
+from ldm.errors import Parser, UserError, report
+from ldm.flags import count, find_device, number, seed, words
+from ldm.pipeline import StableDiffusion
+from ldm.schedule import SAMPLERS
+from scripts.infusion_txt2img import find_config
+
+Loaded = TypeVar("Loaded")
+logger = logging.getLogger(__name__)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    usual = Options()
+    parser = Parser(description="Measures how much customised models overfit, and how well they show their concepts.")
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="backbone config; None: the one that the concept files name")
+    add("--ckpt", metavar="FILE", help="weights of the base model; None: the backbone's usual file")
+    add("--personalized_ckpt", metavar="A[,B]", type=words, required=True, help="concept files, or run folders")
+    add("--labels", metavar="L[,L]", type=words, help="names in the report; None: those of the files and folders")
+    add("--metrics", metavar="M[,M]", type=words, help=f"some of {', '.join(METRICS)}; None: all that can be had")
+    add("--out", metavar="DIR", default="outputs/metrics", help="gets metrics.json, metrics.csv, plots/, report.html")
+    add("--cache", metavar="DIR", help=f"rows measured before; None: {CACHE} in --out")
+    add("--images", metavar="DIR[,DIR]", type=words, help="photos of the concept, one folder for all or one each")
+    add("--concept", metavar="C[,C]", type=words, help="pocket: the world's name of it; None: as the folder is called")
+    add("--protocol", metavar="FILE", help="prompts; None: the architecture's in configs/protocol")
+    add("--neighbours", metavar="N[,N]", type=words, help="nouns beside the superclass; None: the protocol's")
+    add("--clip", metavar="DIR", help="folder of a CLIP, or pocket; None: pocket on the pocket model")
+    add("--dino", metavar="DIR", help="folder of a DINO, for dino and pres")
+    add("--lpips", metavar="FILE", help="AlexNet's weights, for div by LPIPS; None: by features")
+    add("--clipseg", metavar="DIR", help=f"folder of CLIPSeg, or pocket; None: {USUAL}; pocket on the pocket model")
+    add("--covariance", metavar="FILE", help="C⁻¹ that the concepts were trained with; None: the identity")
+    add("--samples", type=count, help="of each kind", default=usual.samples)
+    add("--batch_size", type=count, help="samples at a time", default=usual.batch_size)
+    add("--steps", type=count, help="sampling steps", default=usual.steps)
+    add("--scale", type=number, help="classifier-free guidance; 1 is none", default=usual.scale)
+    add("--sampler", choices=list(SAMPLERS), help="the sampler", default=usual.sampler)
+    add("--seed", type=seed, help="of the first sample; sample i has the seed + i", default=usual.seed)
+    add("--strata", type=count, help="parts of the noise schedule, one timestep from each", default=usual.strata)
+    add("--weighting", choices=["eps", "score"], help="of LFD's errors", default=usual.weighting)
+    add("--curve", metavar="G[,G]", type=words, default=",".join(usual.curve), help="LFD's groups over training steps")
+    add("--beta", type=number, help="similarity at which the gate is half open", default=usual.beta)
+    add("--tau", type=number, help="temperature of the gate, above 0", default=usual.tau)
+    add("--strength", type=number, help="factor on what was learned", default=usual.strength)
+    add("--resamples", type=count, help="of W2's bootstrap", default=usual.resamples)
+    add("--precision", choices=["full", "autocast"], help="of the UNet", default=usual.precision)
+    add("--device", help="such as cpu or cuda:1; auto: CUDA where there is some", default="auto")
+    flags = parser.parse_args(arguments)
+    if unknown := [name for name in flags.curve if name not in GROUPS]:
+        parser.error(f"--curve: there is no group `{unknown[0]}`; there are {', '.join(GROUPS)}")
+    return flags
+
+
+def describe(flags: argparse.Namespace, subjects: list[Subject]) -> list[Subject]:
+    """The subjects with their photos' folders and, on the pocket world, what is known exactly."""
+    folders = one_each(flags.images, len(subjects), "images")
+    names = one_each(flags.concept, len(subjects), "concept")
+    found = []
+    for subject, folder, name in zip(subjects, folders, names, strict=True):
+        pocket = subject.concept.architecture == POCKET
+        name = name or (recognise(folder) if folder and pocket else None)
+        if name and not pocket:
+            raise UserError(f"--concept: {name} is of the pocket world, {subject.label} of another base model")
+        found.append(replace(subject, photos_from=folder or "", exact=Exact(name) if name else None))
+    return found
+
+
+def one_each(values: Sequence[str] | None, subjects: int, flag: str) -> list[str | None]:
+    """One value for all subjects or one for each."""
+    values = [None] if values is None else list(values)
+    if len(values) not in (1, subjects):
+        raise UserError(f"--{flag}: give one for all or one for each of {subjects}, not {len(values)}")
+    return values * subjects if len(values) == 1 else values
+
+
+def choose(flags: argparse.Namespace, subjects: list[Subject], pocket: bool) -> Options:
+    """The options; without --metrics, all that the other flags allow."""
+    able = {"clip_t": flags.clip or pocket, "w2": flags.clip or pocket, "drift": flags.clip or pocket}
+    able |= {"clip_i": able["clip_t"], "dino": flags.dino, "pres": flags.dino or able["clip_t"]}
+    able |= {"div": flags.lpips or flags.dino or able["clip_t"], "exact": all(subject.exact for subject in subjects)}
+    able |= {name: able[name] and all(subject.photos_from for subject in subjects) for name in OF_PHOTOS}
+    metrics = flags.metrics or [name for name in METRICS if able.get(name, True)]
+    names = {field.name for field in fields(Options)} - {"metrics", "curve"}
+    return Options(
+        tuple(dict.fromkeys(metrics)), curve=tuple(flags.curve), **{name: getattr(flags, name) for name in names}
+    )
+
+
+def load_tools(flags: argparse.Namespace, options: Options, pocket: bool) -> Tools:
+    """The networks that the metrics need."""
+    device = find_device(flags.device)
+    clip, clipseg = flags.clip or (POCKET if pocket else None), flags.clipseg or (POCKET if pocket else USUAL)
+    inverse, files, loaded = InverseCovariance(flags.covariance), {}, {}
+    for name, spec in (("clip", clip), ("dino", flags.dino)):
+        if spec:
+            loaded[name], files[name] = named(name, load_backbone, spec, device), identity(spec)
+    if options.wants("lfd", "exact"):
+        if find(clipseg).is_file() and not pocket:
+            raise UserError(
+                f"--clipseg: {clipseg} is a file; name a folder with the files of CIDAS/clipseg-rd64-refined"
+            )
+        own = None if find(clipseg).is_dir() or not pocket else POCKET_CONFIG
+        loaded["clipseg"] = named("clipseg", load_clipseg, clipseg, None, own).to(device)
+        files["clipseg"] = identity(POCKET_WEIGHTS if clipseg == POCKET else clipseg)
+    if options.wants("exact"):
+        files["classifier"] = identity(CLASSIFIER_WEIGHTS)
+    lpips = find(flags.lpips) if flags.lpips else None
+    files |= {"lpips": named("lpips", identity, lpips)} if lpips else {}
+    return Tools(**loaded, lpips=lpips, mask_prompts=TEMPLATES, inverse_covariance=inverse.matrix, hashes=files)
+
+
+def named(flag: str, load: Callable[..., Loaded], *arguments: object) -> Loaded:
+    """What `load` gives; its complaints name the flag."""
+    try:
+        return load(*arguments)
+    except ValueError as error:
+        raise UserError(f"--{flag}: {error}") from error
+
+
+@report
+def main(arguments: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    flags = parse(arguments)
+    subjects = describe(flags, load_subjects(flags.personalized_ckpt, flags.labels))
+    concepts = [one.concept for subject in subjects for one in subject.checkpoints]
+    pocket = concepts[0].architecture == POCKET
+    protocol = Protocol.load(flags.protocol) if flags.protocol else Protocol.of(concepts[0].architecture)
+    protocol = protocol.beside(flags.neighbours or ())
+    options = choose(flags, subjects, pocket)
+    tools = load_tools(flags, options, pocket)
+    check_covariance(concepts, tools.inverse_covariance)
+    device = find_device(flags.device)
+    sd = StableDiffusion.from_checkpoint(find_config(flags, concepts), flags.ckpt and find(flags.ckpt), device=device)
+    for concept in concepts:
+        concept.check_base(sd.architecture, sd.hash)
+    out = Path(flags.out)
+    files = {"base": sd.hash or "", **tools.hashes}
+    settings = options.shown() | {"architecture": sd.architecture, "protocol": protocol.as_dict()}
+    check_folder(out, {subject.label: subject.last.sha256 for subject in subjects}, settings)
+    measured = []
+    for subject in subjects:
+        if subject.photos_from:
+            photos = ConceptImages(subject.photos_from, sd.image_size, subject.concept.superclass, mask="none").images
+            subject = subject.with_photos((photos + 1) / 2, subject.photos_from)
+        if options.wants("exact") and subject.exact:
+            subject = replace(subject, exact=Exact(subject.exact.name, load_classifier(), tools.clipseg))
+        check(subject, protocol, options, tools)
+        measured.append(subject)
+    cache = Cache(flags.cache or out / CACHE, progress=True)
+    results = [evaluate(sd, subject, protocol, options, cache, tools) for subject in measured]
+    command = shlex.join(["python", "scripts/metrics.py", *(sys.argv[1:] if arguments is None else arguments)])
+    page = write(out, Measured(results, settings, files, command))
+    logger.info("open %s", page)
+
+
+if __name__ == "__main__":
+    main()
