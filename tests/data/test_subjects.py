@@ -96,6 +96,7 @@ def test_the_plain_prompts_name_no_class(kind):
         assert protocol.prompts(CONTEXT, superclass) == list(dreambooth_prompts(kind))
         assert all(len(protocol.prompts(group, superclass)) >= 6 for group in PLAIN)
         assert not any(superclass in prompt for prompt in protocol.prompts("neighbours", superclass))
+        assert sum(superclass in row for row in protocol.kin) == 1
 
 
 def test_some_subjects_in_the_order_asked_for(root):
