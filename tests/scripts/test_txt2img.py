@@ -217,6 +217,7 @@ def test_a_concept_trained_with_a_covariance_wants_its_file(draw, refused, sd, c
         (["--from-file", "nowhere.txt"], "error: --from-file: nowhere.txt cannot be read"),
         (["--prompt", "a", "--from-file", "x"], "not allowed with argument"),
         (["--prompt", "a {2}"], "names no concept"),
+        (["--outdir", str(ROOT / "README.md/new")], "README.md: is a file; name a folder to write to"),
         (["--prompt", "a cat"], "--prompt: 'a cat' has no {} for the concept; write it, or name its"),
         (["--steps", "0"], "argument --steps"),
         (["--prompt", "a{}"], "glued to its neighbours"),
