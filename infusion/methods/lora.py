@@ -24,7 +24,7 @@ class LoRA(Method):
         seed: of A.
 
     Raises:
-        ValueError: a rank below 1.
+        ValueError: a rank below 1, or an α that is no finite number.
     """
 
     name = "lora"
@@ -32,7 +32,14 @@ class LoRA(Method):
     def __init__(self, rank: int = 4, alpha: float | None = None, identifier: str = "sks", seed: int = 0) -> None:
         if rank < 1:
             raise ValueError(f"rank: must be at least 1, not {rank}")
-        self.rank, self.alpha, self.identifier, self.seed = rank, rank if alpha is None else alpha, identifier, seed
+        self.rank, self.alpha, self.identifier, self.seed = (
+            rank,
+            float(rank if alpha is None else alpha),
+            identifier,
+            seed,
+        )
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha: must be a finite number, not {alpha}")
         self.options = {"rank": rank, "alpha": self.alpha, "identifier": identifier}
 
     def noun(self, superclass: str) -> str:

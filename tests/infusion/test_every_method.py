@@ -220,3 +220,13 @@ def test_perfusion_locks_its_keys_to_the_superclass(sd, batch, latents):
         torch.testing.assert_close(projected + removed[name].key, torch.zeros_like(projected), atol=1e-5, rtol=1e-5)
         assert torch.equal(term.residual, concept.tensors[name])
     assert (target - method.start(sd, "cat", TEMPLATES)["target_input"]).abs().max() > 1e-6  # the mean has moved
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 0}, {"rank": "many"}, {"alpha": "much"}, {"alpha": float("nan")}, {"layers": "all"}]
+)
+def test_a_file_with_options_that_will_not_do_is_refused(sd, options):
+    concept = make(sd, "lora").concept()
+    release(sd)
+    with pytest.raises(ValueError):
+        Customised(sd, [replace(concept, options={**concept.options, **options})], TEMPLATES)
