@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,7 +149,12 @@ def main(arguments: list[str] | None = None) -> None:
     for run in tqdm(list(first.values()), "first of each concept"):
         run.train(work)
     with ThreadPoolExecutor(flags.jobs) as pool:
-        list(tqdm(pool.map(lambda run: run.train(work), runs), "training", total=len(runs)))
+        trainings = [pool.submit(run.train, work) for run in runs]
+        try:
+            for training in tqdm(as_completed(trainings), "training", total=len(runs)):
+                training.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure, what has not begun
     options = ["--samples", str(flags.samples), "--scale", "5", "--steps", "25"]
     status = subprocess.run(
         [sys.executable, str(ROOT / "scripts/metrics.py"), *measure(runs, work, Path(flags.out), options)]

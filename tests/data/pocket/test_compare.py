@@ -1,4 +1,5 @@
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +71,23 @@ def test_a_training_that_fails_is_named(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="lora, zigzag hat, 1: .*main.py.* failed: error: batch_size"):
         Run("lora", "zigzag_hat", 1).train(tmp_path)
     assert not (Run("lora", "zigzag_hat", 1).folder(tmp_path) / "done").exists()
+
+
+def test_a_failure_ends_the_comparison(monkeypatch, capsys, tmp_path):
+    begun = []
+
+    def fail(self, work):
+        begun.append(self)
+        time.sleep(0.05)
+        raise UserError("lora, zigzag hat, 0: failed")
+
+    monkeypatch.setattr(compare, "mask", lambda concepts, work: None)
+    monkeypatch.setattr(Run, "train", fail)
+    words = ["--methods", "lora", "--ablations", "none", "--concepts", "zigzag_hat", "--seeds", "0,1,2,3,4,5,6,7"]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--work", str(tmp_path), "--jobs", "1"])
+    assert stop.value.code == 2 and "error: lora, zigzag hat, 0: failed" in capsys.readouterr().err
+    assert len(begun) < 8
 
 
 def test_photos_are_masked_once(monkeypatch, tmp_path):
