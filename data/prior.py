@@ -1,12 +1,13 @@
 """Images of the superclass, which a customised model is to go on drawing (prior preservation: DreamBooth, 3.2)."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.dataset import SUFFIXES, ConceptImages
+from data.dataset import ConceptImages, is_image
 from infusion.inject import unedited
 from infusion.pictures import png, write
 from ldm.pipeline import StableDiffusion
@@ -46,21 +47,17 @@ class ClassImages:
         if self.root is None:
             images = torch.cat([image for _, image in self.draw(sd, range(self.count))]) * 2 - 1
         else:
-            there = [path for path in self.root.glob("*") if path.suffix.lower() in SUFFIXES]
+            there = list(filter(is_image, self.root.glob("*")))
             for seed, image in self.draw(sd, range(len(there), self.count)):
                 write(self.root / f"class-{seed:06d}.png", png(image[0]))
             images = ConceptImages(self.root, sd.image_size, self.prompt, mask="none").images[: self.count]
         weight = next(sd.vae.parameters())
         return torch.cat([sd.vae.encode(image[None].to(weight)).float().cpu() for image in images])
 
-    def draw(self, sd: StableDiffusion, numbers: range) -> list[tuple[int, Tensor]]:
+    def draw(self, sd: StableDiffusion, numbers: range) -> Iterator[tuple[int, Tensor]]:
         """Seed and image (1, 3, H, W) in [0, 1] of each number."""
-        drawn = []
         for start in tqdm(range(numbers.start, numbers.stop, self.batch_size), f"drawing {self.prompt}", leave=False):
-            seeds = [self.seed + i for i in range(start, min(start + self.batch_size, numbers.stop))]
+            seeds = range(self.seed + start, self.seed + min(start + self.batch_size, numbers.stop))
             with unedited(sd.unet):
-                context = sd.denoiser([self.prompt] * len(seeds), (), "", self.scale)
-                with context as denoise:
-                    images = sd.draw(denoise, seeds, self.steps).cpu()
-            drawn += list(zip(seeds, images.split(1), strict=True))
-        return drawn
+                images = sd.sample([self.prompt] * len(seeds), steps=self.steps, scale=self.scale, seed=seeds.start)
+            yield from zip(seeds, images.cpu().split(1), strict=True)

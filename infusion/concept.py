@@ -5,7 +5,6 @@ The file has three forms: "full" (float32), "half" (float16) and "compact" (`inf
 
 import json
 import math
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from infusion import compact
 from infusion.gate import IDENTITY, Gate
+from ldm.files import replacing
 
 FORMAT = "infusion-concept"
 VERSION = 1  # of the forms full and half
@@ -169,16 +169,11 @@ class Concept:
         """
         path = Path(path)
         content = self._encoded(form) if form == compact.FORM else self._rounded(form)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
+        with replacing(path) as partial:
             if isinstance(content, bytes):
                 partial.write_bytes(content)
             else:
                 save_file(content, partial, metadata=self.metadata())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def _encoded(self, form: str) -> bytes:
         metadata = self.metadata() | {"format_version": str(compact.VERSION), "form": form}

@@ -6,7 +6,6 @@ places and nearly the same in every caption, are left out. (Perfusion's release 
 """
 
 import math
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from infusion.gate import fingerprint
 from ldm.config import find
+from ldm.files import replacing
 from ldm.tokenizer import Tokenizer
 
 FORMAT = "infusion-covariance"
@@ -188,15 +188,10 @@ class InverseCovariance:
 def save_inverse(path: str | Path, inverse: Tensor, facts: Mapping[str, object]) -> None:
     """Writes C⁻¹ (D, D) as float32, with `facts` as metadata, in one go. Makes the folder if need be."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "format_version": VERSION} | dict(facts)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         tensors = {NAME: inverse.to(torch.float32).contiguous()}
         save_file(tensors, partial, metadata={name: str(value) for name, value in metadata.items()})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_captions(path: str | Path) -> Iterator[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from ldm.errors import UserError
+from ldm.files import replacing
 
 HEAT = "inferno"  # matplotlib's name of the heat maps' colours
 PAPER, INK = "white", "#333333"
@@ -38,11 +39,9 @@ def png(image: Tensor | Image.Image, text: Mapping[str, object] | None = None) -
 
 def write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; raises UserError if that is not allowed."""
-    partial = path.with_suffix(".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_bytes(content)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 

@@ -8,6 +8,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import save_file
 from torchvision.utils import make_grid, save_image
 
+from ldm.files import replacing
+
 
 class ExportWeights(pl.Callback):
     """Writes the module's `weights()` to `<run>/models/weights.safetensors` when training ends, in float16.
@@ -18,11 +20,9 @@ class ExportWeights(pl.Callback):
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         path = Path(trainer.default_root_dir) / "models" / "weights.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
         half = {name: t.half() if t.is_floating_point() else t for name, t in module.weights().items()}
-        partial = path.with_suffix(".partial")
-        save_file({name: tensor.contiguous() for name, tensor in half.items()}, partial)
-        partial.rename(path)
+        with replacing(path) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in half.items()}, partial)
 
 
 class Reconstructions(pl.Callback):

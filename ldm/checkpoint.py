@@ -1,7 +1,6 @@
 """Checkpoints in LDM's layout, or in diffusers': loaded strictly, straight to their device and dtype, and written."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.diffusers_layout import Folder, open_checkpoint
+from ldm.files import replacing
 from ldm.layout import EMA, PREFIXES, ignored, match
 from ldm.recognise import guess
 from ldm.tensorfile import TensorFile
@@ -119,12 +119,8 @@ def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file in one go: it is there whole, or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         save_file(tensors, partial, metadata={"format": "pt"} | (metadata or {}))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def sha256(path: str | Path) -> str:

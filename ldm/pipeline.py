@@ -269,10 +269,24 @@ class StableDiffusion(nn.Module):
         progress: bool = False,
     ) -> Tensor:
         """One image per seed, by a denoiser for as many prompts; otherwise as `sample`."""
+        return self.decode(self.draw_latents(denoise, seeds, steps, eta, sampler, height, width, progress))
+
+    @torch.no_grad()
+    def draw_latents(
+        self,
+        denoise: Denoiser,
+        seeds: Sequence[int],
+        steps: int = 50,
+        eta: float = 0.0,
+        sampler: str = "ddim",
+        height: int | None = None,
+        width: int | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """As `draw`, before the decoder: (B, C, h, w) float32, scaled."""
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         noise = initial_noise(generators, self.latent_shape(height, width), self.device)  # (B, C, h, w), float32
-        latents = sample(denoise, self.schedule.scheduler(sampler), noise, steps, eta, generators, progress)
-        return self.decode(latents)
+        return sample(denoise, self.schedule.scheduler(sampler), noise, steps, eta, generators, progress)
 
     def _check_folder(self, path: Path) -> None:
         """A diffusers folder says what its UNet predicts, which tensors do not."""

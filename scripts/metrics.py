@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clipseg.weights import POCKET, POCKET_CONFIG, POCKET_WEIGHTS, USUAL
 from clipseg.weights import load as load_clipseg
 from data.dataset import ConceptImages
-from data.pocket.exact import CLASSIFIER_WEIGHTS, Exact, load_classifier, recognise
+from data.pocket.exact import Exact, recognise
+from data.pocket.judge import CLASSIFIER_WEIGHTS, load_classifier
 from data.prompts import TEMPLATES
 from infusion.covariance import InverseCovariance
 from infusion.metrics.cache import Cache

@@ -82,7 +82,8 @@ class Run:
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         found = subprocess.run(command, env=environment, capture_output=True, text=True)
         if found.returncode:
-            raise UserError(f"{self.label}: {shlex.join(command)} failed: {found.stderr.strip().splitlines()[-1]}")
+            said = found.stderr.strip().splitlines() or [f"exit status {found.returncode}"]
+            raise UserError(f"{self.label}: {shlex.join(command)} failed: {said[-1]}")
         (folder / "done").touch()
 
 

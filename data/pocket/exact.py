@@ -9,20 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipseg.model import ClipSeg
 from data.pocket.backgrounds import BACKGROUNDS
 from data.pocket.classifier import SceneClassifier
 from data.pocket.concepts import CONCEPTS, PocketConcept
-from data.pocket.judge import CLASSIFIER_WEIGHTS, Figure, mean, rate
+from data.pocket.evaluate_masks import masks_of
+from data.pocket.judge import Figure, mean, rate
 from data.pocket.leakage import leakage
 from data.pocket.world import PLACE_WORDS, STYLE_WORDS, Scene, World
-from data.prompts import TEMPLATES
-from data.soft_segment import fill_templates
-from ldm.checkpoint import load_into
-from ldm.config import find
 from ldm.errors import UserError, suggestion
 
 ASKED = ("background", "style", "place")
@@ -51,13 +47,6 @@ def recognise(folder: str | Path) -> str | None:
     """The concept that a folder of photos is named after; None where there is none."""
     name = Path(folder).resolve().name
     return name if name in CONCEPTS else None
-
-
-def load_classifier(weights: str | Path = CLASSIFIER_WEIGHTS) -> SceneClassifier:
-    """The classifier of a file; raises ValueError for one that is missing or of another network."""
-    classifier = SceneClassifier()
-    load_into({"": classifier}, find(weights))
-    return classifier.requires_grad_(False).eval()
 
 
 class Exact:
@@ -151,6 +140,5 @@ class Exact:
 
     def masks(self, images: Tensor, superclass: str) -> Tensor:
         """CLIPSeg's masks (B, H, W) of the superclass, each divided by its maximum."""
-        found = self.clipseg.masks(images, fill_templates(superclass, TEMPLATES))[:, None]  # (B, 1, S, S)
-        found = F.interpolate(found, images.shape[2:], mode="bilinear", antialias=True)[:, 0]
-        return (found / found.amax((1, 2), keepdim=True).clamp_min(1e-6)).clamp(0, 1)
+        found = masks_of(self.clipseg, images, superclass)
+        return found / found.amax((1, 2), keepdim=True).clamp_min(1e-6)

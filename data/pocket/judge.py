@@ -70,6 +70,13 @@ def difference(first: Sequence[float] | Tensor, second: Sequence[float] | Tensor
     return estimate.difference(first, second).as_dict()
 
 
+def load_classifier(weights: str | Path = CLASSIFIER_WEIGHTS) -> SceneClassifier:
+    """The classifier of a file; raises ValueError for one that is missing or of another network."""
+    classifier = SceneClassifier()
+    load_into({"": classifier}, find(weights))
+    return classifier.requires_grad_(False).eval()
+
+
 class Judge(nn.Module):
     """The pocket CLIP and the classifier of the world's scenes, in evaluation mode."""
 
@@ -86,9 +93,7 @@ class Judge(nn.Module):
         classifier_weights: str | Path = CLASSIFIER_WEIGHTS,
     ) -> "Judge":
         """Raises ValueError for a missing file, one of another model, or a config without a node `clip`."""
-        clip, classifier = load_pocket_clip(clip_config, clip_weights), SceneClassifier()
-        load_into({"": classifier}, find(classifier_weights))
-        return cls(clip, classifier)
+        return cls(load_pocket_clip(clip_config, clip_weights), load_classifier(classifier_weights))
 
     @torch.no_grad()
     def similarities(self, images: Tensor, photos: Tensor) -> Tensor:

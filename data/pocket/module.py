@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from data.pocket.world import CHOICES, PLACE_WORDS, Scene, World, caption, draw_scene, draw_sibling
+from ldm.files import replacing
 
 
 def labels(scenes: list[Scene]) -> Tensor:
@@ -143,11 +144,9 @@ class LatentWorldData(pl.LightningDataModule):
             with self.trainer.precision_plugin.forward_context():
                 latents.append(vae.encode(batch["images"].to(device)).half().cpu())
             table.append(batch["labels"].to(torch.uint8))
-        self.cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.cache.with_suffix(".partial")
         tensors = {"latents": torch.cat(latents), "labels": torch.cat(table)}
-        save_file(tensors, partial, {"fingerprint": fingerprint, "count": str(self.count)})
-        partial.rename(self.cache)
+        with replacing(self.cache) as partial:
+            save_file(tensors, partial, {"fingerprint": fingerprint, "count": str(self.count)})
 
     def train_dataloader(self) -> DataLoader:
         start = self.trainer.global_step

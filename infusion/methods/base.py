@@ -100,6 +100,21 @@ class Method:
         return unet(latents, timesteps, OwnPass(text, gates, tape, torch.ones(gates.shape[1], device=latents.device)))
 
 
+class RareWord(Method):
+    """A method that binds the concept to a rare word before the superclass.
+
+    Args:
+        identifier: the rare word; "" for none.
+    """
+
+    def __init__(self, identifier: str = "sks") -> None:
+        self.identifier = identifier
+        self.options = {"identifier": identifier}
+
+    def noun(self, superclass: str) -> str:
+        return f"{self.identifier} {superclass}".strip()
+
+
 def by_layer(terms: Sequence[Mapping[str, nn.Module]]) -> dict[str, nn.ModuleList]:
     """Terms, each by layer, as the edits that `infusion.inject` takes: layer -> all terms."""
     return {name: nn.ModuleList(term[name] for term in terms) for name in (terms[0] if terms else ())}

@@ -10,25 +10,17 @@ from torch import nn
 
 from infusion.encode import own_embeddings
 from infusion.inject import cross_attention_layers
-from infusion.methods.base import TOKENS, Method
+from infusion.methods.base import TOKENS, RareWord
 from ldm.pipeline import StableDiffusion
 
 
-class CustomDiffusion(Method):
+class CustomDiffusion(RareWord):
     """A change of W_K and W_V in every cross-attention, and the input embedding of a rare word before the superclass.
 
-    Args:
-        identifier: the rare word, from whose embedding the learned one starts.
+    The learned embedding starts from the identifier's own.
     """
 
     name = "custom_diffusion"
-
-    def __init__(self, identifier: str = "sks") -> None:
-        self.identifier = identifier
-        self.options = {"identifier": identifier}
-
-    def noun(self, superclass: str) -> str:
-        return f"{self.identifier} {superclass}"
 
     def start(self, sd: StableDiffusion, superclass: str, templates: Sequence[str]) -> dict[str, nn.Parameter]:
         learned = {TOKENS: nn.Parameter(own_embeddings(sd.text, self.identifier))}

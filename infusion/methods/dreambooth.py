@@ -8,27 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from infusion.methods.base import Method
+from infusion.methods.base import RareWord
 from ldm.pipeline import StableDiffusion
 
 
-class DreamBooth(Method):
+class DreamBooth(RareWord):
     """A change of every tensor of the UNet; the text encoder stays.
 
     It is learned as a difference from the base model, so that AdamW's weight decay pulls towards the base model.
-
-    Args:
-        identifier: the rare word.
     """
 
     name = "dreambooth"
-
-    def __init__(self, identifier: str = "sks") -> None:
-        self.identifier = identifier
-        self.options = {"identifier": identifier}
-
-    def noun(self, superclass: str) -> str:
-        return f"{self.identifier} {superclass}"
 
     def start(self, sd: StableDiffusion, superclass: str, templates: Sequence[str]) -> dict[str, nn.Parameter]:
         weights = sd.unet.named_parameters()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from infusion.inject import cross_attention_layers
-from infusion.methods.base import Method, Tensors
+from infusion.methods.base import RareWord, Tensors
 from infusion.weights import LowRank
 from ldm.pipeline import StableDiffusion
 
@@ -15,7 +15,7 @@ PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 DOWN, UP = ".down", ".up"
 
 
-class LoRA(Method):
+class LoRA(RareWord):
     """B A of rank r beside W_Q, W_K, W_V and W_out of every cross-attention; B starts at zero, A at random.
 
     Args:
@@ -32,18 +32,11 @@ class LoRA(Method):
     def __init__(self, rank: int = 4, alpha: float | None = None, identifier: str = "sks", seed: int = 0) -> None:
         if rank < 1:
             raise ValueError(f"rank: must be at least 1, not {rank}")
-        self.rank, self.alpha, self.identifier, self.seed = (
-            rank,
-            float(rank if alpha is None else alpha),
-            identifier,
-            seed,
-        )
+        super().__init__(identifier)
+        self.rank, self.alpha, self.seed = rank, float(rank if alpha is None else alpha), seed
         if not math.isfinite(self.alpha):
             raise ValueError(f"alpha: must be a finite number, not {alpha}")
-        self.options = {"rank": rank, "alpha": self.alpha, "identifier": identifier}
-
-    def noun(self, superclass: str) -> str:
-        return f"{self.identifier} {superclass}".strip()
+        self.options = {"rank": rank, "alpha": self.alpha, **self.options}
 
     def start(self, sd: StableDiffusion, superclass: str, templates: Sequence[str]) -> dict[str, nn.Parameter]:
         generator, learned = torch.Generator().manual_seed(self.seed), {}

@@ -8,7 +8,6 @@ no part of the hash: a table that is too short is continued.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from infusion.pictures import write
 from ldm.errors import UserError
+from ldm.files import replacing
 
 WHAT = "what"  # key of a file's metadata: all that determines the rows, as JSON
 
@@ -122,15 +122,10 @@ class Cache:
             self._memory[key] = dict(tensors)
             return
         path = self._path(key)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with replacing(path) as partial:
                 save_file(whole, partial, metadata={WHAT: said})
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be written ({error})") from error
 

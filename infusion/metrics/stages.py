@@ -23,7 +23,7 @@ from infusion.metrics.protocol import plain
 from infusion.metrics.subject import Checkpoint, ExactMeasures
 from infusion.tokens import fill
 from ldm.pipeline import StableDiffusion
-from ldm.sampler import Denoiser, initial_noise, sample
+from ldm.sampler import Denoiser
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Stages:
 
         def make(rows: range) -> dict[str, Tensor]:
             with self._denoiser(group, rows, checkpoint, self.options.scale) as denoise, self._half():
-                return {"latents": self._draw(denoise, group.seeds(rows))}
+                how = {"steps": self.options.steps, "sampler": self.options.sampler}
+                return {"latents": self.sd.draw_latents(denoise, group.seeds(rows), **how)}
 
         title = f"{group.name}: {'base model' if checkpoint is None else checkpoint.concept.method} samples"
         return self._rows("samples" if checkpoint else "base", what, count, make, title)
@@ -194,14 +195,6 @@ class Stages:
         editing = {"beta": options.beta, "tau": options.tau, "strengths": options.strength}
         editing |= {"inverse_covariance": self.tools.inverse_covariance}
         return self.sd.denoiser(group.templates(rows), [checkpoint.concept], "", scale, **editing)
-
-    @torch.no_grad()
-    def _draw(self, denoise: Denoiser, seeds: list[int]) -> Tensor:
-        """Latents (n, C, h, w), as `StableDiffusion.draw` has them before it decodes."""
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        noise = initial_noise(generators, self.sd.latent_shape(), self.sd.device)
-        scheduler = self.sd.schedule.scheduler(self.options.sampler)
-        return sample(denoise, scheduler, noise, self.options.steps, generators=generators)
 
 
 def to_latents(masks: Tensor, size: tuple[int, int]) -> Tensor:

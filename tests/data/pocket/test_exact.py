@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from data.pocket.concepts import CONCEPTS
-from data.pocket.exact import Exact, load_classifier, recognise, said
+from data.pocket.exact import Exact, recognise, said
+from data.pocket.judge import load_classifier
 from data.pocket.world import PLACE_WORDS, Scene, World, caption, draw_scene
 from infusion.metrics.protocol import CONTEXT, Protocol
 from ldm.config import ROOT

@@ -127,7 +127,8 @@ def test_a_second_run_draws_and_measures_nothing(sd, protocol, every, tools, kno
     def refuse(*_, **__):
         raise AssertionError("this has been made before")
 
-    for name in ("sample", "errors", "bootstrap"):
+    monkeypatch.setattr(type(sd), "draw_latents", refuse)
+    for name in ("errors", "bootstrap"):
         monkeypatch.setattr(stages, name, refuse)
     monkeypatch.setattr(Exactly, "measure", refuse)
     second = evaluate(sd, learned, protocol, every, Cache(tmp_path), tools)
