@@ -10,6 +10,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from infusion.inject import unedited
 from infusion.tokens import fill
 from infusion.trainer import ConceptTrainer
 
@@ -60,7 +61,9 @@ class ConceptSamples(pl.Callback):
         self._drawn = trainer.global_step
         settings = {"steps": self.steps, "scale": self.scale, "seed": self.seed}
         if self._base is None:
-            self._base = module.sd.sample([fill(prompt, [module.superclass]) for prompt in self.prompts], **settings)
+            with unedited(module.sd.unet):
+                prompts = [fill(prompt, [module.superclass]) for prompt in self.prompts]
+                self._base = module.sd.sample(prompts, **settings)
         settings["inverse_covariance"] = module.inverse_covariance
         customised = module.sd.sample(self.prompts, concepts=[module.concept()], **settings)
         grid = make_grid(torch.cat([self._base, customised]), nrow=len(self.prompts))

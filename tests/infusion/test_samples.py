@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from data.prompts import TEMPLATES
+from infusion.methods.dreambooth import DreamBooth
 from infusion.methods.infusion import Infusion
 from infusion.samples import ConceptSamples
 from infusion.trainer import ConceptTrainer
@@ -87,3 +88,17 @@ def test_a_concept_is_drawn_with_the_covariance_that_it_learns_with(module, tmp_
 def test_mistakes(options):
     with pytest.raises(ValueError, match="^(prompts|every): "):
         ConceptSamples(**options)
+
+
+def test_the_upper_row_is_the_base_model_s_though_its_weights_are_being_changed(sd, tmp_path):
+    base = sd.sample(["a photo of a cat", "a cat on a hill"], steps=2, scale=7.0, seed=4)
+    module = ConceptTrainer(sd, DreamBooth(), "cat", TEMPLATES)
+    with torch.no_grad():
+        for change in module.tensors.values():
+            change.add_(0.1)
+    module.trainer = None
+    trainer = SimpleNamespace(global_step=2, default_root_dir=str(tmp_path), loggers=[])
+    ConceptSamples(PROMPTS, steps=2, seed=4).on_train_end(trainer, module)
+    drawn = cells(tmp_path / "images" / "step=000002.png")
+    assert np.abs(drawn[0] / 255 - base.permute(0, 2, 3, 1).numpy()).max() < 0.003
+    assert np.abs(drawn[1] / 255 - base.permute(0, 2, 3, 1).numpy()).max() > 0.1
