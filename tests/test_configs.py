@@ -10,6 +10,7 @@ from ldm.pipeline import StableDiffusion
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ENTRIES = sorted(CONFIGS.glob("*.yaml"))
+ADDITIONS = sorted((CONFIGS / "with").glob("*.yaml"))
 BACKBONES = sorted((CONFIGS / "backbone").glob("*.yaml"))
 
 
@@ -25,6 +26,15 @@ def test_every_config_builds_on_the_meta_device(path: Path):
     assert any(parameter.requires_grad for parameter in model.parameters())
     if "sd" in config.model.params:
         assert all(parameter.is_meta for parameter in model.sd.text.parameters())
+
+
+@pytest.mark.parametrize("path", ADDITIONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("entry", ["infusion_custom", "pocket_demo"])
+def test_what_is_named_beside_an_entry_fits_it(path: Path, entry: str):
+    arguments = ["--base", str(CONFIGS / f"{entry}.yaml"), str(path), "--summary"]
+    config, alone = main.read_config(main.parse(arguments)), read(CONFIGS / f"{entry}.yaml")
+    main.check_config(config, main.trainer_params(main.parse(arguments), config))
+    assert len(main.callback_nodes(config)) == len(main.callback_nodes(alone)) + 1
 
 
 @pytest.mark.parametrize("path", BACKBONES, ids=lambda path: path.stem)

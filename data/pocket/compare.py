@@ -59,32 +59,41 @@ class Run:
     def folder(self, work: Path) -> Path:
         return work / "runs" / self.variant.replace(" ", "-") / self.concept / f"seed-{self.seed}"
 
-    def command(self, work: Path) -> list[str]:
-        """The arguments of main.py that start it, or go on with it."""
-        folder = self.folder(work)
-        if (folder / "models" / "last.ckpt").is_file():
-            return ["--resume", str(folder), "-t"]
+    def start(self, work: Path) -> list[str]:
+        """The arguments of main.py that start it."""
         method, noun = "infusion" if self.variant in ABLATIONS else self.variant, CONCEPTS[self.concept].noun
         options = [f"superclass={noun}", f"data_root={work / 'photos' / self.concept}", f"seed={self.seed}"]
         if method in ("dreambooth", "custom_diffusion"):
             options.append(f"class_root={work / 'class' / noun}")
-        options += ABLATIONS.get(self.variant, ())
-        return ["--base", str(find(f"configs/compare/{method}.yaml")), "-t", "--logdir", str(folder), *options]
+        return ["--base", str(find(f"configs/compare/{method}.yaml")), *options, *ABLATIONS.get(self.variant, ())]
 
     def train(self, work: Path) -> None:
-        """Trains to the end, unless that is done; raises UserError if main.py fails."""
-        folder = self.folder(work)
-        if (folder / "done").is_file():
-            return
-        if folder.exists() and not (folder / "models" / "last.ckpt").is_file():
-            shutil.rmtree(folder)  # killed before its first checkpoint
-        command = [sys.executable, str(ROOT / "main.py"), *self.command(work), "trainer.enable_progress_bar=false"]
-        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        found = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if found.returncode:
-            said = found.stderr.strip().splitlines() or [f"exit status {found.returncode}"]
-            raise UserError(f"{self.label}: {shlex.join(command)} failed: {said[-1]}")
-        (folder / "done").touch()
+        """Trains to the end, see `train`."""
+        train(self.folder(work), self.start(work), self.label)
+
+
+def train(folder: Path, start: Sequence[str], label: str) -> None:
+    """Trains in a folder to the end, unless that is done; one that was killed goes on.
+
+    Args:
+        start: arguments of main.py that start it.
+
+    Raises:
+        UserError: main.py fails.
+    """
+    if (folder / "done").is_file():
+        return
+    begun = (folder / "models" / "last.ckpt").is_file()
+    if folder.exists() and not begun:
+        shutil.rmtree(folder)  # killed before its first checkpoint
+    chosen = ["--resume", str(folder)] if begun else ["--logdir", str(folder), *start]
+    command = [sys.executable, str(ROOT / "main.py"), *chosen, "-t", "trainer.enable_progress_bar=false"]
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if found.returncode:
+        said = found.stderr.strip().splitlines() or [f"exit status {found.returncode}"]
+        raise UserError(f"{label}: {shlex.join(command)} failed: {said[-1]}")
+    (folder / "done").touch()
 
 
 def mask(concepts: Sequence[str], work: Path) -> None:

@@ -79,8 +79,7 @@ class Evaluation:
         needed = [CONTEXT] + [name for name in PLAIN if options.wants("lfd", "drift") or name == "superclass"]
         prompts = {name: tuple(protocol.prompts(name, superclass)) for name in needed}
         self.groups = {name: Group(name, prompts[name], superclass, options.seed) for name in needed}
-        beyond = options.seed + max(options.samples, 1000)  # another block of seeds
-        self.groups[FLOOR] = Group(FLOOR, prompts[CONTEXT], superclass, beyond)
+        self.groups[FLOOR] = Group(FLOOR, prompts[CONTEXT], superclass, options.other_seed)
 
     def run(self) -> dict:
         figures: dict[str, Figure] = {}

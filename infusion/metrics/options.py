@@ -68,6 +68,11 @@ class Options:
         """Whether any of these metrics is asked for."""
         return any(name in self.metrics for name in names)
 
+    @property
+    def other_seed(self) -> int:
+        """First seed of another block."""
+        return self.seed + max(self.samples, 1000)
+
     def sampling(self) -> dict[str, object]:
         """What a sample depends on beside prompt, model and concept."""
         names = ("steps", "scale", "sampler", "seed", "precision")

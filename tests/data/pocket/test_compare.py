@@ -36,7 +36,7 @@ def test_the_recipes_were_chosen_on_another_concept():
 
 @pytest.mark.parametrize("variant", [*method_names(), *ABLATIONS])
 def test_every_run_is_a_config_that_can_be_built(variant, tmp_path):
-    command = Run(variant, "zigzag_hat", 5).command(tmp_path)
+    command = Run(variant, "zigzag_hat", 5).start(tmp_path)
     overrides = [word for word in command if "=" in word and not word.startswith("--")]
     config = resolve(
         load_config([find(f"configs/compare/{'infusion' if variant in ABLATIONS else variant}.yaml")], overrides)
