@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from infusion.concept import Concept
@@ -26,8 +25,7 @@ class Settings:
         gate: kind of gate, one or one for each concept; None is what each was trained with.
         replace_word: what stands in the prompts for each concept; None is what each was trained with.
         region: boxes that concepts keep to.
-        precision: "full" is the model's own; "autocast" runs the UNet in bfloat16 where torch deems it safe, or in
-            float16 on a device that lacks it.
+        precision: "full" is the model's own; "autocast" runs the UNet in half precision (`StableDiffusion.autocast`).
     """
 
     steps: int = 50
@@ -93,7 +91,6 @@ def generate(
     # text and gates in the model's own precision, whatever the UNet's
     context = sd.denoiser(list(prompts), concepts, settings.negative_prompt, settings.scale, **options)
     how = (settings.steps, settings.ddim_eta, settings.sampler, settings.H, settings.W, progress)
-    half = torch.float16 if sd.device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
-    with context as denoise, torch.autocast(sd.device.type, half, settings.precision == "autocast"):
+    with context as denoise, sd.autocast(settings.precision):
         images = sd.draw(denoise, seeds, *how)
     return images, denoise.attention_maps if options and map_grid else None

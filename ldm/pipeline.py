@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 from warnings import warn
 
 import torch
@@ -168,6 +168,11 @@ class StableDiffusion(nn.Module):
             if size < multiple or size % multiple:
                 raise ValueError(f"{side} must be a multiple of {multiple} pixels, not {size}")
         return self.vae.embed_dim, height // self.vae.factor, width // self.vae.factor
+
+    def autocast(self, precision: Literal["full", "autocast"]) -> AbstractContextManager:
+        """With "autocast", bfloat16 where torch deems it safe, or float16 on a device that lacks it."""
+        half = torch.float16 if self.device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
+        return torch.autocast(self.device.type, half, precision == "autocast")
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     python -m data.pocket.best_step        # about an hour on two cores; a killed one goes on where it was
 
 Each training has `configs/with/best.yaml` and a concept file every 50 steps. Afterwards every file is measured with
-four times the samples, of other seeds, and the pick is compared with the best of these. That best is a maximum of
+twice the samples, of other seeds, and the pick is compared with the best of these. That best is a maximum of
 estimates, so it is somewhat too good, and the comparison is hard on the pick.
 """
 
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--methods", metavar="M[,M]", type=words, help="to train", default=METHODS)
     add("--concepts", metavar="C[,C]", type=words, help="of the world", default=CONCEPTS_SWEPT)
-    add("--samples", type=count, help="for each concept file", default=64)
+    add("--samples", type=count, help="for each concept file", default=32)
     add("--work", metavar="DIR", help="trainings and what was measured; kept", default="outputs/compare")
     add("--out", metavar="FILE", help="gets the figures", default="results/best_step.json")
     flags = parser.parse_args(arguments)

@@ -110,15 +110,33 @@ def mask(concepts: Sequence[str], work: Path) -> None:
             segment_folder(folder, CONCEPTS[name].noun, clipseg)
 
 
-def measure(runs: Sequence[Run], work: Path, out: Path, options: Sequence[str]) -> list[str]:
-    """The arguments of scripts/metrics.py."""
+def measure(runs: Sequence[Run], work: Path, out: Path, samples: int) -> None:
+    """Measures runs by scripts/metrics.py, or ends with its exit status."""
     columns = {
         "--personalized_ckpt": [str(run.folder(work)) for run in runs],
         "--labels": [run.label.replace(", ", " · ") for run in runs],
+        "--groups": [run.variant for run in runs],
         "--images": [str(work / "photos" / run.concept) for run in runs],
+        "--out": [str(out)],
+        "--cache": [str(work / "cache")],
+        "--samples": [str(samples)],
+        "--scale": ["5"],
+        "--steps": ["25"],
     }
     listed = [word for flag, values in columns.items() for word in (flag, ",".join(values))]
-    return [*listed, "--out", str(out), "--cache", str(work / "cache"), *options]
+    status = subprocess.run([sys.executable, str(ROOT / "scripts/metrics.py"), *listed]).returncode
+    if status:
+        raise SystemExit(status)
+
+
+def reports(runs: Sequence[Run], out: Path) -> dict[Path, list[Run]]:
+    """Which runs are measured together: the methods, and the ablations beside as many trainings of Infusion."""
+    methods = [run for run in runs if run.variant not in ABLATIONS]
+    ablations = [run for run in runs if run.variant in ABLATIONS]
+    seeds = {run.seed for run in ablations}
+    beside = [run for run in methods if run.variant == "infusion" and run.seed in seeds]
+    found = {out: methods, out / "ablations": [*beside, *ablations] if ablations else []}
+    return {folder: own for folder, own in found.items() if own}
 
 
 @report
@@ -138,7 +156,12 @@ def main(arguments: list[str] | None = None) -> None:
     add("--jobs", type=count, help="trainings at a time", default=2)
     add("--samples", type=count, help="of each kind, for each run", default=32)
     add("--work", metavar="DIR", help="runs, masks and what was measured; kept", default="outputs/compare")
-    add("--out", metavar="DIR", help="gets metrics.json and report.html", default="results/pocket")
+    add(
+        "--out",
+        metavar="DIR",
+        help="gets metrics.json and report.html, and ablations/ the same",
+        default="results/pocket",
+    )
     flags = parser.parse_args(arguments)
     work = Path(flags.work)
     variants = list(method_names() if flags.methods is None else flags.methods)
@@ -165,11 +188,8 @@ def main(arguments: list[str] | None = None) -> None:
                 training.result()
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure, what has not begun
-    options = ["--samples", str(flags.samples), "--scale", "5", "--steps", "25"]
-    status = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/metrics.py"), *measure(runs, work, Path(flags.out), options)]
-    )
-    raise SystemExit(status.returncode)
+    for folder, own in reports(runs, Path(flags.out)).items():
+        measure(own, work, folder, flags.samples)
 
 
 if __name__ == "__main__":

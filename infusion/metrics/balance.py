@@ -117,7 +117,7 @@ class Balance:
             with (
                 sd.denoiser(prompts, (), "", 1.0) as prompted,
                 sd.denoiser([""] * len(prompts), (), "", 1.0) as empty,
-                options.autocast(sd.device),
+                sd.autocast(options.precision),
             ):
                 how = (self.group.seeds(rows), options.strata, options.weighting, regions)
                 found.append(errors(prompted, empty, latents, sd.schedule, *how))

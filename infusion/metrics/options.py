@@ -1,12 +1,10 @@
 """What to measure, how, and with which networks."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from clipseg.model import ClipSeg
@@ -85,11 +83,6 @@ class Options:
     def shown(self) -> dict[str, object]:
         """Every setting, for JSON."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-
-    def autocast(self, device: torch.device) -> AbstractContextManager:
-        """Half precision with "autocast", as `infusion.generate` has it."""
-        half = torch.float16 if device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
-        return torch.autocast(device.type, half, self.precision == "autocast")
 
 
 @dataclass(frozen=True)

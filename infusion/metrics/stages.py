@@ -184,7 +184,7 @@ class Stages:
         return self.options.editing() | {"covariance": fingerprint(self.tools.inverse_covariance)}
 
     def _half(self) -> AbstractContextManager:
-        return self.options.autocast(self.sd.device)
+        return self.sd.autocast(self.options.precision)
 
     def _denoiser(
         self, group: Group, rows: range, checkpoint: Checkpoint | None, scale: float

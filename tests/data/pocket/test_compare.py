@@ -108,21 +108,27 @@ def test_photos_are_masked_once(monkeypatch, tmp_path):
     assert loads == ["pocket"]
 
 
-def test_one_row_for_each_run_and_ablations_once(calls, monkeypatch, tmp_path):
+def test_a_report_of_the_methods_and_one_of_the_ablations(calls, monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "mask", lambda concepts, work: None)
     words = ["--methods", "infusion,lora", "--ablations", "hard gate", "--concepts", "zigzag_hat", "--seeds", "0,1"]
-    with pytest.raises(SystemExit) as stop:
-        main([*words, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--jobs", "1"])
-    assert stop.value.code == 0 and len(calls) == 2 * 2 + 1 + 1
-    metrics = calls[-1]
-    labels = metrics[metrics.index("--labels") + 1].split(",")
-    assert labels == [
-        f"{v} · zigzag hat · {s}"
-        for v, s in (("infusion", 0), ("infusion", 1), ("lora", 0), ("lora", 1), ("hard gate", 0))
+    main([*words, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--jobs", "1"])
+    assert len(calls) == 2 * 2 + 1 + 2
+    methods, ablations = (dict(zip(call[1::2], call[2::2], strict=True)) for call in calls[-2:])
+    assert methods["--out"] == str(tmp_path / "out") and ablations["--out"] == str(tmp_path / "out/ablations")
+    assert methods["--labels"].split(",") == [
+        f"{variant} · zigzag hat · {seed}" for variant in ("infusion", "lora") for seed in (0, 1)
     ]
-    assert measure([Run("lora", "zigzag_hat", 0)], tmp_path, tmp_path / "o", [])[1].endswith(
-        "runs/lora/zigzag_hat/seed-0"
-    )
+    assert methods["--groups"] == "infusion,infusion,lora,lora"
+    assert ablations["--labels"] == "infusion · zigzag hat · 0,hard gate · zigzag hat · 0"
+    assert ablations["--personalized_ckpt"].endswith("runs/hard-gate/zigzag_hat/seed-0")
+    assert methods["--cache"] == ablations["--cache"]
+
+
+def test_measuring_that_fails_ends_the_comparison(monkeypatch, tmp_path):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
+    with pytest.raises(SystemExit) as stop:
+        measure([Run("lora", "zigzag_hat", 0)], tmp_path, tmp_path / "out", 4)
+    assert stop.value.code == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,59 @@
+"""Holds figures that were made again against those that are committed.
+
+    python -m data.pocket.compare --methods infusion --ablations none --concepts zigzag_hat --seeds 1 \\
+        --work outputs/again --out outputs/again/report
+    python -m data.pocket.remade results/pocket/metrics.json outputs/again/report/metrics.json
+
+Prints, for each figure of each run that both files have, how many standard errors of the committed figure they are
+apart; ends with exit code 1 where that is more than `WIDTH` for any.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ldm.errors import Parser, UserError, report
+
+WIDTH = 1.96  # of a 95 % interval, in standard errors
+ROUNDING = 1e-6  # of figures that have no error, such as zeros by construction
+
+
+def read(path: str) -> dict[str, dict]:
+    """Runs of a `metrics.json`, label -> what it says; UserError for another file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))["methods"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: is no metrics.json ({error})") from error
+
+
+def apart(before: dict[str, dict], again: dict[str, dict]) -> Iterator[tuple[str, str, float, float, float]]:
+    """Label, metric, both values and their distance in standard errors, of what both have.
+
+    Raises:
+        UserError: no run is in both.
+    """
+    labels = [label for label in before if label in again]
+    if not labels:
+        raise UserError(f"no run is in both files; there are {', '.join(before)} and {', '.join(again)}")
+    for label in labels:
+        first, second = before[label]["figures"], again[label]["figures"]
+        for metric in (name for name in first if name in second):
+            old, new = first[metric], second[metric]
+            error = max(old["stderr"] or 0.0, ROUNDING)
+            yield label, metric, old["value"], new["value"], abs(new["value"] - old["value"]) / error
+
+
+@report
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("before", metavar="FILE", help="metrics.json that is committed")
+    parser.add_argument("again", metavar="FILE", help="one of some of its runs, made again")
+    flags = parser.parse_args(arguments)
+    found = list(apart(read(flags.before), read(flags.again)))
+    for label, metric, old, new, distance in found:
+        print(f"{label}  {metric:20}  {old:10.4f}  {new:10.4f}  {distance:6.2f}")
+    raise SystemExit(int(max(distance for *_, distance in found) > WIDTH))
+
+
+if __name__ == "__main__":
+    main()
