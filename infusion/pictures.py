@@ -19,6 +19,15 @@ from ldm.files import replacing
 
 HEAT = "inferno"  # matplotlib's name of the heat maps' colours
 PAPER, INK = "white", "#333333"
+SIDE = 256  # pixels of a picture in a report, at most
+
+
+def shrunk(images: Tensor, side: int = SIDE) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1] whose longer side is at most so many pixels; smaller ones as they are."""
+    size = max(images.shape[2:])
+    if size <= side:
+        return images
+    return F.interpolate(images, scale_factor=side / size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def to_image(image: Tensor) -> Image.Image:

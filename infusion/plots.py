@@ -4,19 +4,24 @@ In a page an SVG takes the page's colours of text and lines, so that it can be r
 needs nothing of the network.
 """
 
+import colorsys
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from infusion.methods import method_names
 
 INK, LINE = "#23262c", "#c6cad2"  # stand for the page's own colours
-PALETTE = ("#8a63c9", "#2f9e73", "#d4641f", "#2f7fc4", "#b8902a", "#c4497f", "#4f9aa8", "#7a828f")  # legible on both
+PALETTE = ("#8a63c9", "#2f9e73", "#d4641f", "#2f7fc4", "#b8902a", "#c4497f", "#4f9aa8", "#7d9a2b", "#a8523f", "#5f6fd8",
+           "#b06fc0", "#937053")  # legible on both grounds  # fmt: skip
+GREY = "#7a828f"  # of what the others are held against
 STYLE = {
     "font.size": 10,
     "svg.fonttype": "none",
@@ -67,10 +72,21 @@ class Series:
     small: tuple[Point, ...] = ()
 
 
-def colour_of(method: str) -> str:
-    """The same for a method in every plot."""
-    known = [*method_names(), method]
-    return PALETTE[known.index(method) % len(PALETTE)]
+def colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name: a method has the same in every plot, anything else one that no other name here has."""
+    names = list(names)
+    methods = dict(zip(method_names(), _hues(), strict=False))
+    taken = {methods[name] for name in names if name in methods}
+    free = (hue for hue in _hues() if hue not in taken)
+    return {name: methods[name] if name in methods else next(free) for name in names}
+
+
+def _hues() -> Iterator[str]:
+    """The palette, and then turns of the colour wheel by the golden section, of which none comes back."""
+    yield from PALETTE
+    for turn in count(1):
+        red, green, blue = colorsys.hls_to_rgb(turn * 0.618034 % 1, 0.5, 0.45)
+        yield f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 
 def plane(
@@ -131,24 +147,40 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 
 def _label(axes: Axes, series: Sequence[Series]) -> None:
-    """Names beside the points, where neither another point nor another name is in the way."""
+    """Names beside the points, where least is in the way: points and other names above all, then bars, small points."""
     axes.figure.draw_without_rendering()  # lays out
-    place = axes.transData.transform
-    points = [place((point.x, point.y)) for one in series for point in (*one.points, *one.small)]
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    taken = []  # boxes and what it costs to cover them
+    for one in series:
+        taken += [(_box(axes, (p.x, p.y), (p.x, p.y), 5), 8) for p in one.points]
+        taken += [(_box(axes, (p.x, p.y), (p.x, p.y), 3), 1) for p in one.small]
+        for p in one.points:
+            taken.append((_box(axes, (p.x - 2 * p.x_error, p.y), (p.x + 2 * p.x_error, p.y), 1), 3))
+            taken.append((_box(axes, (p.x, p.y - 2 * p.y_error), (p.x, p.y + 2 * p.y_error), 1), 3))
     edges = axes.get_window_extent()
     for one in series:
-        for point in one.points:
-            x, y = place((point.x, point.y))
-            width, height = 6 * len(one.name) + 4, 12  # roughly
-            sides = [(dx, dy) for dy in (5, -5 - height, 18, -18 - height) for dx in (8, -8 - width)]
-            boxes = [(x + dx, y + dy, x + dx + width, y + dy + height) for dx, dy in sides]
-            within = [box for box in boxes if box[0] > edges.x0 and box[2] < edges.x1] or boxes
-            box = next((box for box in within if not any(_meet(box, other) for other in taken)), within[0])
-            taken.append(box)
-            offset = sides[boxes.index(box)]
-            text = axes.annotate(one.name, (point.x, point.y), offset, textcoords="offset points", color=one.colour)
+        for p in one.points:
+            text = axes.annotate(one.name, (p.x, p.y), (0, 0), textcoords="offset points", color=one.colour)
             text.set_in_layout(False)
+            x, y = axes.transData.transform((p.x, p.y))
+            width, height = text.get_window_extent().width, 12
+            sides = [(dx, dy) for dy in (5, -5 - height, 18, -18 - height, 31) for dx in (8, -8 - width, -width / 2)]
+            boxes = [(x + dx, y + dy, x + dx + width, y + dy + height) for dx, dy in sides]
+            costs = [sum(price for other, price in taken if _meet(box, other)) + _beyond(box, edges) for box in boxes]
+            best = costs.index(min(costs))
+            taken.append((boxes[best], 8))
+            text.xyann = sides[best]
+
+
+def _beyond(box: Sequence[float], edges: Bbox) -> float:
+    """Pixels by which a box reaches over the edges to the left and right, and below and above."""
+    left, bottom, right, top = box
+    return max(edges.x0 - left, 0) + max(right - edges.x1, 0) + max(edges.y0 - bottom, 0) + max(top - edges.y1, 0)
+
+
+def _box(axes: Axes, low: Sequence[float], high: Sequence[float], margin: float) -> tuple[float, float, float, float]:
+    """The pixels between two points of the plane: left, bottom, right, top."""
+    (left, bottom), (right, top) = axes.transData.transform([low, high])
+    return left - margin, bottom - margin, right + margin, top + margin
 
 
 def _meet(first: Sequence[float], second: Sequence[float]) -> bool:

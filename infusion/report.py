@@ -11,9 +11,9 @@ TEMPLATES = Path(__file__).with_name("templates")
 Figure = Mapping[str, float | int]  # value, stderr, n
 
 
-def data_uri(png: bytes) -> str:
-    """A PNG file as an address that holds the picture itself."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def data_uri(content: bytes, kind: str = "png") -> str:
+    """An image file as an address that holds the picture itself."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def percent(value: float) -> str:

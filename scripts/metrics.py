@@ -13,6 +13,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clipseg.weights import POCKET, POCKET_CONFIG, POCKET_WEIGHTS, USUAL
@@ -27,7 +29,7 @@ from infusion.metrics.evaluate import check, evaluate
 from infusion.metrics.features import load_backbone
 from infusion.metrics.options import METRICS, OF_PHOTOS, Options, Tools, identity
 from infusion.metrics.output import write
-from infusion.metrics.protocol import GROUPS, Protocol
+from infusion.metrics.protocol import GROUPS, Protocol, usual_file
 from infusion.metrics.subject import Subject, load_subjects
 from infusion.metrics.table import CACHE, Measured, check_folder
 from infusion.sampling import check_covariance
@@ -35,6 +37,7 @@ from ldm.config import find
 from ldm.errors import Parser, UserError, report
 from ldm.flags import count, find_device, number, seed, words
 from ldm.pipeline import StableDiffusion
+from ldm.ranks import launch
 from ldm.schedule import SAMPLERS
 from scripts.infusion_txt2img import find_config
 
@@ -50,12 +53,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--ckpt", metavar="FILE", help="weights of the base model; None: the backbone's usual file")
     add("--personalized_ckpt", metavar="A[,B]", type=words, required=True, help="concept files, or run folders")
     add("--labels", metavar="L[,L]", type=words, help="names in the report; None: those of the files and folders")
+    add("--groups", metavar="G[,G]", type=words, help="what belongs together, one for each; None: the methods")
     add("--metrics", metavar="M[,M]", type=words, help=f"some of {', '.join(METRICS)}; None: all that can be had")
     add("--out", metavar="DIR", default="outputs/metrics", help="gets metrics.json, metrics.csv, plots/, report.html")
     add("--cache", metavar="DIR", help=f"rows measured before; None: {CACHE} in --out")
     add("--images", metavar="DIR[,DIR]", type=words, help="photos of the concept, one folder for all or one each")
     add("--concept", metavar="C[,C]", type=words, help="pocket: the world's name of it; None: as the folder is called")
-    add("--protocol", metavar="FILE", help="prompts; None: the architecture's in configs/protocol")
+    add("--protocol", metavar="P[,P]", type=words, help="prompts, for all or one each; None: the architecture's")
     add("--neighbours", metavar="N[,N]", type=words, help="nouns beside the superclass; None: the protocol's")
     add("--clip", metavar="DIR", help="folder of a CLIP, or pocket; None: pocket on the pocket model")
     add("--dino", metavar="DIR", help="folder of a DINO, for dino and pres")
@@ -77,6 +81,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--resamples", type=count, help="of W2's bootstrap", default=usual.resamples)
     add("--precision", choices=["full", "autocast"], help="of the UNet", default=usual.precision)
     add("--device", help="such as cpu or cuda:1; auto: CUDA where there is some", default="auto")
+    add("--devices", type=count, help="processes on this machine that share the work, each with a device", default=1)
+    add("--num_nodes", type=count, help="machines that share it", default=1)
     flags = parser.parse_args(arguments)
     if unknown := [name for name in flags.curve if name not in GROUPS]:
         parser.error(f"--curve: there is no group `{unknown[0]}`; there are {', '.join(GROUPS)}")
@@ -118,9 +124,8 @@ def choose(flags: argparse.Namespace, subjects: list[Subject], pocket: bool) -> 
     )
 
 
-def load_tools(flags: argparse.Namespace, options: Options, pocket: bool) -> Tools:
+def load_tools(flags: argparse.Namespace, options: Options, pocket: bool, device: torch.device) -> Tools:
     """The networks that the metrics need."""
-    device = find_device(flags.device)
     clip, clipseg = flags.clip or (POCKET if pocket else None), flags.clipseg or (POCKET if pocket else USUAL)
     inverse, files, loaded = InverseCovariance(flags.covariance), {}, {}
     for name, spec in (("clip", clip), ("dino", flags.dino)):
@@ -152,35 +157,44 @@ def named(flag: str, load: Callable[..., Loaded], *arguments: object) -> Loaded:
 @report
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     flags = parse(arguments)
-    subjects = describe(flags, load_subjects(flags.personalized_ckpt, flags.labels))
+    subjects = describe(flags, load_subjects(flags.personalized_ckpt, flags.labels, flags.groups))
     concepts = [one.concept for subject in subjects for one in subject.checkpoints]
     pocket = concepts[0].architecture == POCKET
-    protocol = Protocol.load(flags.protocol) if flags.protocol else Protocol.of(concepts[0].architecture)
-    protocol = protocol.beside(flags.neighbours or ())
+    usual = str(usual_file(concepts[0].architecture))
+    names = [name or usual for name in one_each(flags.protocol, len(subjects), "protocol")]
+    protocols = {name: Protocol.load(name).beside(flags.neighbours or ()) for name in names}
     options = choose(flags, subjects, pocket)
-    tools = load_tools(flags, options, pocket)
+    ranks, device = launch(flags.devices, flags.num_nodes, find_device(flags.device))
+    tools = load_tools(flags, options, pocket, device)
     check_covariance(concepts, tools.inverse_covariance)
-    device = find_device(flags.device)
     sd = StableDiffusion.from_checkpoint(find_config(flags, concepts), flags.ckpt and find(flags.ckpt), device=device)
     for concept in concepts:
         concept.check_base(sd.architecture, sd.hash)
     out = Path(flags.out)
     files = {"base": sd.hash or "", **tools.hashes}
-    settings = options.shown() | {"architecture": sd.architecture, "protocol": protocol.as_dict()}
+    settings = options.shown() | {"architecture": sd.architecture}
+    settings |= {"protocols": {name: protocol.as_dict() for name, protocol in protocols.items()}}
     check_folder(out, {subject.label: subject.last.sha256 for subject in subjects}, settings)
-    measured = []
-    for subject in subjects:
-        if subject.photos_from:
-            photos = ConceptImages(subject.photos_from, sd.image_size, subject.concept.superclass, mask="none").images
-            subject = subject.with_photos((photos + 1) / 2, subject.photos_from)
+    photos, measured = {}, []
+    for subject, name in zip(subjects, names, strict=True):
+        if folder := subject.photos_from:
+            if folder not in photos:
+                images = ConceptImages(folder, sd.image_size, subject.concept.superclass, mask="none").images
+                photos[folder] = (images + 1) / 2
+            subject = subject.with_photos(photos[folder], folder)
         if options.wants("exact") and subject.exact:
             subject = replace(subject, exact=Exact(subject.exact.name, load_classifier(), tools.clipseg))
-        check(subject, protocol, options, tools)
-        measured.append(subject)
-    cache = Cache(flags.cache or out / CACHE, progress=True)
-    results = [evaluate(sd, subject, protocol, options, cache, tools) for subject in measured]
+        check(subject, protocols[name], options, tools)
+        measured.append((subject, name))
+    cache = Cache(flags.cache or out / CACHE, progress=True, ranks=ranks)
+    results = [
+        evaluate(sd, subject, protocols[name], options, cache, tools) | {"protocol": name} for subject, name in measured
+    ]
+    if not ranks.first:
+        return
     command = shlex.join(["python", "scripts/metrics.py", *(sys.argv[1:] if arguments is None else arguments)])
     page = write(out, Measured(results, settings, files, command))
     logger.info("open %s", page)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from infusion.pictures import write
 from ldm.errors import UserError
 from ldm.files import replacing
+from ldm.ranks import Ranks
 
 WHAT = "what"  # key of a file's metadata: all that determines the rows, as JSON
 
@@ -53,11 +54,13 @@ class Cache:
     Args:
         folder: made when the first rows are written; None keeps them in memory.
         progress: show a bar for each stage of which rows have to be made.
+        ranks: processes that share the making of rows and call every method alike. The first one's folder counts.
     """
 
-    def __init__(self, folder: str | Path | None = None, progress: bool = False) -> None:
+    def __init__(self, folder: str | Path | None = None, progress: bool = False, ranks: Ranks | None = None) -> None:
+        self.ranks = Ranks() if ranks is None else ranks
         self.folder = None if folder is None else Path(folder)
-        self.progress = progress
+        self.progress = progress and self.ranks.first
         self._memory: dict[str, dict[str, Tensor]] = {}
         self._figures: dict[str, dict] = {}
 
@@ -78,16 +81,17 @@ class Cache:
             UserError: the file is damaged, or cannot be written.
         """
         key, said = _key(stage, what)
-        found = self._read(key)
+        found = self.ranks.of_first(self._read(key) if self.ranks.first else {})
         done = len(next(iter(found.values()))) if found else 0
         hidden = not self.progress or done >= count
         with tqdm(total=count, initial=min(done, count), desc=title or stage, disable=hidden) as bar:
-            for start in range(done, count, batch_size):
-                rows = range(start, min(start + batch_size, count))
-                made = {name: tensor.detach().cpu() for name, tensor in make(rows).items()}
-                found = {name: torch.cat([found[name], new]) if found else new for name, new in made.items()}
+            for start in range(done, count, batch_size * self.ranks.world):
+                rows = self.ranks.share(range(start, count), batch_size)
+                made = {name: tensor.detach().cpu() for name, tensor in make(rows).items()} if rows else {}
+                parts = [part for part in (found, *self.ranks.gather(made)) if part]
+                found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
                 self._write(key, said, found)
-                bar.update(len(rows))
+                bar.update(min(batch_size * self.ranks.world, count - start))
         return Rows(key, {name: tensor[:count] for name, tensor in found.items()})
 
     def figures(self, stage: str, what: Mapping[str, object], make: Callable[[], dict]) -> dict:
@@ -98,8 +102,14 @@ class Cache:
                 self._figures[key] = make()
             return deepcopy(self._figures[key])
         path = self.folder / f"{key}.json"
-        if not path.is_file():
-            write(path, json.dumps({WHAT: json.loads(said), stage: make()}, allow_nan=False).encode())
+        if not self.ranks.of_first(path.is_file()):
+            made = make()
+            if self.ranks.first:
+                write(path, json.dumps({WHAT: json.loads(said), stage: made}, allow_nan=False).encode())
+        return self.ranks.of_first(self._figures_of(path, stage) if self.ranks.first else None)
+
+    @staticmethod
+    def _figures_of(path: Path, stage: str) -> dict:
         try:
             return json.loads(path.read_text(encoding="utf-8"))[stage]
         except (OSError, ValueError, KeyError) as error:
@@ -120,6 +130,8 @@ class Cache:
     def _write(self, key: str, said: str, tensors: Mapping[str, Tensor]) -> None:
         if self.folder is None:
             self._memory[key] = dict(tensors)
+            return
+        if not self.ranks.first:
             return
         path = self._path(key)
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -3,14 +3,13 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
+from infusion.metrics.aggregate import Figure, Group, Result, concept_of, figures_of, gather
 from infusion.metrics.protocol import CONTEXT, PLAIN
-from infusion.metrics.rows import Result, by_method, gathered, name_of
 from infusion.metrics.words import METRICS
-from infusion.plots import Point, Series, colour_of, curves, plane
+from infusion.plots import GREY, Point, Series, curves, plane
 
 FIDELITY = ("dino", "clip_i", "clip_t")  # the first that there is goes on the plane
 DISTANCES = ("w2_clip", "w2_latent")
-BASE_COLOUR = "#7a828f"
 PLOTS = {  # name -> heading and caption
     "tradeoff_lfd": (
         "Fidelity against change around the concept",
@@ -33,55 +32,52 @@ PLOTS = {  # name -> heading and caption
 }
 
 
+def plots(groups: Sequence[Group]) -> dict[str, str]:
+    """SVG files by name, those of `PLOTS` for which something has been measured."""
+    results = [result for group in groups for result in group.results]
+    drawn, fidelity = {}, first_of(results, FIDELITY)
+    for name, metrics in (("tradeoff_lfd", ["lfd_context"]), ("tradeoff_w2", DISTANCES)):
+        if fidelity and (x := first_of(results, metrics)):
+            drawn[name] = tradeoff(groups, x, fidelity)
+    for kind, key, label in (("training", "step", "training step"), ("timesteps", "timestep", "timestep")):
+        for prompts in (CONTEXT, *PLAIN):
+            lines = [one for group in groups if (one := line(group, kind, prompts, key)).points]
+            if f"{kind}_{prompts}" in PLOTS and lines:
+                drawn[f"{kind}_{prompts}"] = curves(lines, label, "LFD")
+    return drawn
+
+
 def first_of(results: Sequence[Result], names: Sequence[str]) -> str | None:
     """The first metric that every result has."""
     return next((name for name in names if all(name in result["figures"] for result in results)), None)
 
 
-def plots(results: Sequence[Result]) -> dict[str, str]:
-    """SVG files by name, those of `PLOTS` for which something has been measured."""
-    drawn, fidelity = {}, first_of(results, FIDELITY)
-    for name, metrics in (("tradeoff_lfd", ["lfd_context"]), ("tradeoff_w2", DISTANCES)):
-        if fidelity and (x := first_of(results, metrics)):
-            drawn[name] = tradeoff(results, x, fidelity)
-    for kind, key, label in (("training", "step", "training step"), ("timesteps", "timestep", "timestep")):
-        for group in (CONTEXT, *PLAIN):
-            having = [result for result in results if result[kind].get(group)]
-            if f"{kind}_{group}" in PLOTS and having:
-                lines = [line(m, own, kind, group, key) for m, own in by_method(having).items()]
-                drawn[f"{kind}_{group}"] = curves(lines, label, "LFD")
-    return drawn
-
-
-def tradeoff(results: Sequence[Result], x: str, y: str) -> str:
-    """The plane of two metrics, with the base model, and the photos' likeness among themselves as a line."""
+def tradeoff(groups: Sequence[Group], x: str, y: str) -> str:
+    """The plane of two metrics: groups, their runs, the base model, and the photos' likeness among themselves."""
     series = []
-    for method, own in by_method(results).items():
-        pairs = [(result["figures"][x], result["figures"][y]) for result in own]
-        (x_value, x_error), (y_value, y_error) = (gathered(column) for column in zip(*pairs, strict=True))
-        small = tuple(Point(a["value"], b["value"]) for a, b in pairs) if len(own) > 1 else ()
-        point = Point(x_value, y_value, x_error, y_error)
-        series.append(Series(name_of(method, own), colour_of(method), (point,), small))
-    against = {name: [result["figures"][y][name]["value"] for result in results if name in result["figures"][y]]
-               for name in ("base", "ceiling")}  # fmt: skip
-    if against["base"]:
-        at = [result["figures"][x].get("floor", {"value": 0.0})["value"] for result in results]
-        series.append(Series("base model", BASE_COLOUR, (Point(average(at), average(against["base"])),)))
-    lines = {METRICS[y].ceiling: average(against["ceiling"])} if against["ceiling"] else {}
+    for group in groups:
+        runs = [(result["figures"][x]["value"], result["figures"][y]["value"]) for result in group.results]
+        small = tuple(Point(*run) for run in runs) if len(runs) > 1 else ()
+        series.append(Series(group.label, group.colour, (point(group.figures[x], group.figures[y]),), small))
+    everything = figures_of([result for group in groups for result in group.results])
+    if base := everything[y].get("base"):
+        at = everything[x].get("floor", {"value": 0.0})["value"]
+        series.append(Series("base model", GREY, (Point(at, base["value"]),)))
+    ceiling = everything[y].get("ceiling")
     labels = {"lfd_context": "LFD around the concept", "w2_clip": "W2 of CLIP features", "w2_latent": "W2 of latents"}
-    return plane(series, labels[x], METRICS[y].title, lines)
+    return plane(series, labels[x], METRICS[y].title, {METRICS[y].ceiling: ceiling["value"]} if ceiling else {})
 
 
-def line(method: str, results: Sequence[Result], kind: str, group: str, key: str) -> Series:
-    """A curve of one method: of one result its own, of several the mean at each place that they have."""
-    places: dict[float, list] = defaultdict(list)
-    for result in results:
-        for one in result[kind][group]:
-            places[one[key]].append(one)
-    points = tuple(Point(x, value, 0.0, error) for x, (value, error) in
-                   ((x, gathered(ones)) for x, ones in sorted(places.items())))  # fmt: skip
-    return Series(name_of(method, results), colour_of(method), points)
+def point(x: Figure, y: Figure) -> Point:
+    return Point(x["value"], y["value"], x["stderr"] or 0.0, y["stderr"] or 0.0)
 
 
-def average(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def line(group: Group, kind: str, prompts: str, key: str) -> Series:
+    """A group's curve: at each place the common figure of the runs that have one there."""
+    places: dict[float, list[tuple[str, Figure]]] = defaultdict(list)
+    for result in group.results:
+        for one in result[kind].get(prompts, ()):
+            places[one[key]].append((concept_of(result), one))
+    found = ((x, gather(places[x])) for x in sorted(places))
+    points = tuple(Point(x, figure["value"], 0.0, figure["stderr"] or 0.0) for x, figure in found)
+    return Series(group.label, group.colour, points)

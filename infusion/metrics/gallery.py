@@ -6,8 +6,8 @@ from torch import Tensor
 
 from infusion.metrics import fidelity
 from infusion.metrics.cache import Rows
-from infusion.metrics.protocol import plain
 from infusion.metrics.stages import Group, Stages
+from infusion.pictures import shrunk
 
 SHOWN = 4  # best and worst samples each
 
@@ -22,7 +22,8 @@ def gallery(stages: Stages, group: Group, base: Rows, ours: Rows, photos: Tensor
 
     Returns:
         `ranked_by`: "clip_i", "change", or "" where there is no CLIP and samples come as they are; `photos`; `best` and
-        `worst`: cards with prompt, seed, score and the pictures `base` and `ours`, (3, H, W) in [0, 1].
+        `worst`: cards with prompt, seed, score and the pictures `base` and `ours`, (3, h, w) in [0, 1]. Pictures are
+        `shrunk`: those of many results are kept.
     """
     clip, ranked_by, scores = stages.tools.clip, "", None
     if clip is not None and photos is not None:
@@ -36,7 +37,7 @@ def gallery(stages: Stages, group: Group, base: Rows, ours: Rows, photos: Tensor
         count = min(SHOWN, max(len(order) // 2, 1))
         best, worst = order[:count], order[count:][::-1][:count]
     shown = {name: cards(stages, group, rows, base, ours, scores) for name, rows in (("best", best), ("worst", worst))}
-    return {"ranked_by": ranked_by, "photos": photos, **shown}
+    return {"ranked_by": ranked_by, "photos": None if photos is None else shrunk(photos), **shown}
 
 
 def cards(
@@ -45,14 +46,10 @@ def cards(
     """What a report says of some samples."""
     if not rows:
         return []
-    pairs = zip(stages.images(base, list(rows)), stages.images(ours, list(rows)), strict=True)
+    theirs, mine = (shrunk(stages.images(one, list(rows))) for one in (base, ours))
+    scored = [None] * len(rows) if scores is None else scores[list(rows)].tolist()
+    said = zip(group.plain(rows), group.seeds(rows), scored, theirs, mine, strict=True)
     return [
-        {
-            "prompt": plain(group.prompts[i % len(group.prompts)], group.superclass),
-            "seed": group.first + i,
-            "score": None if scores is None else scores[i].item(),
-            "base": theirs,
-            "ours": mine,
-        }
-        for i, (theirs, mine) in zip(rows, pairs, strict=True)
+        {"prompt": prompt, "seed": seed, "score": score, "base": without, "ours": having}
+        for prompt, seed, score, without, having in said
     ]

@@ -16,7 +16,7 @@ def write(out: str | Path, measured: Measured) -> Path:
     Raises:
         UserError: the folder cannot be written.
     """
-    out, drawn = Path(out), plots(measured.results)
+    out, drawn = Path(out), plots(measured.groups)
     text = json.dumps({"date": now()} | measured.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_file(out / JSON, text.encode())
     for name, svg in drawn.items():

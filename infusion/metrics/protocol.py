@@ -81,9 +81,8 @@ class Protocol:
 
     @classmethod
     def of(cls, architecture: str) -> Self:
-        """The usual one of an architecture, such as "sd15"."""
-        own = FOLDER / f"{architecture}.yaml"
-        return cls.load(own if (ROOT / own).is_file() else FOLDER / "stable_diffusion.yaml")
+        """The usual one of an architecture, such as "sd15"; see `usual_file`."""
+        return cls.load(usual_file(architecture))
 
     def as_dict(self) -> dict[str, object]:
         """The file's keys, for JSON."""
@@ -115,6 +114,12 @@ class Protocol:
         pairs = range(lcm(len(templates), len(nouns)))
         filled = [(templates[i % len(templates)], nouns[i % len(nouns)]) for i in pairs]
         return [article(template, word, noun).replace(word, noun) for template, noun in filled]
+
+
+def usual_file(architecture: str) -> Path:
+    """Of the usual protocol of an architecture, within the repository."""
+    own = FOLDER / f"{architecture}.yaml"
+    return own if (ROOT / own).is_file() else FOLDER / "stable_diffusion.yaml"
 
 
 def article(prompt: str, word: str, noun: str) -> str:

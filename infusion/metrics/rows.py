@@ -1,37 +1,13 @@
-"""Results as a page has them: gathered by method, in tables of text, and in sentences."""
+"""Figures as a page has them: in tables of text, and in sentences."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import floor, isfinite, log10
 
-from infusion.metrics.estimate import mean
-from infusion.metrics.table import READ_AGAINST
+from infusion.metrics.aggregate import READ_AGAINST, Figure, Group, figures_of
 from infusion.metrics.words import CONSTRUCTION, FAMILIES, METRICS
-from infusion.plots import colour_of
 from infusion.report import signed
 
-Result = Mapping[str, object]
-
-
-def by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results of each method, in the order of the first of each."""
-    methods: dict[str, list[Result]] = defaultdict(list)
-    for result in results:
-        methods[result["method"]].append(result)
-    return dict(methods)
-
-
-def name_of(method: str, results: Sequence[Result]) -> str:
-    """What a method's one result is called, or all of them together."""
-    return results[0]["label"] if len(results) == 1 else f"{method} ({len(results)})"
-
-
-def gathered(figures: Sequence[Mapping[str, float | None]]) -> tuple[float, float]:
-    """Value and standard error: of one figure its own, of several their mean and its error across them."""
-    if len(figures) == 1:
-        return figures[0]["value"], figures[0]["stderr"] or 0.0
-    found = mean([figure["value"] for figure in figures])
-    return found.value, found.stderr
+ZERO = 1e-6  # below, a figure is 0 but for rounding
 
 
 def places_of(error: float | None, value: float, digits: int = 2) -> int:
@@ -40,77 +16,131 @@ def places_of(error: float | None, value: float, digits: int = 2) -> int:
     return 2 if not size or not isfinite(size) else min(max(digits - 1 - floor(log10(size)), 0), 6)
 
 
-def shown(metric: str, figure: Mapping[str, float | None], built: bool = False, digits: int = 2) -> dict[str, str]:
+def shown(metric: str, figure: Figure, built: bool = False, digits: int = 2) -> dict[str, str]:
     """A figure as text: `value`, and beside it `error`, its error or a remark ("" for neither)."""
     value, error = figure["value"], figure.get("stderr")
     if METRICS[metric].percent:
         decimals = 1 if error and error < 0.01 else 0
         value, error = (f"{100 * (number or 0):.{decimals}f} %" for number in (value, error))
         return {"value": value, "error": f"± {error}" if float(error[:-2]) else ""}
-    if abs(value) < 1e-6:
+    if abs(value) < ZERO:
         return {"value": "0", "error": "by construction" if built else ""}
     decimals = places_of(error, value, digits)
     return {"value": signed(f"{value:.{decimals}f}"), "error": f"± {error:.{decimals}f}" if error else ""}
 
 
-def families(results: Sequence[Result]) -> list[dict[str, object]]:
-    """Tables as the page shows them: each with columns (metrics) and rows (what they are read against, and results)."""
-    tables = []
+def briefly(metric: str, figure: Figure) -> str:
+    """A figure's value for a sentence: to two digits of its own, or to one of its error where that is fewer."""
+    value, error = figure["value"], figure["stderr"]
+    places = min(places_of(error, value, 1), max(places_of(None, value, 1), 2))
+    return signed(f"{value:.{places}f}")
+
+
+def families(groups: Sequence[Group]) -> list[dict[str, object]]:
+    """Tables as the page shows them, each of the metrics of a family that there are.
+
+    Returns:
+        Of each `question`, `text`, `terms`; `columns`; `rows`, what the metrics are read against, and the groups;
+        `runs`, rows of all runs, none where no group has more than one; and `differences`, see there.
+    """
+    everything, tables = figures_of([result for group in groups for result in group.results]), []
     for family in FAMILIES:
-        metrics = [name for name in family.metrics if any(name in result["figures"] for result in results)]
+        metrics = [name for name in family.metrics if name in everything]
         if metrics:
-            rows = [*against_rows(results, metrics), *method_rows(results, metrics)]
-            columns = [{"name": name, "title": METRICS[name].title, "better": METRICS[name].better} for name in metrics]
+            columns = [{"title": METRICS[name].title, "better": METRICS[name].better} for name in metrics]
             terms = [{"title": METRICS[name].title, "text": METRICS[name].text} for name in metrics]
-            said = {"question": family.question, "text": family.text, "terms": terms}
-            tables.append(said | {"columns": columns, "rows": rows})
+            table = {"question": family.question, "text": family.text, "terms": terms, "columns": columns}
+            table |= {"rows": [*against_rows(everything, metrics), *group_rows(groups, metrics)]}
+            tables.append(table | {"runs": run_rows(groups, metrics), "differences": differences(groups, metrics)})
     return tables
 
 
-def against_rows(results: Sequence[Result], metrics: Sequence[str]) -> list[dict[str, object]]:
-    """Base model, floor and ceiling; where results differ in them, as with several concepts, their mean."""
+def against_rows(figures: Mapping[str, Figure], metrics: Sequence[str]) -> list[dict[str, object]]:
+    """Base model, floor and ceiling, of all results together."""
     rows = []
     for which in READ_AGAINST:
-        cells = []
-        for metric in metrics:
-            found = [result["figures"][metric].get(which) for result in results if metric in result["figures"]]
-            found = [figure for figure in found if figure]
-            same = len({figure["value"] for figure in found}) == 1
-            value, error = gathered(found[:1] if same else found) if found else (None, None)
-            cells.append(shown(metric, {"value": value, "stderr": error}) if found else None)
-        if any(cells):
-            titles = {METRICS[m].ceiling for m, cell in zip(metrics, cells, strict=True) if cell}
-            name = {"base": "base model", "floor": "floor", "ceiling": ", ".join(sorted(titles))}[which]
-            rows.append({"label": name, "colour": "", "cells": cells, "kind": which})
+        known = {metric: figures[metric][which] for metric in metrics if which in figures[metric]}
+        titles = ", ".join(sorted({METRICS[metric].ceiling for metric in known}))
+        label = {"base": "base model", "floor": "floor", "ceiling": titles}[which]
+        rows += [row("against", label, known, metrics)] if known else []
     return rows
 
 
-def method_rows(results: Sequence[Result], metrics: Sequence[str]) -> list[dict[str, object]]:
-    rows = []
-    for method, own in by_method(results).items():
-        for result in own:
-            cells = []
-            for metric in metrics:
-                figure = result["figures"].get(metric)
-                built = result["anchored"] and metric in CONSTRUCTION and figure and abs(figure["value"]) < 1e-6
-                cells.append(shown(metric, figure, bool(built)) if figure else None)
-            rows.append({"label": result["label"], "colour": colour_of(method), "cells": cells, "kind": "one"})
-        if len(own) > 1:
-            cells = []
-            for metric in metrics:
-                found = [result["figures"][metric] for result in own if metric in result["figures"]]
-                value, error = gathered(found) if found else (None, None)
-                cells.append(shown(metric, {"value": value, "stderr": error}) if found else None)
-            rows.append({"label": f"{method}, mean", "colour": colour_of(method), "cells": cells, "kind": "mean"})
-    return rows
+def group_rows(groups: Sequence[Group], metrics: Sequence[str]) -> list[dict[str, object]]:
+    return [row("group", one.label, one.figures, metrics, one.colour, size_of(one), one.anchored) for one in groups]
 
 
-def verdict(result: Result) -> str:
-    """What the figures of one concept say, in a few sentences."""
-    figures, said = result["figures"], []
+def run_rows(groups: Sequence[Group], metrics: Sequence[str]) -> list[dict[str, object]]:
+    if all(len(group.results) == 1 for group in groups):
+        return []
+    runs = [(group, result) for group in groups for result in group.results]
+    return [
+        row("run", result["label"], result["figures"], metrics, group.colour, anchored=result["anchored"])
+        for group, result in runs
+    ]
+
+
+def row(
+    kind: str,
+    label: str,
+    figures: Mapping[str, Figure],
+    metrics: Sequence[str],
+    colour: str = "",
+    note: str = "",
+    anchored: bool = False,
+) -> dict[str, object]:
+    """A row of a table: a cell for each of the metrics, None for those that are not known."""
+    cells = [
+        shown(name, figures[name], anchored and name in CONSTRUCTION) if name in figures else None for name in metrics
+    ]
+    return {"kind": kind, "label": label, "note": note, "colour": colour, "cells": cells}
+
+
+def size_of(group: Group) -> str:
+    """Such as "15 runs, 5 concepts"; "" for one run."""
+    return f"{len(group.results)} runs, {counted(len(group.concepts), 'concept')}" if len(group.results) > 1 else ""
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
+
+
+def differences(groups: Sequence[Group], metrics: Sequence[str]) -> list[dict[str, object]]:
+    """How each group differs from the first; groups for which no interval is known are left out.
+
+    Returns:
+        Of each `label`, `colour` and `beyond`: what there is to say of the metrics whose interval leaves 0 out.
+    """
+    said = []
+    for group in groups:
+        found = {name: group.figures.get(name, {}).get("difference") for name in metrics}
+        known = {name: figure for name, figure in found.items() if figure and figure["low"] is not None}
+        if known:
+            beyond = [in_words(name, figure) for name, figure in known.items() if differs(figure)]
+            said.append({"label": group.label, "colour": group.colour, "beyond": beyond})
+    return said
+
+
+def differs(figure: Figure) -> bool:
+    """Whether a difference is beyond chance, and more than rounding."""
+    return abs(figure["value"]) >= ZERO and (figure["low"] > 0 or figure["high"] < 0)
+
+
+def in_words(metric: str, figure: Figure) -> str:
+    """A difference whose interval leaves 0 out: "drift: higher by 0.12 (0.05 to 0.19)"; shares in percentage points."""
+    scale, unit = (100, " points") if METRICS[metric].percent else (1, "")
+    low, value, high = sorted(abs(scale * figure[name]) for name in ("low", "value", "high"))
+    decimals = places_of(scale * figure["stderr"], value)
+    way = "higher" if figure["value"] > 0 else "lower"
+    return f"{METRICS[metric].title}: {way} by {value:.{decimals}f}{unit} ({low:.{decimals}f} to {high:.{decimals}f})"
+
+
+def verdict(group: Group) -> str:
+    """What the figures of a group say, in a few sentences."""
+    figures, said = group.figures, []
 
     def text(name: str, which: str | None = None) -> str:
-        return shown(name, figures[name][which] if which else figures[name], digits=1)["value"]
+        return briefly(name, figures[name][which] if which else figures[name])
 
     fidelity = next((name for name in ("dino", "clip_i") if name in figures), None)
     if fidelity:
@@ -122,7 +152,7 @@ def verdict(result: Result) -> str:
         said.append(f"Agreement with the prompt goes from {text('clip_t', 'base')} to {text('clip_t')}.")
     if "lfd_context" in figures:
         said.append(f"Around the concept, predictions change by {text('lfd_context')}.")
-    if result["anchored"]:
+    if group.anchored:
         said.append("Prompts without the concept give the untouched model’s pictures, by construction.")
     elif "drift" in figures:
         said.append(f"Pictures of prompts without the concept drift by {text('drift')}.")

@@ -4,7 +4,7 @@ Row i of a group has its i-th prompt, going round, and the seed `options.seed + 
 concept: samples are compared pair by pair, and methods on common random numbers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
@@ -42,13 +42,13 @@ class Group:
     superclass: str
     first: int
 
-    def templates(self, rows: range) -> list[str]:
+    def templates(self, rows: Sequence[int]) -> list[str]:
         return [self.prompts[i % len(self.prompts)] for i in rows]
 
-    def plain(self, rows: range) -> list[str]:
+    def plain(self, rows: Sequence[int]) -> list[str]:
         return [plain(template, self.superclass) for template in self.templates(rows)]
 
-    def seeds(self, rows: range) -> list[int]:
+    def seeds(self, rows: Sequence[int]) -> list[int]:
         return [self.first + i for i in rows]
 
 

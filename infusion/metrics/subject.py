@@ -65,6 +65,7 @@ class Subject:
         photos: of the concept, (P, 3, H, W) in [0, 1]; None where there are none.
         photos_from: the folder of these.
         exact: what can be said exactly; None where nothing can.
+        group: the results that it is gathered with; "" is its method's.
     """
 
     label: str
@@ -72,6 +73,7 @@ class Subject:
     photos: Tensor | None = None
     photos_from: str = ""
     exact: ExactMeasures | None = None
+    group: str = ""
 
     @property
     def last(self) -> Checkpoint:
@@ -95,6 +97,7 @@ class Subject:
         concept = self.concept
         return {
             "method": concept.method,
+            "group": self.group or concept.method,
             "superclass": concept.superclass,
             "noun": concept.noun,
             "training_steps": concept.steps,
@@ -130,29 +133,32 @@ def concept_files(path: str | Path) -> list[Path]:
     return files
 
 
-def load_subjects(paths: Sequence[str], labels: Sequence[str] | None = None) -> list[Subject]:
+def load_subjects(
+    paths: Sequence[str], labels: Sequence[str] | None = None, groups: Sequence[str] | None = None
+) -> list[Subject]:
     """Concept files and run folders; a label is by default the name of the run folder or of the file.
 
     Raises:
-        ValueError: a file that `Concept.load` refuses, not one label for each, or one label twice.
+        ValueError: a file that `Concept.load` refuses, not one label or group for each, or one label twice.
     """
-    if labels is not None and len(labels) != len(paths):
-        raise ValueError(f"--labels: {len(labels)} for {len(paths)} of --personalized_ckpt")
+    for flag, given in (("labels", labels), ("groups", groups)):
+        if given is not None and len(given) != len(paths):
+            raise ValueError(f"--{flag}: {len(given)} for {len(paths)} of --personalized_ckpt; give one for each")
     names = [_name(find(path)) for path in paths] if labels is None else list(labels)
     if double := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--labels: two are called {double[0]!r}; give each a name of its own")
+    groups = [""] * len(paths) if groups is None else groups
     return [
-        Subject(name, tuple(Checkpoint.load(file) for file in concept_files(path)))
-        for name, path in zip(names, paths, strict=True)
+        Subject(name, tuple(Checkpoint.load(file) for file in concept_files(path)), group=group)
+        for name, path, group in zip(names, paths, groups, strict=True)
     ]
 
 
 def _name(path: Path) -> str:
-    """`RUN` and `RUN/models/step=….safetensors` are called after the run, any other file after itself."""
+    """A run folder and the files of its models/ are called after the run, any other file after itself."""
     if path.is_dir():
         return path.resolve().name
-    in_run = path.parent.name == "models" and path.match(RUN)
-    return path.resolve().parent.parent.name if in_run else path.stem
+    return path.resolve().parent.parent.name if path.resolve().parent.name == "models" else path.stem
 
 
 def fingerprint(images: Tensor) -> str:

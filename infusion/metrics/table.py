@@ -5,15 +5,16 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from infusion.metrics.aggregate import READ_AGAINST, Group, groups_of
 from ldm.errors import UserError
 
 FORMAT, VERSION = "infusion-metrics", 1
 JSON, CSV, REPORT, PLOTS, CACHE = "metrics.json", "metrics.csv", "report.html", "plots", "cache"
-READ_AGAINST = ("base", "floor", "ceiling")
-COLUMNS = ("label", "method", "superclass", "training_steps", "training_seed", "metric", "value", "stderr", "n", "low",
-           "high", *READ_AGAINST)  # fmt: skip
+COLUMNS = ("label", "group", "method", "superclass", "training_steps", "training_seed", "metric", "value", "stderr",
+           "n", "low", "high", *READ_AGAINST)  # fmt: skip
 FREE = ("metrics", "batch_size")  # settings that change no figure
 
 
@@ -41,6 +42,10 @@ class Measured:
         if double := [label for label in labels if labels.count(label) > 1]:
             raise ValueError(f"two results are called {double[0]!r}: give each a label of its own")
 
+    @cached_property
+    def groups(self) -> list[Group]:
+        return groups_of(self.results)
+
     def as_dict(self) -> dict[str, object]:
         """What `metrics.json` holds but for the date: the same for the same results."""
         methods = {
@@ -48,7 +53,8 @@ class Measured:
             for result in self.results
         }
         said = {"format": FORMAT, "version": VERSION, "command": self.command, "settings": dict(self.settings)}
-        return said | {"files": dict(self.files), "methods": methods}
+        groups = {group.name: group.figures for group in self.groups}
+        return said | {"files": dict(self.files), "groups": groups, "methods": methods}
 
 
 def check_folder(out: Path, subjects: Mapping[str, str], settings: Mapping[str, object]) -> None:

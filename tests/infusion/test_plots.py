@@ -1,7 +1,7 @@
 import re
 
 from infusion.methods import method_names
-from infusion.plots import PALETTE, Point, Series, colour_of, curves, inline, plane
+from infusion.plots import GREY, PALETTE, Point, Series, colours, curves, inline, plane
 
 POINTS = [
     Series("lora", "#2f7fc4", (Point(0.3, 0.5, 0.02, 0.03),)),
@@ -10,9 +10,18 @@ POINTS = [
 
 
 def test_a_method_keeps_its_colour():
-    colours = [colour_of(name) for name in method_names()]
-    assert len(set(colours)) == len(colours) and set(colours) <= set(PALETTE)
-    assert colour_of("something new") in PALETTE
+    methods = colours(method_names())
+    assert len(set(methods.values())) == len(methods) and set(methods.values()) <= set(PALETTE)
+    some = colours(["hard gate", "lora", "no mask"])
+    assert some["lora"] == methods["lora"] and set(some.values()) <= set(PALETTE)
+
+
+def test_no_two_names_share_a_colour():
+    names = [*method_names(), *(f"ablation {i}" for i in range(40))]
+    found = colours(names)
+    assert list(found) == names and len(set(found.values())) == len(names) and GREY not in found.values()
+    assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in found.values())
+    assert colours(names[::-1])["lora"] == found["lora"]
 
 
 def test_a_plane_names_its_points_and_levels():
@@ -31,6 +40,16 @@ def test_names_do_not_cover_each_other():
     for i, (x, y) in enumerate(places):
         for u, v in places[:i]:
             assert abs(float(x) - float(u)) > 40 or abs(float(y) - float(v)) > 9
+
+
+def test_a_name_keeps_clear_of_bars():
+    wide = Series("wide", "#2f7fc4", (Point(0.5, 0.5, x_error=0.2),))
+    near, corner = Series("near", "#2f9e73", (Point(0.5, 0.46),)), Series("corner", "#7a828f", (Point(0, 0),))
+    svg = plane([wide, near, corner], "x", "y")  # just above its point, the name would lie on the bar
+    (name,) = re.findall(r"translate\([\d.]+ ([\d.]+)\)[^>]*>near|y=\"([\d.]+)\"[^>]*>near", svg)
+    (bar,) = set(re.findall(r'd="M [\d.]+ ([\d.]+) \nL [\d.]+ \1 [^>]*stroke: #2f7fc4', svg))
+    baseline = float("".join(name))
+    assert not baseline - 10 < float(bar) < baseline + 2
 
 
 def test_in_a_page_it_takes_the_pages_colours():

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +68,24 @@ def run(wide, concepts, tmp_path):
     return start
 
 
+def test_two_processes_give_the_results_of_one(run, wide, concepts, tmp_path):
+    """Rows of samples, errors and features are made by both; one writes."""
+    flags = ["--metrics", "lfd,w2,drift", "--clip", "pocket", "--clipseg", "pocket", "--batch_size", "1"]
+    alone, both = results(run(*flags)), tmp_path / "both"
+    command = [ROOT / "scripts/metrics.py", "--config", wide, *FAST, *flags, "--out", both, "--devices", "2"]
+    command += ["--personalized_ckpt", f"{concepts}/ours,{concepts}/theirs.safetensors"]
+    command += ["--protocol", tmp_path / "protocol.yaml"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    shared = results(both)
+    assert alone.pop("command") != shared.pop("command") and shared == alone
+    assert done.stderr.count("open ") == 1
+    for file in (tmp_path / "out/cache").glob("*.safetensors"):
+        one, two = load_file(file), load_file(both / "cache" / file.name)
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def results(out: Path) -> dict:
     said = json.loads((out / "metrics.json").read_text())
     assert said.pop("date")
@@ -106,8 +127,22 @@ def test_some_metrics_names_and_a_cache_elsewhere(run, tmp_path):
     said = results(run(*flags))
     assert list(said["methods"]) == ["first", "second"] and set(said["files"]) == {"base", "clip"}
     assert [set(about["figures"]) for about in said["methods"].values()] == [{"drift"}] * 2
-    assert said["settings"]["protocol"]["nouns"] == ["owl", "bee"] and list((tmp_path / "rows").iterdir())
+    (prompts,) = said["settings"]["protocols"].values()
+    assert prompts["nouns"] == ["owl", "bee"] and list((tmp_path / "rows").iterdir())
     assert not (tmp_path / "out/cache").exists()
+
+
+def test_prompts_of_each_concept_s_own(run, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(PROTOCOL.replace("on grass on the left", "on water"))
+    said = results(run("--metrics", "clip_t", "--protocol", f"{tmp_path}/protocol.yaml,{other}"))
+    ours, theirs = said["methods"].values()
+    assert [Path(about["protocol"]).name for about in (ours, theirs)] == ["protocol.yaml", "other.yaml"]
+    assert said["settings"]["protocols"][str(other)]["concept"][0] == "a photo of a {} on water"
+    bases = [about["figures"]["clip_t"]["base"]["value"] for about in (ours, theirs)]
+    assert bases[0] != bases[1]  # the untouched model's own, of other prompts
+    page = (tmp_path / "out/report.html").read_text()
+    assert "a photo of a {} on water" in page and "a photo of a {} on grass on the left" in page
 
 
 @pytest.mark.parametrize(
@@ -129,6 +164,8 @@ def test_some_metrics_names_and_a_cache_elsewhere(run, tmp_path):
         (["--protocol", "nowhere.yaml"], "nowhere.yaml: no such config file"),
         (["--curve", "context,all"], "--curve: there is no group `all`"),
         (["--labels", "one"], "--labels: 1 for 2"),
+        (["--groups", "one"], "--groups: 1 for 2"),
+        (["--protocol", "a,b,c"], "--protocol: give one for all or one for each of 2, not 3"),
         (["--personalized_ckpt", "nowhere.safetensors"], "nowhere.safetensors: there is no such concept file"),
         (["--config", "configs/backbone/sd15.yaml", "--ckpt", "nowhere"], "nowhere"),
     ],

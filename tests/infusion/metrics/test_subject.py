@@ -7,6 +7,7 @@ from infusion.concept import Concept
 from infusion.gate import Gate
 from infusion.metrics.subject import Checkpoint, Subject, concept_files, load_subjects
 from ldm.checkpoint import sha256
+from scripts.metrics import main
 
 CONCEPT = Concept({"layer": torch.ones(3)}, "cat", ("a {}",), "tiny", steps=7, date="then")
 
@@ -39,6 +40,17 @@ def test_labels(run, tmp_path):
         load_subjects(paths, ["a"])
     with pytest.raises(ValueError, match="--labels: two are called 'dog'"):
         load_subjects([paths[1], paths[1]])
+
+
+def test_groups(run, tmp_path, capsys):
+    CONCEPT.save(tmp_path / "dog.safetensors")
+    paths = [str(run), str(tmp_path / "dog.safetensors")]
+    assert [one.about()["group"] for one in load_subjects(paths)] == ["infusion", "infusion"]  # the method
+    assert [one.about()["group"] for one in load_subjects(paths, groups=["a", "b"])] == ["a", "b"]
+    with pytest.raises(SystemExit) as stop:
+        main(["--personalized_ckpt", ",".join(paths), "--groups", "a,b,c", "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    assert capsys.readouterr().err == "error: --groups: 3 for 2 of --personalized_ckpt; give one for each\n"
 
 
 def test_what_is_no_concept(tmp_path):

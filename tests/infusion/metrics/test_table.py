@@ -7,7 +7,7 @@ import pytest
 from infusion.metrics.output import write
 from infusion.metrics.table import Measured, check_folder, table
 from ldm.errors import UserError
-from tests.infusion.metrics.test_page import result
+from tests.infusion.metrics.test_page import figure, result
 
 SETTINGS = {"metrics": ["lfd"], "samples": 4}
 
@@ -28,6 +28,24 @@ def test_everything_is_written(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_groups_have_figures_of_their_own_beside_the_runs():
+    dog, car = (result(name, world_concept=name) for name in ("dog", "car"))
+    dog["figures"]["clip_i"] = figure(0.5, base=figure(0.2), ceiling=figure(0.6))
+    other = result("dog, other", "lora", world_concept="dog")
+    said = measured(dog, car, other).as_dict()
+    assert list(said["methods"]) == ["dog", "car", "dog, other"] and list(said["groups"]) == ["dreambooth", "lora"]
+    assert said["methods"]["car"]["group"] == "dreambooth"
+    first, second = said["groups"].values()
+    assert set(first) == set(dog["figures"])
+    against = {name: first["clip_i"].pop(name) for name in ("base", "ceiling")}
+    assert first["clip_i"] == pytest.approx({"value": 0.4, "stderr": 0.1, "n": 2, "concepts": 2})
+    assert against["base"] == pytest.approx({"value": 0.15, "stderr": 0.05, "n": 2, "concepts": 2})
+    assert second["clip_i"]["difference"] == pytest.approx(
+        {"value": -0.2, "stderr": None, "low": None, "high": None, "n": 1, "concepts": 1}
+    )
+    json.dumps(said["groups"], allow_nan=False)
+
+
 def test_the_same_results_are_the_same_bytes_but_for_the_date(tmp_path):
     texts = []
     for name in ("a", "b"):
@@ -43,6 +61,7 @@ def test_csv_has_a_line_for_each_figure():
     rows = list(csv.DictReader(io.StringIO(table([result(), result("dog", "lora")]))))
     assert len(rows) == 2 * len(result()["figures"])
     line = next(row for row in rows if row["label"] == "dog" and row["metric"] == "w2_clip")
+    assert line["group"] == "lora"
     assert (line["method"], line["value"], line["low"], line["floor"], line["base"]) == (
         "lora",
         "1.0",
