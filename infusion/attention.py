@@ -1,4 +1,4 @@
-"""The two streams: a foundation pass that records its attention, and a customised pass that is steered by it.
+"""The two streams: foundation rows whose attention is recorded, and customised rows that are steered by it.
 
 Legend for shapes: B batch, N image tokens, L text tokens, K concepts, H heads, D head width, C = H·D.
 
@@ -40,14 +40,32 @@ class CustomisedPass(Context):
     Attributes:
         tape: as a foundation pass of the same text, latents and timesteps left it.
         strengths: (K,), the factor on each concept's residual.
-        rows: which rows of the foundation pass this pass continues, (B,) indices; None is all of them.
-        regions: (K, h, w) in [0, 1], where in the latents each concept acts; None is everywhere.
     """
 
     tape: Tape
     strengths: Tensor
-    rows: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StackedPass(Context):
+    """Both streams in one pass: R foundation rows, and behind them customised rows that each follow one of these.
+
+    It is the same arithmetic as a foundation pass and a customised pass, in one call of the UNet; for sampling, where
+    no gradient has to be kept out of the foundation.
+
+    Attributes:
+        gates: (B, K, L), of the last B foundation rows; those before them, the unconditional ones, have no concept.
+        rows: (A,), which of the B rows each customised row follows.
+        strengths: (K,), the factor on each concept's residual.
+        regions: (K, h, w) in [0, 1], where in the latents each concept acts; None is everywhere.
+        tape: gets the attention of every edited layer, B rows of it; None keeps nothing.
+    """
+
+    gates: Tensor
+    rows: Tensor
+    strengths: Tensor
     regions: Tensor | None = None
+    tape: Tape | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +78,7 @@ class OwnPass(Context):
         gates: (B, K, L).
         tape: filled by the pass, detached, for the record alone.
         strengths: (K,).
-        regions: as of a customised pass.
+        regions: as of a stacked pass.
     """
 
     gates: Tensor
@@ -100,6 +118,7 @@ class EditedCrossAttention(nn.Module):
     - plain `Context`: the base layer, exactly.
     - `FoundationPass`: the base layer's output; its attention goes on the tape.
     - `CustomisedPass`: the taped output plus the gated residuals; no query, no softmax.
+    - `StackedPass`: the former for the first rows, the latter for the others.
     - `OwnPass`: the same sum, over attention computed here.
 
     Nothing is kept on the module between calls.
@@ -128,10 +147,15 @@ class EditedCrossAttention(nn.Module):
         elif isinstance(context, CustomisedPass):
             if self.name not in context.tape:
                 raise ValueError(f"nothing on the tape for {self.name}: a customised pass follows a foundation pass")
-            out, mass = context.tape[self.name]
-            if context.rows is not None:
-                out, mass = out[context.rows], mass[context.rows]
-            out = self.blend(out, mass, context.strengths, context.regions)
+            out = self.blend(*context.tape[self.name], context.strengths)
+        elif isinstance(context, StackedPass):
+            first = len(x) - len(context.rows)
+            out, mass = self.attend(x[:first], context.text[:first], context.gates)
+            conditional = out[first - len(mass) :]
+            if context.tape is not None:
+                context.tape[self.name] = conditional, mass
+            followed = conditional[context.rows], mass[context.rows]
+            out = torch.cat([out, self.blend(*followed, context.strengths, context.regions)])
         elif isinstance(context, OwnPass):
             out, mass = self.attend(x, context.text, context.gates, self.keys(context))
             context.tape[self.name] = out.detach(), mass.detach()
@@ -148,18 +172,18 @@ class EditedCrossAttention(nn.Module):
         a per cent of a UNet call's arithmetic on SD 1.5), but change the rounding of the output.
 
         Args:
-            x: (B, N, query_dim); text: (B, L, context_dim); gates: (B, K, L).
-            keys: what is added to the text's keys, (B, L, C); None is nothing.
+            x: (R, N, query_dim); text: (R, L, context_dim); gates: (B, K, L), of the last B rows.
+            keys: what is added to the text's keys, (R, L, C); None is nothing.
 
         Returns:
-            (B, N, C) before to_out, and (B, K, H, N).
+            (R, N, C) before to_out, and (B, K, H, N).
         """
-        base, concepts = self.base, gates.shape[1]
+        base, (gated, concepts, _) = self.base, gates.shape
         keyed = base.to_k(text) if keys is None else base.to_k(text) + keys
         q, k, v = base.split(base.to_q(x)), base.split(keyed), base.split(base.to_v(text))  # (B, H, N|L, D)
         out = base.merge(base.attend(q, k, v))
         values = F.pad(gates.to(v.dtype).mT, (0, max(0, base.dim_head - concepts)))  # (B, L, D): fused kernels want D
-        mass = base.attend(q, k, values[:, None].expand(-1, base.heads, -1, -1))  # (B, H, N, D)
+        mass = base.attend(q[-gated:], k[-gated:], values[:, None].expand(-1, base.heads, -1, -1))  # (B, H, N, D)
         return out, mass[..., :concepts].permute(0, 3, 1, 2)
 
     def keys(self, context: OwnPass) -> Tensor | None:

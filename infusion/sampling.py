@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infusion.attention import CustomisedPass, FoundationPass, OwnPass, Tape
+from infusion.attention import OwnPass, StackedPass, Tape
 from infusion.concept import Concept
 from infusion.encode import encode, own_embeddings
 from infusion.gate import IDENTITY, fingerprint
@@ -26,9 +26,9 @@ BETA, TAU = 0.7, 0.15  # the gate when sampling; training uses 0.75 and 0.1
 class Customised:
     """Classifier-free guidance towards prompts with concepts in them; a denoiser for `ldm.sampler.sample`.
 
-    With the foundation's attention, three rows per image in two UNet calls: unconditional and foundation, then
-    customised. An image without a concept needs no third row; a scale of 1 needs no first. Concepts with attention
-    "own" take one call. The UNet is edited inside the `with` only:
+    With the foundation's attention, three rows per image in one UNet call: unconditional, foundation, customised. An
+    image without a concept needs no third row; a scale of 1 needs no first. Concepts with attention "own" take two. The
+    UNet is edited inside the `with` only:
 
         with Customised(sd, [concept], ["a photo of a {}"], "", scale=7.5) as denoise:
             latents = sample(denoise, sd.schedule.scheduler("ddim"), noise, steps=50)
@@ -122,6 +122,7 @@ class Customised:
         self.strengths = strengths[self.owners]  # (R,)
         acting = gates * (self.strengths != 0)[:, None]
         self.active = acting.flatten(1).any(1).nonzero().flatten()  # images with terms in them
+        self.customised = self.active[:0] if self.own else self.active  # those with a row behind the others
         self._stack = ExitStack()
 
     def __enter__(self) -> "Customised":
@@ -148,19 +149,13 @@ class Customised:
         if len(latents) != self.rows:
             raise ValueError(f"{len(latents)} latents for {self.rows} prompts")
         guided = len(self.text) - self.rows  # how many unconditional rows come first
-        inputs, timesteps = latents.to(self.text.dtype), timestep.expand(self.rows)
-        copies = 2 if guided else 1
         tape: Tape = {}
-        regions = weights(self.regions, self.concepts, latents.shape[2:])  # (K, h, w)
-        regions = None if regions is None else regions[self.owners].to(self.text.device)
-        context = self._context(tape, regions)
-        prediction = self.unet(inputs.repeat(copies, 1, 1, 1), timesteps.repeat(copies), context).to(latents.dtype)
-        conditional = prediction[guided:]
-        if len(self.active) and not self.own:
-            rows = self.active
-            context = CustomisedPass(self.text[guided + rows], tape, self.strengths, guided + rows, regions)
-            customised = self.unet(inputs[rows], timesteps[rows], context).to(latents.dtype)
-            conditional = conditional.index_copy(0, rows, customised)
+        copies = 2 if guided else 1
+        rows = torch.cat([torch.arange(self.rows, device=latents.device).repeat(copies), self.customised])
+        context = self._context(tape, latents.shape[2:])
+        prediction = self.unet(latents.to(self.text.dtype)[rows], timestep.expand(self.rows)[rows], context)
+        prediction, customised = prediction.to(latents.dtype).split([len(self.text), len(self.customised)])
+        conditional = prediction[guided:].index_copy(0, self.customised, customised)
         self._record(tape, latents.shape[2:])
         if not guided:
             return conditional
@@ -181,12 +176,17 @@ class Customised:
             raise ValueError("no attention maps: construct with map_grid=(rows, columns), and denoise first")
         return self._maps / self._calls
 
-    def _context(self, tape: Tape, regions: Tensor | None) -> Tensor | FoundationPass | OwnPass:
+    def _context(self, tape: Tape, size: torch.Size) -> Tensor | StackedPass | OwnPass:
         if not self.owners or not len(self.active) and self.map_grid is None:
             return self.text  # no term anywhere
+        regions = weights(self.regions, self.concepts, size)  # (K, h, w)
+        regions = None if regions is None else regions[self.owners].to(self.text.device)
         if self.own:
             return OwnPass(self.text, self.gates, tape, self.strengths, regions)
-        return FoundationPass(self.text, self.gates, tape)
+        conditional, gates = self.text[-self.rows :], self.gates[-self.rows :]
+        text = torch.cat([self.text, conditional[self.customised]])
+        kept = None if self.map_grid is None else tape
+        return StackedPass(text, gates, self.customised, self.strengths, regions, kept)
 
     def _record(self, tape: Tape, size: torch.Size) -> None:
         if self.map_grid is None or not self.owners:

@@ -12,6 +12,7 @@ from infusion.attention import (
     FoundationPass,
     OwnPass,
     ResidualValue,
+    StackedPass,
     residual_share,
 )
 from infusion.inject import cross_attention_layers, inject
@@ -158,12 +159,12 @@ def test_a_region_bounds_where_the_layers_change(own):
     strengths = torch.ones(2).double()
 
     def added(regions, strengths):
-        tape = {}
-        layer(x, FoundationPass(text, gates, tape))
-        context = CustomisedPass(text, tape, strengths, None, regions)
         if own:
-            context = OwnPass(text, gates, {}, strengths, regions)
-        return layer(x, context) - layer(x, Context(text))  # (B, N, C)
+            customised = layer(x, OwnPass(text, gates, {}, strengths, regions))
+        else:
+            context = StackedPass(torch.cat([text, text]), gates, torch.arange(2), strengths, regions)
+            customised = layer(torch.cat([x, x]), context)[2:]
+        return customised - layer(x, Context(text))  # (B, N, C)
 
     first, second = torch.eye(2).double()
     whole, bounded = added(None, first), added(regions, first)
@@ -228,16 +229,22 @@ def test_concepts_add_up_and_commute():
     torch.testing.assert_close(first, swapped)
 
 
-def test_rows_pick_from_the_tape():
-    rows = torch.tensor([2, 0])
+def test_stacked_rows_are_the_two_passes():
+    """Three foundation rows, the first without gates; behind them customised rows that follow the third and second."""
     unet, edits = edited_unet()
     randomise(edits)
     latents, timesteps, text, gates = inputs(3)
-    tape = {}
-    unet(latents, timesteps, FoundationPass(text, gates, tape))
-    whole = unet(latents, timesteps, CustomisedPass(text, tape, torch.ones(1)))
-    some = unet(latents[rows], timesteps[rows], CustomisedPass(text[rows], tape, torch.ones(1), rows))
-    torch.testing.assert_close(some, whole[rows])
+    tape, stacked = {}, {}
+    foundation = unet(latents, timesteps, FoundationPass(text, gates, tape))
+    customised = unet(latents, timesteps, CustomisedPass(text, tape, torch.full((1,), 0.7)))
+    rows = torch.tensor([0, 1, 2, 2, 1])
+    context = StackedPass(text[rows], gates[1:], rows[3:] - 1, torch.full((1,), 0.7), None, stacked)
+    together = unet(latents[rows], timesteps[rows], context)
+    torch.testing.assert_close(together, torch.cat([foundation, customised[rows[3:]]]))
+    for name, (out, mass) in tape.items():
+        torch.testing.assert_close(stacked[name], (out[1:], mass[1:]))
+    context = StackedPass(text, gates, rows[:0], torch.ones(1))
+    torch.testing.assert_close(unet(latents, timesteps, context), foundation)
 
 
 def test_rows_without_a_gate_are_the_foundation():
