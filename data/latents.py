@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,7 @@ class LatentCache:
 
 
 class ConceptBatches(IterableDataset):
-    """Endless batches, drawn with replacement; batch i depends on (seed, rank, i) only.
+    """Endless batches, drawn with replacement; batch i depends on (seed, i) only, and each process has its part of it.
 
     Yields latents (B, C, h, w), mask (B, 1, h, w) where there are masks, and template (list of B); with images of the
     superclass, also such a batch of these, without masks and placeholders, as `prior`.
@@ -59,6 +60,7 @@ class ConceptBatches(IterableDataset):
         cache: what to draw from.
         templates: for each photo, the templates to draw from.
         flip_p: chance of the mirror image.
+        rank, world: which of how many processes; each has `batch_size` of the batch's `world · batch_size` samples.
         start: index of the first batch.
         prior: latents (N, C, h, w) of images of the superclass and their prompt.
     """
@@ -71,21 +73,23 @@ class ConceptBatches(IterableDataset):
         flip_p: float = 0.0,
         seed: int = 0,
         rank: int = 0,
+        world: int = 1,
         start: int = 0,
         prior: tuple[Tensor, str] | None = None,
     ) -> None:
         self.prior = prior
         self.cache, self.templates = cache, templates
         self.batch_size, self.flip_p = batch_size, flip_p
-        self.seed, self.rank, self.start = seed, rank, start
+        self.seed, self.rank, self.world, self.start = seed, rank, world, start
 
     def __iter__(self) -> Iterator[dict]:
-        index = self.start
+        index, whole = self.start, self.world * self.batch_size
+        part = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         while True:
-            rng = np.random.default_rng([self.seed, self.rank, index])
-            photos = rng.integers(len(self.templates), size=self.batch_size)
-            sides = (rng.random(self.batch_size) < self.flip_p).astype(int)
-            choices = rng.random(self.batch_size)
+            rng = np.random.default_rng([self.seed, 0, index])
+            photos = rng.integers(len(self.templates), size=whole)[part]
+            sides = (rng.random(whole) < self.flip_p).astype(int)[part]
+            choices = rng.random(whole)[part]
             own = [self.templates[photo] for photo in photos]
             template = [options[int(choice * len(options))] for options, choice in zip(own, choices, strict=True)]
             batch: dict[str, Any] = {"latents": self.cache.latents[sides, photos], "template": template}
@@ -93,7 +97,7 @@ class ConceptBatches(IterableDataset):
                 batch["mask"] = self.cache.masks[sides, photos]
             if self.prior is not None:
                 latents, prompt = self.prior
-                chosen = rng.integers(len(latents), size=self.batch_size)
+                chosen = rng.integers(len(latents), size=whole)[part]
                 batch["prior"] = {"latents": latents[chosen], "template": [prompt] * self.batch_size}
             yield batch
             index += 1
@@ -155,10 +159,21 @@ class ConceptData(pl.LightningDataModule):
             vae = sd.vae.to(self.trainer.strategy.root_device)
             self.cache = LatentCache.encode(self.images, vae, flip=self.flip_p > 0)
             if self.prior is not None:
-                self.prior_latents = self.prior.latents(sd.to(self.trainer.strategy.root_device))
+                with self._one_first():
+                    self.prior_latents = self.prior.latents(sd.to(self.trainer.strategy.root_device))
+
+    @contextmanager
+    def _one_first(self) -> Iterator[None]:
+        """One process of a machine goes before the others: what it writes, they find."""
+        if self.trainer.local_rank:
+            self.trainer.strategy.barrier()
+        yield
+        if not self.trainer.local_rank:
+            self.trainer.strategy.barrier()
 
     def train_dataloader(self) -> DataLoader:
-        start = self.trainer.global_step * self.trainer.accumulate_grad_batches
-        draws = (self.batch_size, self.flip_p, self.seed, self.trainer.global_rank, start)
+        trainer = self.trainer
+        start = trainer.global_step * trainer.accumulate_grad_batches
+        draws = (self.batch_size, self.flip_p, self.seed, trainer.global_rank, trainer.world_size, start)
         prior = None if self.prior is None else (self.prior_latents, self.prior.prompt)
         return DataLoader(ConceptBatches(self.cache, self.templates, *draws, prior), batch_size=None)

@@ -27,8 +27,8 @@ class ConceptTrainer(pl.LightningModule):
 
     A batch is a dict: latents (B, 4, h, w), scaled; template, a list of B prompts with {} for the concept; mask
     (B, 1, h, w) in [0, 1], or no such key for a loss over the whole image; prior, where there are images of the
-    superclass to keep, another such dict without placeholders. Timesteps and noise depend on seed, step, batch and rank
-    alone, so a resumed run draws the same.
+    superclass to keep, another such dict without placeholders. Timesteps and noise depend on seed, step and batch
+    alone: a resumed run draws the same, and of several processes each takes its part of what one would draw.
 
     Args:
         sd: the base model, which is frozen.
@@ -111,8 +111,9 @@ class ConceptTrainer(pl.LightningModule):
     def denoising_loss(self, batch: Mapping[str, Any], generator: torch.Generator, tape: Tape) -> Tensor:
         """The masked loss of a batch, with timesteps and noise by the generator; fills the tape."""
         latents, schedule = batch["latents"], self.sd.schedule
-        timesteps = torch.randint(schedule.timesteps, (len(latents),), generator=generator).to(latents.device)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        whole, own = self._share(len(latents))
+        timesteps = torch.randint(schedule.timesteps, (whole,), generator=generator)[own].to(latents.device)
+        noise = torch.randn((whole, *latents.shape[1:]), generator=generator)[own].to(latents)
         text, gates = self.encode(batch["template"])
         noisy = schedule.add_noise(latents, noise, timesteps).to(text.dtype)
         prediction = self.method.predict(self.sd.unet, noisy, timesteps, text, gates, tape)
@@ -209,14 +210,24 @@ class ConceptTrainer(pl.LightningModule):
     def _encode(self, templates: Sequence[str]) -> tuple[Tensor, Tensor]:
         text, masks = encode(self.sd.text, templates, [self.noun], [self.tokens])  # (B, L, D), (B, 1, L)
         mask = masks[:, 0].to(text.device)
-        self.method.observe(self.tensors, text.detach(), mask)
+        self.method.observe(self.tensors, *(self._everyone(rows) for rows in (text.detach(), mask)))
         if self.edits and (self._target_input is None or self.tokens is not None):
             self._target_input = self.method.target(self.sd, self.tensors, self.superclass, self.templates)
         gates = self.method.gates(self.gate, text, mask, self._target_input, self.inverse_covariance)
         return text.to(self.sd.dtype), gates
 
+    def _share(self, rows: int) -> tuple[int, slice]:
+        """Rows of the batch of all processes, and which of them are this process's."""
+        world = 1 if self._trainer is None else self._trainer.world_size
+        return world * rows, slice(self.global_rank * rows, (self.global_rank + 1) * rows)
+
+    def _everyone(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, where every process encodes at every step: (B, …) -> (world · B, …)."""
+        together = self.tokens is not None and self._trainer is not None and self._trainer.world_size > 1
+        return self.all_gather(rows).flatten(0, 1) if together else rows
+
     def _generator(self, batch_idx: int, *which: int) -> torch.Generator:
-        entropy = (self.seed, self.global_step, batch_idx, self.global_rank, *which)
+        entropy = (self.seed, self.global_step, batch_idx, 0, *which)
         return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def _logs_now(self) -> bool:

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +94,37 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(entry, command, tmp_
     for name in first:
         assert torch.equal(first[name], second[name])
         assert not torch.equal(first[name], before[name])
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["infusion", *(pytest.param(name, marks=pytest.mark.slow) for name in ("perfusion", "custom_diffusion", "lora"))],
+)
+def test_two_processes_learn_what_one_learns_from_the_same_batches(entry, command, tmp_path, method):
+    """Two processes of batch 2 (gloo, started by Lightning's ddp) and one of batch 4, with accumulation."""
+    entry.write_text(entry.read_text().replace("method/infusion", f"method/{method}"))
+    flags = ["--base", entry, "-t", "callbacks.samples=null", "mask=none", "trainer.precision=32-true"]
+    if method == "custom_diffusion":
+        flags += [
+            "data.params.prior.params.count=3",
+            "data.params.prior.params.steps=1",
+            f"class_root={tmp_path}/class",
+        ]
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    command(*flags, "--logdir", alone, "batch_size=4")
+    words = [*flags, "--logdir", both, "--devices", "2", "--strategy", "ddp"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    program = [sys.executable, ROOT / "main.py", *words]
+    done = subprocess.run([str(word) for word in program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (load_file(run / "models/step=000004.safetensors") for run in (alone, both))
+    start = load_file(alone / "models/step=000002.safetensors")
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], atol=1e-5, rtol=1e-5)
+    assert any((first[name] - start[name]).abs().max() > 1e-4 for name in first)
+    assert sorted(path.name for path in (both / "models").iterdir()) == sorted(
+        path.name for path in (alone / "models").iterdir()
+    )
 
 
 def test_the_seed_decides(entry, command, tmp_path):

@@ -50,7 +50,7 @@ def test_overflow_is_not_trained_on(images, vae, monkeypatch):
         LatentCache.encode(images, vae, flip=False)
 
 
-def test_batches_depend_on_seed_rank_and_index_alone():
+def test_batches_depend_on_seed_and_index_alone():
     def draw(**options) -> list[tuple[list[float], list[str]]]:
         batches = ConceptBatches(counted(2, 5), [["a {}", "the {}"]] * 5, 6, **({"flip_p": 0.5, "seed": 1} | options))
         return [(batch["latents"].flatten().tolist(), batch["template"]) for batch in first(batches, 4)]
@@ -59,7 +59,20 @@ def test_batches_depend_on_seed_rank_and_index_alone():
     assert draw(start=2)[:2] == draw()[2:]
     assert draw()[0] != draw()[1]
     assert draw() != draw(seed=2)
-    assert draw() != draw(rank=1)
+
+
+def test_processes_share_what_one_would_draw():
+    templates = [["a {}", "the {}"]] * 5
+    prior = torch.arange(9.0).view(9, 1, 1, 1), "a dog"
+
+    def draw(rows: int, **options) -> list[dict]:
+        return first(ConceptBatches(counted(2, 5), templates, rows, 0.5, 1, prior=prior, **options), 3)
+
+    parts = zip(draw(2, rank=0, world=3), draw(2, rank=1, world=3), draw(2, rank=2, world=3), strict=True)
+    for whole, some in zip(draw(6), parts, strict=True):
+        assert torch.equal(whole["latents"], torch.cat([part["latents"] for part in some]))
+        assert whole["template"] == [template for part in some for template in part["template"]]
+        assert torch.equal(whole["prior"]["latents"], torch.cat([part["prior"]["latents"] for part in some]))
 
 
 def test_photos_sides_and_templates_are_drawn_as_often_as_they_should():
@@ -93,6 +106,8 @@ def attached(data: ConceptData, vae: AutoencoderKL, global_step: int = 0) -> Con
         global_step=global_step,
         accumulate_grad_batches=2,
         global_rank=0,
+        local_rank=0,
+        world_size=1,
     )
     data.setup("fit")
     return data
