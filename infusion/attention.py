@@ -40,10 +40,12 @@ class CustomisedPass(Context):
     Attributes:
         tape: as a foundation pass of the same text, latents and timesteps left it.
         strengths: (K,), the factor on each concept's residual.
+        chosen: (B,), which residual of a bank each row has, where the edits are banks (`infusion.many`).
     """
 
     tape: Tape
     strengths: Tensor
+    chosen: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +149,7 @@ class EditedCrossAttention(nn.Module):
         elif isinstance(context, CustomisedPass):
             if self.name not in context.tape:
                 raise ValueError(f"nothing on the tape for {self.name}: a customised pass follows a foundation pass")
-            out = self.blend(*context.tape[self.name], context.strengths)
+            out = self.blend(*context.tape[self.name], context.strengths, chosen=context.chosen)
         elif isinstance(context, StackedPass):
             first = len(x) - len(context.rows)
             out, mass = self.attend(x[:first], context.text[:first], context.gates)
@@ -194,16 +196,19 @@ class EditedCrossAttention(nn.Module):
         keys = torch.stack(keys) * context.strengths[:, None]  # (K, C)
         return torch.einsum("bkl,kc->blc", context.gates.to(keys), keys).to(context.text.dtype)
 
-    def blend(self, out: Tensor, mass: Tensor, strengths: Tensor, regions: Tensor | None = None) -> Tensor:
+    def blend(
+        self, out: Tensor, mass: Tensor, strengths: Tensor, regions: Tensor | None = None, chosen: Tensor | None = None
+    ) -> Tensor:
         """`out + Σ_k strength_k (m_k a_k) ⊗ r_k`, with the regions m_k at this layer's size.
 
-        (B, N, C), (B, K, H, N), (K,), (K, h, w) -> (B, N, C).
+        (B, N, C), (B, K, H, N), (K,), (K, h, w), (B,) -> (B, N, C).
         """
-        residuals = torch.stack([edit.residual for edit in self.edits]) * strengths[:, None]  # (K, C)
-        residuals = residuals.to(mass.dtype).unflatten(1, (self.base.heads, -1))  # (K, H, D)
+        residuals = [edit.residual if chosen is None else edit.residuals[chosen] for edit in self.edits]
+        residuals = torch.stack(residuals, -2) * strengths[:, None]  # (K, C) | (B, K, C)
+        residuals = residuals.to(mass.dtype).unflatten(-1, (self.base.heads, -1))  # (K, H, D) | (B, K, H, D)
         if regions is not None:
             mass = mass * shrink(regions, mass.shape[-1]).to(mass.dtype)[:, None]  # (K, 1, N)
-        return out + torch.einsum("bkhn,khd->bnhd", mass, residuals).flatten(2).to(out.dtype)
+        return out + torch.einsum("...khn,...khd->...nhd", mass, residuals).flatten(2).to(out.dtype)
 
 
 @torch.no_grad()

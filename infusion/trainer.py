@@ -97,23 +97,34 @@ class ConceptTrainer(pl.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         tape: Tape = {}
-        loss = self.denoising_loss(batch, self._generator(batch_idx), tape)
+        loss = self.denoising_loss(batch, self.generator(batch_idx), tape)
         size = len(batch["latents"])
         if "prior" in batch:
-            prior = self.denoising_loss(batch["prior"], self._generator(batch_idx, 1), {})
+            prior = self.denoising_loss(batch["prior"], self.generator(batch_idx, 1), {})
             self.log_dict({"train/concept": loss, "train/prior": prior}, batch_size=size)
             loss = loss + self.prior_weight * prior
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
-        if self._logs_now():
+        if self.logs_now:
             self.log_dict({f"share/{name}": s for name, s in self.shares(tape).items()}, batch_size=size)
         return loss
+
+    def generator(self, batch_idx: int, *which: int) -> torch.Generator:
+        """What a batch's timesteps and noise are drawn by; `which` tells batches of one step apart."""
+        entropy = (self.seed, self.global_step, batch_idx, 0, *which)
+        return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+    def draw(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Timesteps (B,) and noise for latents (B, 4, h, w): this process's part of what is drawn for all."""
+        rows, world = len(latents), 1 if self._trainer is None else self._trainer.world_size
+        own = slice(self.global_rank * rows, (self.global_rank + 1) * rows)
+        timesteps = torch.randint(self.sd.schedule.timesteps, (world * rows,), generator=generator)[own]
+        noise = torch.randn((world * rows, *latents.shape[1:]), generator=generator)[own]
+        return timesteps.to(latents.device), noise.to(latents)
 
     def denoising_loss(self, batch: Mapping[str, Any], generator: torch.Generator, tape: Tape) -> Tensor:
         """The masked loss of a batch, with timesteps and noise by the generator; fills the tape."""
         latents, schedule = batch["latents"], self.sd.schedule
-        whole, own = self._share(len(latents))
-        timesteps = torch.randint(schedule.timesteps, (whole,), generator=generator)[own].to(latents.device)
-        noise = torch.randn((whole, *latents.shape[1:]), generator=generator)[own].to(latents)
+        timesteps, noise = self.draw(latents, generator)
         text, gates = self.encode(batch["template"])
         noisy = schedule.add_noise(latents, noise, timesteps).to(text.dtype)
         prediction = self.method.predict(self.sd.unet, noisy, timesteps, text, gates, tape)
@@ -138,6 +149,11 @@ class ConceptTrainer(pl.LightningModule):
                 self._texts[template] = text[0], gates[0]
         text, gates = zip(*(self._texts[template] for template in templates), strict=True)
         return torch.stack(text).to(self.device), torch.stack(gates).to(self.device)
+
+    @property
+    def logs_now(self) -> bool:
+        """Whether Lightning writes to the logger at the end of this optimiser step."""
+        return self._trainer is not None and (self.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     def shares(self, tape: Tape) -> dict[str, Tensor]:
         """Norm of what the terms add to the values' sum as a share of that sum, by layer, averaged over the rows."""
@@ -216,23 +232,10 @@ class ConceptTrainer(pl.LightningModule):
         gates = self.method.gates(self.gate, text, mask, self._target_input, self.inverse_covariance)
         return text.to(self.sd.dtype), gates
 
-    def _share(self, rows: int) -> tuple[int, slice]:
-        """Rows of the batch of all processes, and which of them are this process's."""
-        world = 1 if self._trainer is None else self._trainer.world_size
-        return world * rows, slice(self.global_rank * rows, (self.global_rank + 1) * rows)
-
     def _everyone(self, rows: Tensor) -> Tensor:
         """The rows of all processes, where every process encodes at every step: (B, …) -> (world · B, …)."""
         together = self.tokens is not None and self._trainer is not None and self._trainer.world_size > 1
         return self.all_gather(rows).flatten(0, 1) if together else rows
-
-    def _generator(self, batch_idx: int, *which: int) -> torch.Generator:
-        entropy = (self.seed, self.global_step, batch_idx, 0, *which)
-        return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-
-    def _logs_now(self) -> bool:
-        """Whether Lightning writes to the logger at the end of this optimiser step."""
-        return self._trainer is not None and (self.global_step + 1) % self.trainer.log_every_n_steps == 0
 
 
 class SaveConcept(pl.Callback):

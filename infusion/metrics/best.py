@@ -99,6 +99,11 @@ class BestConcept(pl.Callback):
         found = max(self.trials, key=lambda trial: trial["balance"], default=None)
         return found if found and found["balance"] > 0 else None
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raises ValueError for a training of anything else than one concept."""
+        if not isinstance(pl_module, ConceptTrainer):
+            raise ValueError("callbacks.best: it weighs the training of one concept: leave it out of this one")
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: ConceptTrainer, outputs: object, batch: object, batch_idx: int
     ) -> None:

@@ -192,8 +192,8 @@ def test_images_of_the_superclass_pull_towards_it(sd, name, batch):
     prior = {"latents": torch.randn(1, 4, 8, 8), "template": ["a photo of a cat"]}
     module.log = module.log_dict = lambda *_, **__: None
     whole = module.training_step(batch | {"prior": prior}, 0)
-    own = module.denoising_loss(batch, module._generator(0), {})
-    alone = module.denoising_loss(prior, module._generator(0, 1), {})
+    own = module.denoising_loss(batch, module.generator(0), {})
+    alone = module.denoising_loss(prior, module.generator(0, 1), {})
     torch.testing.assert_close(whole, own + 0.5 * alone, atol=1e-4, rtol=1e-4)
 
 

@@ -151,3 +151,8 @@ def test_networks_by_name():
     assert found.clip.name == "pocket" and found.clipseg is not None
     with pytest.raises(ValueError, match="nowhere"):
         module_under_test.Networks("nowhere", "pocket", "cpu")
+
+
+def test_only_one_concept_is_weighed(tools):
+    with pytest.raises(ValueError, match="leave it out"):
+        BestConcept(tools, **HOW).on_fit_start(SimpleNamespace(), pl.LightningModule())

@@ -1,0 +1,112 @@
+"""Photos of many concepts, for one training of them all (`infusion.many`)."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
+
+from data.dataset import ConceptImages
+from data.latents import ConceptData
+from data.prompts import TEMPLATES
+from ldm.config import check_params
+
+
+@dataclass(frozen=True)
+class ConceptEntry:
+    """One concept in a config's list `concepts`.
+
+    Attributes:
+        name: of its folder of files and of its scalars: letters, digits, "-" and "_".
+        superclass: the noun of what it is one of.
+        data_root: folder of its photos, as for `ConceptImages`.
+        flip_p: chance of the mirror image; None is that of all concepts.
+
+    Raises:
+        ValueError: another name, or no superclass.
+    """
+
+    name: str
+    superclass: str
+    data_root: str
+    flip_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-]+", self.name):
+            raise ValueError(f"name: it names a folder, so letters, digits, - and _ make it, not {self.name!r}")
+        if not self.superclass.strip():
+            raise ValueError("superclass: the noun of what the concept is one of is wanted")
+
+
+def entries(concepts: Sequence[Mapping[str, Any]]) -> list[ConceptEntry]:
+    """The concepts of a config's list, each a mapping of the attributes of `ConceptEntry`.
+
+    Raises:
+        ValueError: no list or an empty one, a key that is unknown, missing or of another type, a name given twice.
+    """
+    if isinstance(concepts, str) or not concepts:
+        raise ValueError("concepts: a list is wanted, such as [{name: cat, superclass: cat, data_root: photos/cat}]")
+    found: list[ConceptEntry] = []
+    for place, given in enumerate(concepts):
+        check_params(ConceptEntry, given, f"concepts.{place}")
+        with of_concept(str(place)):
+            found.append(ConceptEntry(**given))
+        if found[-1].name in [entry.name for entry in found[:-1]]:
+            raise ValueError(f"concepts.{place}.name: there is another {found[-1].name!r}: their files would collide")
+    return found
+
+
+@contextmanager
+def of_concept(name: str) -> Iterator[None]:
+    """Names the concept in a ValueError from inside the `with`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"concepts.{name}: {error}") from error
+
+
+class ManyConcepts(pl.LightningDataModule):
+    """Batches of many concepts: name -> a batch of that concept, the same as its own `ConceptData` would give.
+
+    Args:
+        concepts: as for `entries`.
+        image_size: side of the squares, in pixels.
+        batch_size: photos of each concept in every batch, on every device.
+        mask: "auto" or "none", as for `ConceptImages`.
+        templates, flip_p, seed: of each concept, as for `ConceptData`.
+
+    Raises:
+        ValueError: whatever `entries`, `ConceptImages` and `ConceptData` refuse; the message names the concept.
+    """
+
+    def __init__(
+        self,
+        concepts: Sequence[Mapping[str, Any]],
+        image_size: int,
+        batch_size: int = 4,
+        mask: Literal["auto", "none"] = "auto",
+        templates: Sequence[str] = TEMPLATES,
+        flip_p: float = 0.5,
+        seed: int = 23,
+    ) -> None:
+        super().__init__()
+        self.parts: dict[str, ConceptData] = {}
+        for entry in entries(concepts):
+            own = flip_p if entry.flip_p is None else entry.flip_p
+            with of_concept(entry.name):
+                images = ConceptImages(entry.data_root, image_size, entry.superclass, mask)
+                self.parts[entry.name] = ConceptData(images, batch_size, templates, own, seed)
+
+    def setup(self, stage: str) -> None:
+        """Reports and encodes the photos of every concept; raises ValueError as `ConceptData.setup` does."""
+        for name, part in self.parts.items():
+            part.trainer = self.trainer
+            with of_concept(name):
+                part.setup(stage)
+
+    def train_dataloader(self) -> dict[str, DataLoader]:
+        """A loader for each concept, which Lightning draws from in step: a batch is a dict with a batch of each."""
+        return {name: part.train_dataloader() for name, part in self.parts.items()}
