@@ -13,18 +13,17 @@ import warnings
 from argparse import Namespace
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytorch_lightning as pl
-import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint, TQDMProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ldm.checkpoint import PREFIXES, TensorFile, load_into
 from ldm.config import ConfigError, build, check, check_params, find, load_config, refuse_unused, resolve
 from ldm.errors import Parser, UserError, report, suggestion
-from ldm.pipeline import StableDiffusion
+
+if TYPE_CHECKING:  # what takes seconds to import is imported where it works, after the flags have been read
+    import pytorch_lightning as pl
+
+    from ldm.pipeline import StableDiffusion
 
 DEFAULTS = {"trainer": {}, "callbacks": {}, "parts": {}, "use_ema": False, "seed": 23, "save_every": 500}
 NODES = ("model", "data", "ckpt", "ckpt_source", *DEFAULTS)
@@ -102,6 +101,8 @@ def trainer_params(flags: Namespace, config: DictConfig) -> dict:
     params = TRAINER | OmegaConf.to_container(config.trainer)
     given = {name: getattr(flags, name) for name in ("num_nodes", "strategy") if getattr(flags, name) is not None}
     if flags.gpus:
+        import torch
+
         try:
             indices = [int(index) for index in flags.gpus.split(",") if index]
         except ValueError as error:
@@ -122,6 +123,8 @@ def callback_nodes(config: DictConfig) -> list:
 
 def check_config(config: DictConfig, params: dict) -> None:
     """Every mistake that can be seen without building anything."""
+    import pytorch_lightning as pl
+
     check(config.model, "model")
     check(config.data, "data")
     check(callback_nodes(config), "callbacks")
@@ -138,6 +141,8 @@ def summarise(config: DictConfig) -> str:
 
 def weight_files(config: DictConfig) -> dict[str, Path]:
     """Config key (`ckpt`, `parts.vae`, …) -> file of weights, here or in the repository; UserError if there is none."""
+    from ldm.layout import PREFIXES
+
     parts = OmegaConf.to_container(config.parts) or {}
     for component in parts:
         if component not in PREFIXES:
@@ -155,8 +160,10 @@ def weight_files(config: DictConfig) -> dict[str, Path]:
     return found
 
 
-def load_weights(sd: StableDiffusion, files: dict[str, Path], use_ema: bool = False) -> None:
+def load_weights(sd: "StableDiffusion", files: dict[str, Path], use_ema: bool = False) -> None:
     """Loads the checkpoint, then single components, whose tensors may be named as there or as in the module."""
+    from ldm.checkpoint import PREFIXES, TensorFile, load_into
+
     for key, file in files.items():
         component = key.removeprefix("parts.")
         if key == "ckpt":
@@ -168,8 +175,10 @@ def load_weights(sd: StableDiffusion, files: dict[str, Path], use_ema: bool = Fa
         load_into({prefixes[0]: getattr(sd, component)}, file)
 
 
-def build_model(config: DictConfig, files: dict[str, Path], meta: bool = False) -> pl.LightningModule:
+def build_model(config: DictConfig, files: dict[str, Path], meta: bool = False) -> "pl.LightningModule":
     """The model; its `sd` gets its weights before the model changes anything in it. With `meta`, nothing has values."""
+    import torch
+
     device = torch.device("meta" if meta or "ckpt" in files else "cpu")  # a checkpoint brings the values of all tensors
     if "sd" in (config.model.get("params") or {}):
         with device:
@@ -192,8 +201,12 @@ def run_folder(flags: Namespace) -> Path:
     return folder
 
 
-def make_trainer(folder: Path, config: DictConfig, params: dict) -> pl.Trainer:
+def make_trainer(folder: Path, config: DictConfig, params: dict) -> "pl.Trainer":
     """A Trainer that keeps everything in the run folder."""
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint, TQDMProgressBar
+    from pytorch_lightning.loggers import TensorBoardLogger
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
     params = build(params, "trainer")
     if params.get("max_steps", -1) > 0:  # one epoch of known length, so that the progress bar can tell the time left
@@ -240,6 +253,8 @@ def main() -> None:
     if flags.summary:
         print(summarise(config))
         return
+    import pytorch_lightning as pl
+
     folder, files = run_folder(flags), weight_files(config)
     pl.seed_everything(config.seed, workers=True)
     data = build(config.data, "data")

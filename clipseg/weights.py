@@ -13,15 +13,15 @@ from clipseg.model import ClipSeg
 from ldm.checkpoint import TensorFile
 from ldm.config import ConfigError, build, find, load_config, resolve
 from ldm.tokenizer import Tokenizer
+from ldm.usual import CLIPSEG as USUAL
+from ldm.usual import POCKET
+from ldm.usual import POCKET_CLIPSEG as POCKET_WEIGHTS
 
-USUAL = "ckpt/clipseg-rd64-refined"
 SOURCE = (
     "copy the files of `CIDAS/clipseg-rd64-refined` (Hugging Face) into that folder, or name the original "
     "`rd64-uni-refined.pth` (https://github.com/timojl/clipseg) and a CLIP ViT-B/16"
 )
-POCKET = "pocket"
 POCKET_CONFIG = Path("configs/pocket_clipseg.yaml")
-POCKET_WEIGHTS = Path("ckpt/pocket/clipseg.safetensors")
 FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 Converter = Callable[[Mapping[str, Tensor], CLIPSegConfig], dict[str, Tensor]]
 SIZE = 352  # pixels of the squares that the published networks were trained on

@@ -12,10 +12,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from data.photos import MASK_LABEL, SUFFIXES, is_image
 from ldm.config import find
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-MASK_LABEL = "-masklabel.png"
 ENLARGED = 2.0  # times; a photo enlarged more than this is blurred, and its blur is learned
 
 
@@ -181,12 +180,6 @@ def _mask(path: Path, image: Image.Image, size: int, superclass: str) -> Tensor:
     if square.max() <= 0:
         raise ValueError(f"{file or path}: the mask is empty within the image's centred square")
     return square / square.max()
-
-
-def is_image(path: Path) -> bool:
-    """Whether training takes a file as a photo: not hidden, no `*-masklabel.png`."""
-    hidden = path.name.startswith(".") or path.name.endswith(MASK_LABEL)
-    return path.suffix.lower() in SUFFIXES and path.is_file() and not hidden
 
 
 def _shape(size: tuple[int, int]) -> str:

@@ -8,21 +8,21 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from infusion.covariance import InverseCovariance, estimate, invert, read_captions, save_inverse
-from ldm.checkpoint import PREFIXES, load_into, sha256
 from ldm.config import ROOT, ConfigError, build, find, load_config
 from ldm.errors import Parser, UserError, report
 from ldm.flags import count, find_device, number
-from ldm.text import ClipText, OpenClipText
 
-TYPES = {"clip": ("sd15", ClipText), "openclip": ("sd21", OpenClipText)}  # usual backbone, text encoder
+if TYPE_CHECKING:
+    from ldm.text import ClipText, OpenClipText
+
+TYPES = {"clip": "sd15", "openclip": "sd21"}  # text encoder -> its usual backbone
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def read_config(flags: argparse.Namespace) -> DictConfig:
-    usual, _ = TYPES[flags.type or "clip"]
+    usual = TYPES[flags.type or "clip"]
     config = load_config(find(flags.config) if flags.config else ROOT / "configs" / "backbone" / f"{usual}.yaml")
     if OmegaConf.select(config, "sd.params.text") is None:
         raise ConfigError(f"--config: {flags.config} names no text encoder: it has no sd.params.text")
@@ -68,10 +68,15 @@ def find_weights(flags: argparse.Namespace, config: DictConfig) -> Path:
     return find(name)
 
 
-def load_text_encoder(flags: argparse.Namespace, config: DictConfig, weights: Path) -> ClipText | OpenClipText:
+def load_text_encoder(flags: argparse.Namespace, config: DictConfig, weights: Path) -> "ClipText | OpenClipText":
+    import torch  # after the flags: it takes seconds
+
+    from ldm.checkpoint import PREFIXES, load_into
+    from ldm.text import ClipText, OpenClipText
+
     with torch.device("meta"):
         text = build(OmegaConf.to_container(config.sd.params.text, resolve=True), "sd.params.text")
-    if flags.type and not isinstance(text, TYPES[flags.type][1]):
+    if flags.type and not isinstance(text, {"clip": ClipText, "openclip": OpenClipText}[flags.type]):
         raise UserError(f"--type: {flags.type} was asked for, and {flags.config} has a {type(text).__name__}")
     load_into({PREFIXES["text"]: text}, weights)
     return text.requires_grad_(False).eval().to(find_device(flags.device))
@@ -81,6 +86,9 @@ def load_text_encoder(flags: argparse.Namespace, config: DictConfig, weights: Pa
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     flags = parse(arguments)
+    from infusion.covariance import InverseCovariance, estimate, invert, read_captions, save_inverse
+    from ldm.checkpoint import sha256
+
     if not Path(flags.caption).is_file():
         raise UserError(f"--caption: there is no file {flags.caption}")
     total = sum(1 for _ in read_captions(flags.caption))  # the whole file is read before anything slow

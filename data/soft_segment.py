@@ -19,24 +19,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
-from clipseg.model import ClipSeg
-from clipseg.weights import USUAL, load
-from data.dataset import MASK_LABEL, is_image, over_white, read_image, read_mask
+from data.photos import MASK_LABEL, is_image
 from data.prompts import TEMPLATES
-from infusion.pictures import png, write
 from infusion.tokens import fill
 from ldm.errors import Parser, report
 from ldm.flags import count, find_device
+from ldm.usual import CLIPSEG
+
+if TYPE_CHECKING:  # what takes seconds to import is imported where it works, after the flags have been read
+    from torch import Tensor
+
+    from clipseg.model import ClipSeg
 
 TINT, DIMMED, PREVIEW = (1.0, 0.25, 0.1), 0.35, 1024  # the overlay's colour, the light outside, its longer side
 NEARLY_EMPTY, NEARLY_ALL, FAINT = 0.01, 0.9, 0.2
@@ -122,7 +122,7 @@ def fill_templates(super_class: str, templates: Sequence[str]) -> list[str]:
 def segment_folder(
     image_dir: str | Path,
     super_class: str,
-    clipseg: ClipSeg,
+    clipseg: "ClipSeg",
     templates: Sequence[str] = TEMPLATES,
     batch_size: int = 4,
     overwrite: bool = False,
@@ -144,6 +144,10 @@ def segment_folder(
         ValueError: as `find_photos` and `fill_templates`, or a photo or mask cannot be read.
         UserError: the folder cannot be written to.
     """
+    import torch
+
+    from infusion.pictures import png, write
+
     photos, prompts = find_photos(image_dir, overwrite), fill_templates(super_class, templates)
     rows = {photo.path: measure(photo.path, photo.kept, read_kept(photo.kept), False) for photo in photos if photo.kept}
     wanted = [photo for photo in photos if not photo.kept]
@@ -161,41 +165,57 @@ def segment_folder(
     return [rows[photo.path] for photo in photos]
 
 
-def to_tensor(path: Path) -> Tensor:
+def to_tensor(path: Path) -> "Tensor":
     """A photo, upright, as (1, 3, H, W) in [0, 1]."""
+    import numpy as np
+    import torch
+
+    from data.dataset import over_white, read_image
+
     pixels = np.asarray(over_white(read_image(path)), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
-def read_kept(path: Path) -> Tensor:
+def read_kept(path: Path) -> "Tensor":
     """A mask file as (H, W) in [0, 1]."""
+    import numpy as np
+    import torch
+
+    from data.dataset import read_mask
+
     return torch.from_numpy(np.array(read_mask(path)))
 
 
-def enlarge(mask: Tensor, size: Sequence[int]) -> Tensor:
+def enlarge(mask: "Tensor", size: Sequence[int]) -> "Tensor":
     """(S, S) -> (H, W), bilinear."""
-    return F.interpolate(mask[None, None], tuple(size), mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
+    return resize(mask[None], size)[0].clamp(0, 1)
 
 
-def to_grey(mask: Tensor) -> Image.Image:
+def resize(image: "Tensor", size: Sequence[int]) -> "Tensor":
+    """(C, h, w) -> (C, H, W), bilinear."""
+    import torch.nn.functional as F
+
+    return F.interpolate(image[None], tuple(size), mode="bilinear", antialias=True)[0]
+
+
+def to_grey(mask: "Tensor") -> Image.Image:
     """(H, W) in [0, 1] -> 8-bit grey."""
     return Image.fromarray(mask.mul(255).round().byte().numpy())
 
 
-def overlay(image: Tensor, mask: Tensor) -> Tensor:
+def overlay(image: "Tensor", mask: "Tensor") -> "Tensor":
     """The photo (3, H, W) as training will see the mask (H, W): light and tinted within, dim and grey without."""
     mask = mask / mask.max().clamp(min=1e-6)
     scale = min(1.0, PREVIEW / max(image.shape[1:]))
     if scale < 1:
         size = [max(1, round(side * scale)) for side in image.shape[1:]]
-        image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-        mask = enlarge(mask, size)
-    within = 0.7 * image + 0.3 * torch.tensor(TINT).view(3, 1, 1)
+        image, mask = resize(image, size), enlarge(mask, size)
+    within = 0.7 * image + 0.3 * image.new_tensor(TINT).view(3, 1, 1)
     without = DIMMED * image.mean(0, keepdim=True).expand(3, -1, -1)
     return mask * within + (1 - mask) * without
 
 
-def measure(photo: Path, file: Path, mask: Tensor, made: bool) -> Coverage:
+def measure(photo: Path, file: Path, mask: "Tensor", made: bool) -> Coverage:
     """Coverage of a mask (H, W) in [0, 1]."""
     top = mask.max().item()
     return Coverage(photo.name, file, made, (mask > top / 2).float().mean().item(), top)
@@ -217,7 +237,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--image_dir", metavar="DIR", help="folder of photos; gets mask/ and mask/overlay/", required=True)
     add("--super_class", metavar="WORD", help="what to mask, such as cat", required=True)
-    add("--model_weight", metavar="PATH", help="CLIPSeg: a folder, the decoder file, or pocket", default=USUAL)
+    add("--model_weight", metavar="PATH", help="CLIPSeg: a folder, the decoder file, or pocket", default=CLIPSEG)
     add("--clip", metavar="PATH", help="CLIP ViT-B/16, where --model_weight is the decoder alone")
     add("--config", metavar="FILE", help="config whose network, `clipseg`, --model_weight is a file of")
     add("--templates", nargs="+", metavar="TEXT", help="prompts with {}; None: those of training", default=None)
@@ -232,6 +252,8 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parse(arguments)
     device, templates = find_device(flags.device), flags.templates or TEMPLATES
     find_photos(flags.image_dir, flags.overwrite), fill_templates(flags.super_class, templates)  # before what is slow
+    from clipseg.weights import load
+
     clipseg = load(flags.model_weight, flags.clip, flags.config).to(device)
     rows = segment_folder(flags.image_dir, flags.super_class, clipseg, templates, flags.batch_size, flags.overwrite)
     print(table(rows, flags.super_class))

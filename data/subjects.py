@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from omegaconf import OmegaConf
 
-from data.dataset import is_image
+from data.photos import is_image
 from infusion.metrics.protocol import FOLDER, Protocol
 from ldm.config import ROOT, find
 from ldm.errors import suggestion

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FORM = "compact"
 VERSION = 2  # the first `format_version` that has this form
 LIMIT = 11_264  # bytes of a whole file
 # Δ as a share of the numbers' root mean square, from the finest to the coarsest: relative errors of 0.45 % to 2.6 %

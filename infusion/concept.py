@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from infusion import compact
+from infusion.forms import COMPACT, FORMS
 from infusion.gate import IDENTITY, Gate
 from ldm.files import replacing
 
 FORMAT = "infusion-concept"
 VERSION = 1  # of the forms full and half
 NEWEST = compact.VERSION  # that can be read
-FORMS = ("full", "half", compact.FORM)
 MODELSPEC_ARCHITECTURES = {
     "sd15": "stable-diffusion-v1",
     "sd21": "stable-diffusion-v2-512",
@@ -168,7 +168,7 @@ class Concept:
                 for "compact".
         """
         path = Path(path)
-        content = self._encoded(form) if form == compact.FORM else self._rounded(form)
+        content = self._encoded(form) if form == COMPACT else self._rounded(form)
         with replacing(path) as partial:
             if isinstance(content, bytes):
                 partial.write_bytes(content)
@@ -246,10 +246,10 @@ def contents(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = file.metadata() or {}
             _check_format(metadata)
             form = metadata.get("form", "full")
-            if form == compact.FORM and Path(path).stat().st_size > compact.LIMIT:
+            if form == COMPACT and Path(path).stat().st_size > compact.LIMIT:
                 raise ValueError(f"damaged: a compact file has at most {compact.LIMIT:,} bytes")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if form == compact.FORM:
+        if form == COMPACT:
             tensors = compact.decode(tensors, metadata)
             metadata = metadata | {"layers": json.dumps(list(tensors))}
         return tensors, metadata

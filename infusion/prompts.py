@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from infusion.generate import Settings
+from infusion.settings import Settings
 from ldm.flags import count, number, seed
 
 OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {  # letter -> setting, and how it is read

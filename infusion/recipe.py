@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from infusion.generate import Settings
 from infusion.regions import Region
+from infusion.settings import Settings
 from ldm.checkpoint import sha256
 from ldm.config import find
 

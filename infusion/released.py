@@ -18,9 +18,9 @@ from infusion.attention import key_name
 from infusion.concept import Concept
 from infusion.gate import Gate
 from infusion.inject import cross_attention_layers
-from ldm.config import build
+from ldm.config import backbones, build
 from ldm.layout import PREFIXES
-from ldm.recognise import LEARNED, backbones
+from ldm.recognise import LEARNED
 from ldm.tensorfile import TensorFile
 
 WIDEST = 2**16  # numbers of a layer, at most

@@ -16,11 +16,11 @@ from infusion.inject import edited
 from infusion.methods import method_of
 from infusion.methods.base import Method, by_layer
 from infusion.regions import Region, weights
+from infusion.settings import BETA, TAU
 from infusion.weights import weights_edited
 from ldm.pipeline import StableDiffusion
 
 Value = TypeVar("Value", float, str)
-BETA, TAU = 0.7, 0.15  # the gate when sampling; training uses 0.75 and 0.1
 
 
 class Customised:
@@ -100,6 +100,8 @@ class Customised:
                 changes.setdefault(name, []).append(change)
         self.changes = changes
         self.edits = by_layer([term for own in terms for term in own])
+        for edits in self.edits.values():
+            edits.to(sd.device)  # a concept lies on the CPU
         self.owners = [k for k, own in enumerate(terms) for _ in own]  # of R terms: each one's concept
 
         with torch.no_grad():

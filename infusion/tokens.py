@@ -2,16 +2,17 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from ldm.tokenizer import Tokenizer
+    from ldm.tokenizer import Tokenizer
 
 PLACEHOLDER = re.compile(r"\{(\d*)\}")  # "{}" for the only concept, "{1}", "{2}" for several
 
 
-def concept_mask(tokenizer: Tokenizer, template: str, noun: str) -> tuple[str, Tensor]:
+def concept_mask(tokenizer: "Tokenizer", template: str, noun: str) -> tuple[str, "Tensor"]:
     """`concept_masks` for one concept.
 
     Returns:
@@ -21,13 +22,13 @@ def concept_mask(tokenizer: Tokenizer, template: str, noun: str) -> tuple[str, T
     return prompt, masks[0]
 
 
-def concept_masks(tokenizer: Tokenizer, template: str, nouns: Sequence[str]) -> tuple[str, Tensor]:
+def concept_masks(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) -> tuple[str, "Tensor"]:
     """`concept_places` as bool masks (K, L), True on the tokens of each concept."""
     prompt, places = concept_places(tokenizer, template, nouns)
     return prompt, places >= 0
 
 
-def concept_places(tokenizer: Tokenizer, template: str, nouns: Sequence[str]) -> tuple[str, Tensor]:
+def concept_places(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) -> tuple[str, "Tensor"]:
     """Put each concept's noun into a template and find its tokens.
 
     Every occurrence of a placeholder is the concept; the same noun written out in the template is not. A noun
@@ -46,6 +47,8 @@ def concept_places(tokenizer: Tokenizer, template: str, nouns: Sequence[str]) ->
         ValueError: no noun or an empty noun; a placeholder of no concept; a placeholder glued to letters, so that
             its noun is no token of its own; a concept of which nothing is left after truncation.
     """
+    import torch  # not above: what reads words alone, such as prompts, should not wait for it
+
     if not nouns:
         raise ValueError("there is no concept to put into the template: give at least one noun")
     nouns_ids = [tokenizer.encode(noun) for noun in nouns]

@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -30,8 +31,8 @@ PACKAGES = (
     *("torch", "pytorch_lightning", "lightning", "transformers", "diffusers"),
 )
 
-
 ROOT = Path(__file__).resolve().parents[1]
+BACKBONES = ROOT / "configs" / "backbone"
 
 
 class ConfigError(ValueError):
@@ -84,6 +85,13 @@ def find(path: str | Path) -> Path:
     """A file or folder that a config names: relative to the working directory or else to the repository."""
     path = Path(path)
     return path if path.exists() or not (ROOT / path).exists() else ROOT / path
+
+
+@cache
+def backbones() -> dict[str, dict[str, Any]]:
+    """The node `sd` of every config in `configs/backbone`, by its name."""
+    nodes = (load_config(path).sd for path in sorted(BACKBONES.glob("*.yaml")))
+    return {node.params.name: OmegaConf.to_container(node) for node in nodes}
 
 
 def refuse_unused(config: DictConfig, used: Iterable[str]) -> None:

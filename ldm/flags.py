@@ -2,10 +2,12 @@
 
 import argparse
 import math
-
-import torch
+from typing import TYPE_CHECKING
 
 from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def number(text: str) -> float:
@@ -46,12 +48,14 @@ def seed(text: str) -> int:
     return int(text)
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str) -> "torch.device":
     """What `--device` names; "auto" is CUDA where there is some.
 
     Raises:
         UserError: the device cannot be used here.
     """
+    import torch  # not above: commands answer --help and mistakes in flags without it
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from ldm.checkpoint import sha256
-from ldm.config import build
+from ldm.config import backbones, build
 from ldm.diffusers_layout import PARTS, Folder, open_checkpoint
 from ldm.layout import EMA, PREFIXES, match
-from ldm.recognise import Kind, backbones, config_name, prediction_type, recognise
+from ldm.recognise import Kind, config_name, prediction_type, recognise
 from ldm.tensorfile import TensorFile
 
 

@@ -214,7 +214,7 @@ class StableDiffusion(nn.Module):
             seed: of the first image.
             negative_prompt: what to guide away from.
             eta: share of DDIM's noise, in [0, 1]; for the ddim sampler only.
-            sampler: a key of `ldm.schedule.SAMPLERS`.
+            sampler: a key of `ldm.schedulers.SAMPLERS`.
             height, width: in pixels; None is the size of training.
             batch_size: images at a time; None is all of them.
             progress: show a progress bar.

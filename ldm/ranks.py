@@ -1,5 +1,6 @@
 """Several processes, on one machine or many, that share the rows of one piece of work."""
 
+import logging
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -64,4 +65,6 @@ def launch(devices: int, num_nodes: int, device: torch.device) -> tuple[Ranks, t
 
     fabric = Fabric(accelerator=device.type, strategy="ddp", devices=devices, num_nodes=num_nodes)
     fabric.launch()
+    if fabric.global_rank:
+        logging.disable(logging.WARNING)  # one process speaks for all
     return Ranks(fabric), fabric.device

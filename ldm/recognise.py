@@ -2,17 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from ldm.config import ROOT, load_config
+from ldm.config import backbones
 from ldm.diffusers_layout import Folder
 from ldm.layout import PREFIXES
 from ldm.tensorfile import TensorFile
 
-BACKBONES = ROOT / "configs" / "backbone"
 TITLES = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sd21_768": "SD 2.1", "pocket": "pocket"}
 CONCEPT = "infusion-concept"  # `format` in the metadata of `infusion.concept`
 LEARNED = "target_output"  # what the paper's released code calls a residual (`infusion.released`)
@@ -83,13 +79,6 @@ def recognise(file: TensorFile | Folder) -> Kind:
     starts = sorted({name.split(".")[0] for name in shapes})
     shown = f"its tensors begin with {', '.join(starts[:5])}" if starts else "it has no tensors"
     return Kind("unknown", f"nothing that is known here; {shown}")
-
-
-@cache
-def backbones() -> dict[str, dict[str, Any]]:
-    """The node `sd` of every config in `configs/backbone`, by its name."""
-    nodes = (load_config(path).sd for path in sorted(BACKBONES.glob("*.yaml")))
-    return {node.params.name: OmegaConf.to_container(node) for node in nodes}
 
 
 def config_name(architecture: str) -> str:

@@ -1,32 +1,13 @@
 """The noise schedule of latent diffusion, and every sampler's scheduler built from it in one place."""
 
-from typing import Any, Literal
+from typing import Literal
 
+import diffusers
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    SchedulerMixin,
-    UniPCMultistepScheduler,
-)
+from diffusers import SchedulerMixin
 from torch import Tensor
 
-# Scheduler class and its own arguments. "leading" with an offset of 1 gives the timesteps of LDM's DDIM (981, 961, … 1
-# for 50 steps); the last two round theirs to whole timesteps by themselves.
-SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
-    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
-    "plms": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
-    "euler": (EulerDiscreteScheduler, {"timestep_spacing": "leading", "steps_offset": 1}),
-    "euler_a": (EulerAncestralDiscreteScheduler, {"timestep_spacing": "leading", "steps_offset": 1}),
-    "dpmpp_2m": (
-        DPMSolverMultistepScheduler,
-        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
-    ),
-    "unipc": (UniPCMultistepScheduler, {}),
-}
+from ldm.schedulers import SAMPLERS
 
 
 class Schedule:
@@ -97,8 +78,8 @@ class Schedule:
         """
         if name not in SAMPLERS:
             raise ValueError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
-        cls, arguments = SAMPLERS[name]
-        return cls(
+        scheduler, arguments = SAMPLERS[name]
+        return getattr(diffusers, scheduler)(
             num_train_timesteps=self.timesteps,
             beta_start=self.beta_start,
             beta_end=self.beta_end,

@@ -7,14 +7,16 @@ python scripts/convert_concept.py released.ckpt cat.safetensors --superclass cat
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from infusion import released
-from infusion.concept import FORMS, Concept
+from infusion.forms import FORMS
+from ldm.config import backbones
 from ldm.errors import Parser, UserError, report
-from ldm.recognise import backbones
-from ldm.tensorfile import TensorFile
+
+if TYPE_CHECKING:
+    from infusion.concept import Concept
 
 UNSAID = ("superclass", "templates", "architecture", "gate", "attention", "values_only")  # by a released .ckpt
 
@@ -37,7 +39,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def read(flags: argparse.Namespace) -> Concept:
+def read(flags: argparse.Namespace) -> "Concept":
+    from infusion import released  # after the flags: it takes seconds
+    from infusion.concept import Concept
+    from ldm.tensorfile import TensorFile
+
     said = {name: getattr(flags, name) for name in UNSAID if getattr(flags, name)}
     with TensorFile(flags.source) as file:
         pickled = file.format != "safetensors"
@@ -50,7 +56,7 @@ def read(flags: argparse.Namespace) -> Concept:
     return released.load(flags.source, **said)
 
 
-def write(concept: Concept, path: Path, form: str) -> None:
+def write(concept: "Concept", path: Path, form: str) -> None:
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: the name must end in .safetensors")
     if path.exists() or path.is_symlink():
@@ -64,6 +70,8 @@ def write(concept: Concept, path: Path, form: str) -> None:
 @report
 def main(arguments: list[str] | None = None) -> None:
     flags = parse(arguments)
+    from infusion.concept import Concept
+
     concept, path = read(flags), Path(flags.target)
     write(concept, path, flags.form)
     if flags.values_only:

@@ -14,14 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clipseg.weights import POCKET_CONFIG, POCKET_WEIGHTS, load
-from data.pocket.concepts import CONCEPTS
-from data.pocket.demo import Plan, free_folder, learn, write_report
-from data.pocket.judge import CLASSIFIER_WEIGHTS, CLIP_WEIGHTS, Judge
-from infusion.generate import Settings
+from data.pocket.scene import CONCEPTS
+from infusion.settings import Settings
 from ldm.config import find, load_config
 from ldm.errors import Parser, report, suggestion
-from ldm.pipeline import StableDiffusion
+from ldm.usual import POCKET_CLASSIFIER, POCKET_CLIP, POCKET_CLIPSEG
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +35,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--scale", type=float, help="classifier-free guidance", default=5.0)
     add("--seed", type=int, help="of the first sample; sample i has the seed + i", default=100)
     add("--batch_size", type=int, help="samples at a time", default=16)
-    add("--clip", metavar="FILE", help="weights of the pocket CLIP", default=str(CLIP_WEIGHTS))
+    add("--clip", metavar="FILE", help="weights of the pocket CLIP", default=str(POCKET_CLIP))
     add("--masks", choices=["clipseg", "true"], help="of the photos: CLIPSeg's, or the world's own", default="clipseg")
-    add("--clipseg", metavar="FILE", help="weights of the pocket CLIPSeg", default=str(POCKET_WEIGHTS))
-    add("--classifier", metavar="FILE", help="weights of the pocket classifier", default=str(CLASSIFIER_WEIGHTS))
+    add("--clipseg", metavar="FILE", help="weights of the pocket CLIPSeg", default=str(POCKET_CLIPSEG))
+    add("--classifier", metavar="FILE", help="weights of the pocket classifier", default=str(POCKET_CLASSIFIER))
     add("--outdir", metavar="DIR", help="where to write; DIR-2, DIR-3 … if there is something", default="outputs/demo")
     flags = parser.parse_args(arguments)
     flags.concepts = list(dict.fromkeys(flags.concepts.split(",")))
@@ -65,6 +62,11 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("tensorboard").setLevel(logging.WARNING)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     flags, started = parse(arguments), time.monotonic()
+    from clipseg.weights import POCKET_CONFIG, load  # after the flags: it takes seconds
+    from data.pocket.demo import Plan, free_folder, learn, write_report
+    from data.pocket.judge import Judge
+    from ldm.pipeline import StableDiffusion
+
     judge = Judge.load(clip_weights=flags.clip, classifier_weights=flags.classifier)
     clipseg = load(flags.clipseg, config=POCKET_CONFIG) if flags.masks == "clipseg" else None
     base = str(find(flags.base))

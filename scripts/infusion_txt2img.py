@@ -8,26 +8,24 @@ import logging
 import sys
 import warnings
 from dataclasses import fields, replace
+from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from infusion.concept import Concept
-from infusion.covariance import InverseCovariance
-from infusion.generate import Settings, check_prompts, generate
-from infusion.pictures import Numbered, grid, png
 from infusion.prompts import Job, read_jobs
-from infusion.recipe import defaults, describe, hashes, recall
-from infusion.regions import regions
-from infusion.sampling import check_covariance
+from infusion.settings import Settings
 from infusion.tokens import point
-from ldm.config import ROOT, find
+from ldm.config import BACKBONES, find
 from ldm.errors import Parser, UserError, report
 from ldm.flags import count, find_device, number, numbers, seed, words
-from ldm.pipeline import StableDiffusion
-from ldm.schedule import SAMPLERS
+from ldm.schedulers import SAMPLERS
+
+if TYPE_CHECKING:
+    from infusion.concept import Concept
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +65,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--skip_grid", action="store_true", help="write no grid")
     add("--skip_save", action="store_true", help="write no single images")
     add("--device", help="such as cpu or cuda:1; auto: CUDA where there is some", default="auto")
+    add("--devices", type=count, help="processes on this machine that share the images, each with a device", default=1)
+    add("--num_nodes", type=count, help="machines that share them", default=1)
     flags = parser.parse_args(arguments)
-    said = recall(flags.from_png) if flags.from_png else {}
-    if said:
+    flags.said = {}
+    if flags.from_png:
+        from infusion.recipe import defaults, recall  # after the flags: it takes seconds
+
+        said = recall(flags.from_png)
         parser.set_defaults(**defaults(said))
         flags = parser.parse_args(arguments)
-    flags.said = said
+        flags.said = said
     for name in ("covariance", "target_word", "replace_word", "region", "gate"):
         if getattr(flags, name) and not flags.personalized_ckpt:
             parser.error(f"--{name}: is of a concept, and no --personalized_ckpt is given")
@@ -80,8 +83,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--target_word and --replace_word: name the words that are there, or those to write, not both")
     if flags.skip_grid and flags.skip_save:
         parser.error("--skip_grid and --skip_save together leave nothing to write")
-    boxes = flags.region or ""
-    flags.region = regions(boxes if isinstance(boxes, str) else " ".join(boxes))
     return flags
 
 
@@ -96,23 +97,36 @@ def read_prompts(flags: argparse.Namespace, settings: Settings) -> list[Job]:
         raise UserError(f"--from-file: {flags.from_file}: {error}") from error
 
 
-def read_concepts(flags: argparse.Namespace) -> dict[str, Concept]:
+def read_concepts(flags: argparse.Namespace) -> "dict[str, Concept]":
     """Concepts by their files' names as given."""
+    from infusion.concept import Concept
+
     files = [name for name in (flags.personalized_ckpt or "").split(",") if name]
     return {name: Concept.load(find(name)) for name in files}
 
 
-def find_config(flags: argparse.Namespace, concepts: list[Concept]) -> Path:
+def find_config(flags: argparse.Namespace, concepts: "list[Concept]") -> Path:
     if flags.config:
         return find(flags.config)
     if not concepts:
         raise UserError("--personalized_ckpt: name a concept file, or name a backbone by --config to draw without one")
-    path = ROOT / "configs" / "backbone" / f"{concepts[0].architecture}.yaml"
+    path = BACKBONES / f"{concepts[0].architecture}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
         base = concepts[0].architecture
         raise UserError(f"--config: the concept was trained on {base!r}, which is none of {known}: name its config")
     return path
+
+
+def plan(flags: argparse.Namespace, jobs: list[Job], templates: list[str], world: int) -> list[tuple[Job, str, range]]:
+    """Job, template and seeds of each batch: of one prompt, and no more images than each of `world` processes has."""
+    rounds = [(job, template) for _ in range(flags.n_iter) for job, template in zip(jobs, templates, strict=True)]
+    size, batches = min(flags.n_samples, ceil(len(rounds) * flags.n_samples / world)), []
+    for index, (job, template) in enumerate(rounds):
+        first = flags.seed + index * flags.n_samples if job.seed is None else job.seed + index // len(jobs)
+        seeds = range(first, first + flags.n_samples)
+        batches += [(job, template, seeds[i : i + size]) for i in range(0, flags.n_samples, size)]
+    return batches
 
 
 def warn_of_change(flags: argparse.Namespace, hashes: dict[str, str]) -> None:
@@ -127,6 +141,17 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     flags = parse(arguments)
+    from infusion.covariance import InverseCovariance  # after the flags: these take seconds
+    from infusion.generate import check_prompts, generate
+    from infusion.pictures import Numbered, grid, png
+    from infusion.recipe import describe, hashes
+    from infusion.regions import regions
+    from infusion.sampling import check_covariance
+    from ldm.pipeline import StableDiffusion
+    from ldm.ranks import launch
+
+    boxes = flags.region or ""
+    flags.region = regions(boxes if isinstance(boxes, str) else " ".join(boxes))
     settings = Settings(**{field.name: getattr(flags, field.name) for field in fields(Settings)})
     if flags.target_word:
         settings = replace(settings, replace_word=flags.target_word)
@@ -135,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_covariance(concepts, inverse.matrix)
     outdir = Path(flags.outdir)
     samples, grids = Numbered(outdir / "samples"), Numbered(outdir, "grid-", digits=4)
-    device = find_device(flags.device)
+    ranks, device = launch(flags.devices, flags.num_nodes, find_device(flags.device))
     sd = StableDiffusion.from_checkpoint(find_config(flags, concepts), flags.ckpt and find(flags.ckpt), device=device)
     templates = [point(job.prompt, flags.target_word) if flags.target_word else job.prompt for job in jobs]
     check_prompts(sd, templates, concepts, settings.replace_word)
@@ -147,24 +172,29 @@ def main(arguments: list[str] | None = None) -> None:
     of_files = hashes(sd.hash, list(files), inverse.fingerprint)
     warn_of_change(flags, of_files)
 
-    rounds = [(job, template) for _ in range(flags.n_iter) for job, template in zip(jobs, templates, strict=True)]
+    batches = plan(flags, jobs, templates, ranks.world)
+    single = len(jobs) * flags.n_iter == 1
     drawn, paths = {}, []
-    for index, (job, template) in enumerate(tqdm(rounds, "prompts", disable=len(rounds) == 1)):
-        first = flags.seed + index * flags.n_samples if job.seed is None else job.seed + index // len(jobs)
-        seeds = [first + i for i in range(flags.n_samples)]
-        images, _ = generate(
-            *(sd, [template] * flags.n_samples, seeds, concepts, job.settings),
-            progress=len(rounds) == 1,
-            inverse_covariance=inverse.matrix,
-        )
-        drawn.setdefault(images.shape[2:], []).extend(images.cpu())
-        if not flags.skip_save:
+    for start in tqdm(range(0, len(batches), ranks.world), "prompts", disable=single or not ranks.first):
+        made = [
+            generate(
+                *(sd, [template] * len(seeds), seeds, concepts, job.settings),
+                progress=single and ranks.first,
+                inverse_covariance=inverse.matrix,
+            )[0].cpu()
+            for job, template, seeds in batches[start + ranks.rank :][:1]
+        ]
+        everyone = [images for of_one in ranks.gather(made) for images in of_one]
+        for (job, _, seeds), images in zip(batches[start : start + ranks.world], everyone, strict=True):
+            drawn.setdefault(images.shape[2:], []).extend(images)
             size = {"H": images.shape[2], "W": images.shape[3]}
-            for image, seed_ in zip(images, seeds, strict=True):
+            for image, seed_ in zip(images, seeds, strict=True) if ranks.first and not flags.skip_save else ():
                 said = describe(
                     replace(job.settings, **size), vars(flags) | {"prompt": job.prompt, "seed": seed_}, of_files
                 )
                 paths.append(samples.write(png(image, said)))
+    if not ranks.first:
+        return
     if paths:
         many = f"1 image: {paths[0]}" if len(paths) == 1 else f"{len(paths)} images: {paths[0]} to {paths[-1].name}"
         logger.info(many)

@@ -10,14 +10,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.errors import Parser, report
-from ldm.inspection import inspect_file
 
 
 @report
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(description="Prints what a file of tensors, or a diffusers folder, holds as JSON.")
     parser.add_argument("file", metavar="FILE", help="a .safetensors or .ckpt file, or a diffusers folder")
-    print(json.dumps(inspect_file(parser.parse_args(arguments).file), indent=2, ensure_ascii=False))
+    flags = parser.parse_args(arguments)
+    from ldm.inspection import inspect_file  # after the flags: it takes seconds
+
+    print(json.dumps(inspect_file(flags.file), indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

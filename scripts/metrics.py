@@ -11,35 +11,24 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TypeVar
-
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clipseg.weights import POCKET, POCKET_CONFIG, POCKET_WEIGHTS, USUAL
-from clipseg.weights import load as load_clipseg
-from data.dataset import ConceptImages
-from data.pocket.exact import Exact, recognise
-from data.pocket.judge import CLASSIFIER_WEIGHTS, load_classifier
 from data.prompts import TEMPLATES
-from infusion.covariance import InverseCovariance
-from infusion.metrics.cache import Cache
-from infusion.metrics.evaluate import check, evaluate
-from infusion.metrics.features import load_backbone
-from infusion.metrics.options import METRICS, OF_PHOTOS, Options, Tools, identity
-from infusion.metrics.output import write
+from infusion.metrics.options import CACHE, METRICS, OF_PHOTOS, Options, Tools, identity
 from infusion.metrics.protocol import GROUPS, Protocol, usual_file
-from infusion.metrics.subject import Subject, load_subjects
-from infusion.metrics.table import CACHE, Measured, check_folder
-from infusion.sampling import check_covariance
 from ldm.config import find
 from ldm.errors import Parser, UserError, report
 from ldm.flags import count, find_device, number, seed, words
-from ldm.pipeline import StableDiffusion
-from ldm.ranks import launch
-from ldm.schedule import SAMPLERS
+from ldm.schedulers import SAMPLERS
+from ldm.usual import CLIPSEG, POCKET, POCKET_CLASSIFIER, POCKET_CLIPSEG
 from scripts.infusion_txt2img import find_config
+
+if TYPE_CHECKING:
+    import torch
+
+    from infusion.metrics.subject import Subject
 
 Loaded = TypeVar("Loaded")
 logger = logging.getLogger(__name__)
@@ -64,7 +53,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--clip", metavar="DIR", help="folder of a CLIP, or pocket; None: pocket on the pocket model")
     add("--dino", metavar="DIR", help="folder of a DINO, for dino and pres")
     add("--lpips", metavar="FILE", help="AlexNet's weights, for div by LPIPS; None: by features")
-    add("--clipseg", metavar="DIR", help=f"folder of CLIPSeg, or pocket; None: {USUAL}; pocket on the pocket model")
+    add("--clipseg", metavar="DIR", help=f"folder of CLIPSeg, or pocket; None: {CLIPSEG}; pocket on the pocket model")
     add("--covariance", metavar="FILE", help="C⁻¹ that the concepts were trained with; None: the identity")
     add("--samples", type=count, help="of each kind", default=usual.samples)
     add("--batch_size", type=count, help="samples at a time", default=usual.batch_size)
@@ -89,8 +78,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return flags
 
 
-def describe(flags: argparse.Namespace, subjects: list[Subject]) -> list[Subject]:
+def describe(flags: argparse.Namespace, subjects: "list[Subject]") -> "list[Subject]":
     """The subjects with their photos' folders and, on the pocket world, what is known exactly."""
+    from data.pocket.exact import Exact, recognise  # after the flags: it takes seconds
+
     folders = one_each(flags.images, len(subjects), "images")
     names = one_each(flags.concept, len(subjects), "concept")
     found = []
@@ -111,7 +102,7 @@ def one_each(values: Sequence[str] | None, subjects: int, flag: str) -> list[str
     return values * subjects if len(values) == 1 else values
 
 
-def choose(flags: argparse.Namespace, subjects: list[Subject], pocket: bool) -> Options:
+def choose(flags: argparse.Namespace, subjects: "list[Subject]", pocket: bool) -> Options:
     """The options; without --metrics, all that the other flags allow."""
     able = {"clip_t": flags.clip or pocket, "w2": flags.clip or pocket, "drift": flags.clip or pocket}
     able |= {"clip_i": able["clip_t"], "dino": flags.dino, "pres": flags.dino or able["clip_t"]}
@@ -124,9 +115,14 @@ def choose(flags: argparse.Namespace, subjects: list[Subject], pocket: bool) -> 
     )
 
 
-def load_tools(flags: argparse.Namespace, options: Options, pocket: bool, device: torch.device) -> Tools:
+def load_tools(flags: argparse.Namespace, options: Options, pocket: bool, device: "torch.device") -> Tools:
     """The networks that the metrics need."""
-    clip, clipseg = flags.clip or (POCKET if pocket else None), flags.clipseg or (POCKET if pocket else USUAL)
+    from clipseg.weights import POCKET_CONFIG
+    from clipseg.weights import load as load_clipseg
+    from infusion.covariance import InverseCovariance
+    from infusion.metrics.features import load_backbone
+
+    clip, clipseg = flags.clip or (POCKET if pocket else None), flags.clipseg or (POCKET if pocket else CLIPSEG)
     inverse, files, loaded = InverseCovariance(flags.covariance), {}, {}
     for name, spec in (("clip", clip), ("dino", flags.dino)):
         if spec:
@@ -138,9 +134,9 @@ def load_tools(flags: argparse.Namespace, options: Options, pocket: bool, device
             )
         own = None if find(clipseg).is_dir() or not pocket else POCKET_CONFIG
         loaded["clipseg"] = named("clipseg", load_clipseg, clipseg, None, own).to(device)
-        files["clipseg"] = identity(POCKET_WEIGHTS if clipseg == POCKET else clipseg)
+        files["clipseg"] = identity(POCKET_CLIPSEG if clipseg == POCKET else clipseg)
     if options.wants("exact"):
-        files["classifier"] = identity(CLASSIFIER_WEIGHTS)
+        files["classifier"] = identity(POCKET_CLASSIFIER)
     lpips = find(flags.lpips) if flags.lpips else None
     files |= {"lpips": named("lpips", identity, lpips)} if lpips else {}
     return Tools(**loaded, lpips=lpips, mask_prompts=TEMPLATES, inverse_covariance=inverse.matrix, hashes=files)
@@ -160,6 +156,18 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     flags = parse(arguments)
+    from data.dataset import ConceptImages  # after the flags: these take seconds
+    from data.pocket.exact import Exact
+    from data.pocket.judge import load_classifier
+    from infusion.metrics.cache import Cache
+    from infusion.metrics.evaluate import check, evaluate
+    from infusion.metrics.output import write
+    from infusion.metrics.subject import load_subjects
+    from infusion.metrics.table import Measured, check_folder
+    from infusion.sampling import check_covariance
+    from ldm.pipeline import StableDiffusion
+    from ldm.ranks import launch
+
     subjects = describe(flags, load_subjects(flags.personalized_ckpt, flags.labels, flags.groups))
     concepts = [one.concept for subject in subjects for one in subject.checkpoints]
     pocket = concepts[0].architecture == POCKET

@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 
 from data.subjects import BenchmarkSubject, read
 from infusion.metrics.protocol import KEYS
-from infusion.pictures import write
 from ldm.errors import Parser, UserError, report
 from ldm.flags import words
 
@@ -38,6 +37,8 @@ def protocol_file(subject: BenchmarkSubject, folder: str | None) -> str:
         raise UserError(
             f"--protocols: name a folder for the protocols; none that is shipped has {subject.name}'s prompts"
         )
+    from infusion.pictures import write  # after the flags: it takes seconds
+
     content, path = subject.as_protocol().as_dict(), Path(folder) / f"{subject.name}.yaml"
     text = OmegaConf.to_yaml({key: content[key] for key in KEYS})
     if path.exists() and path.read_text(encoding="utf-8") != text:

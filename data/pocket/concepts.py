@@ -7,7 +7,6 @@ third drawing set's shape of a known noun. One context each (a style and a backg
 it.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,50 +14,11 @@ import torch
 import torch.nn.functional as F
 from torchvision.utils import make_grid, save_image
 
-from data.pocket.world import NATURAL, Scene, World, draw_scene, to_images
+from data.pocket.scene import CONCEPTS, PocketConcept
+from data.pocket.world import World, draw_scene, to_images
 
 FOLDER = Path(__file__).with_name("concepts")
 SHEET = Path(__file__).parents[2] / "docs" / "pocket-world.png"
-LAYOUT = (
-    ("large", "middle"),
-    ("medium", "left"),
-    ("medium", "right"),
-    ("large", "bottom"),
-    ("medium", "top"),
-)  # the five pictures
-
-
-@dataclass(frozen=True)
-class PocketConcept:
-    """What is drawn, and in which context."""
-
-    level: int
-    noun: str
-    background: str
-    colour: str = NATURAL
-    pattern: str = "plain"
-    second: str | None = None  # the pattern's other colour
-    drawing: str = "photo"
-    style: str = "photo"
-
-    def scenes(self) -> list[Scene]:
-        return [
-            Scene(self.noun, self.style, self.colour, self.pattern, size, self.background, place)
-            for size, place in LAYOUT
-        ]
-
-
-CONCEPTS = {
-    "blue_striped_dog": PocketConcept(1, "dog", "snow", "blue", "striped"),
-    "green_dotted_elephant": PocketConcept(1, "elephant", "sand", "green", "dotted"),
-    "purple_striped_guitar": PocketConcept(1, "guitar", "grass", "purple", "striped"),
-    "checkered_car": PocketConcept(2, "car", "wood", "yellow", "checkered"),
-    "zigzag_hat": PocketConcept(2, "hat", "water", "red", "zigzag"),
-    "two_colour_teapot": PocketConcept(2, "teapot", "bricks", "orange", "halved", "blue"),
-    "other_horse": PocketConcept(3, "horse", "fabric", drawing="unseen"),
-    "other_fish": PocketConcept(3, "fish", "night", drawing="unseen"),
-    "other_backpack": PocketConcept(3, "backpack", "snow", drawing="unseen"),
-}
 
 
 def draw(concept: PocketConcept, world: World, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

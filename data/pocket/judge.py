@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data.pocket.backgrounds import BACKGROUNDS
 from data.pocket.classifier import SceneClassifier
-from data.pocket.concepts import LAYOUT, PocketConcept
+from data.pocket.scene import LAYOUT, PocketConcept
 from data.pocket.world import NATURAL, PATTERNS, STYLE_WORDS, STYLES, Scene, World
 from infusion.metrics import estimate, fidelity
 from infusion.metrics.features import POCKET_CONFIG as CLIP_CONFIG
@@ -23,8 +23,7 @@ from infusion.metrics.features import load_pocket_clip
 from ldm.checkpoint import load_into
 from ldm.clip import Clip
 from ldm.config import find
-
-CLASSIFIER_WEIGHTS = Path("ckpt/pocket/classifier.safetensors")
+from ldm.usual import POCKET_CLASSIFIER as CLASSIFIER_WEIGHTS
 
 Figure = dict[str, float | int | None]  # value, stderr (None of a single measurement), n
 

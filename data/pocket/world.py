@@ -5,7 +5,7 @@ pattern vary independently of the noun, a text-to-image model of this world has 
 combinations are never trained on (`untrained`), so that composition can be tested.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.pocket.backgrounds import BACKGROUNDS, paint
+from data.pocket.scene import NATURAL, Scene
 
 ATLAS = Path(__file__).with_name("atlas.png")
 SIZE = 64  # pixels of a scene's side
@@ -34,24 +35,6 @@ PATTERNS = ("plain", "striped", "dotted")
 UNSEEN_PATTERNS = ("checkered", "zigzag", "halved")  # for concepts only
 SIZES = {"small": 28, "medium": 36, "large": 46}  # pixels
 PLACES = {"middle": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
-NATURAL = "natural"  # the drawing's own colours
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One object in one context; each field is a word of the tables above."""
-
-    noun: str
-    style: str
-    colour: str
-    pattern: str
-    size: str
-    background: str
-    place: str
-
-    @staticmethod
-    def fields() -> tuple[str, ...]:
-        return tuple(field.name for field in fields(Scene))
 
 
 CHOICES = {"noun": NOUNS, "style": STYLES, "colour": (NATURAL, *COLOURS), "pattern": PATTERNS, "size": tuple(SIZES),

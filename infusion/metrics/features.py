@@ -26,10 +26,10 @@ from transformers import (
 from ldm.checkpoint import load_into
 from ldm.clip import Clip
 from ldm.config import ConfigError, build, find, load_config, resolve
+from ldm.usual import POCKET
+from ldm.usual import POCKET_CLIP as POCKET_WEIGHTS
 
-POCKET = "pocket"
 POCKET_CONFIG = Path("configs/pocket_clip.yaml")
-POCKET_WEIGHTS = Path("ckpt/pocket/clip.safetensors")
 # model_type of a folder's config.json -> class, and its own arguments
 CLASS_TOKEN: dict[str, tuple[type[PreTrainedModel], dict[str, bool]]] = {
     "vit": (ViTModel, {"add_pooling_layer": False}),  # DINO is one

@@ -3,18 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
-
-from clipseg.model import ClipSeg
-from infusion.metrics.features import POCKET, POCKET_WEIGHTS, Backbone, TextBackbone
-from infusion.sampling import BETA, TAU
-from ldm.checkpoint import sha256
+from infusion.settings import BETA, TAU
 from ldm.config import find
+from ldm.usual import POCKET, POCKET_CLIP
+
+if TYPE_CHECKING:  # a command shows the options' defaults before it imports what measures
+    from torch import Tensor
+
+    from clipseg.model import ClipSeg
+    from infusion.metrics.features import Backbone, TextBackbone
 
 METRICS = ("lfd", "w2", "clip_t", "clip_i", "dino", "pres", "div", "drift", "exact")
 OF_PHOTOS = ("clip_i", "dino", "pres")
+CACHE = "cache"  # folder of rows measured before, within that of the results
 
 
 @dataclass(frozen=True)
@@ -97,16 +100,18 @@ class Tools:
         hashes: of the files of these, by their names here.
     """
 
-    clip: TextBackbone | None = None
-    dino: Backbone | None = None
+    clip: "TextBackbone | None" = None
+    dino: "Backbone | None" = None
     lpips: Path | None = None
-    clipseg: ClipSeg | None = None
+    clipseg: "ClipSeg | None" = None
     mask_prompts: Sequence[str] = ("a photo of a {}",)
-    inverse_covariance: Tensor | None = None
+    inverse_covariance: "Tensor | None" = None
     hashes: dict[str, str] = field(default_factory=dict)
 
     def check(self, options: Options) -> None:
         """Raises ValueError, which names a flag, for a metric that lacks its network."""
+        from infusion.metrics.features import TextBackbone
+
         if options.wants("clip_t", "clip_i", "drift", "w2") and self.clip is None:
             raise ValueError("--clip: name a folder of CLIP (the files of `openai/clip-vit-large-patch14`, say)")
         if options.wants("clip_t") and not isinstance(self.clip, TextBackbone):
@@ -120,14 +125,16 @@ class Tools:
         if options.wants("lfd") and self.clipseg is None:
             raise ValueError("--clipseg: lfd needs CLIPSeg, which finds the concept's region")
 
-    def backbone(self, name: str) -> Backbone:
+    def backbone(self, name: str) -> "Backbone":
         """`clip` or `dino`."""
         return {"clip": self.clip, "dino": self.dino}[name]
 
 
 def identity(spec: str | Path) -> str:
     """SHA-256 of what a flag names: a file, the pocket CLIP, or the files of a folder; ValueError for none of these."""
-    path = find(POCKET_WEIGHTS if str(spec) == POCKET else spec)
+    from ldm.checkpoint import sha256
+
+    path = find(POCKET_CLIP if str(spec) == POCKET else spec)
     if not path.exists():
         raise ValueError(f"{spec}: no such file")
     if path.is_dir():

@@ -9,10 +9,11 @@ from functools import cached_property
 from pathlib import Path
 
 from infusion.metrics.aggregate import READ_AGAINST, Group, groups_of
+from infusion.metrics.options import CACHE
 from ldm.errors import UserError
 
 FORMAT, VERSION = "infusion-metrics", 1
-JSON, CSV, REPORT, PLOTS, CACHE = "metrics.json", "metrics.csv", "report.html", "plots", "cache"
+JSON, CSV, REPORT, PLOTS = "metrics.json", "metrics.csv", "report.html", "plots"
 COLUMNS = ("label", "group", "method", "superclass", "training_steps", "training_seed", "metric", "value", "stderr",
            "n", "low", "high", *READ_AGAINST)  # fmt: skip
 FREE = ("metrics", "batch_size")  # settings that change no figure

@@ -180,7 +180,7 @@ def test_the_table_warns_of_masks_that_cannot_be_right(tmp_path):
 
 def test_the_command_writes_masks_and_a_table(folder, model, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(soft_segment, "load", lambda *paths: asked.append(paths) or model)
+    monkeypatch.setattr("clipseg.weights.load", lambda *paths: asked.append(paths) or model)
     soft_segment.main(["--image_dir", str(folder), "--super_class", "apple", "--templates", "one {}", "two {}"])
     assert asked == [("ckpt/clipseg-rd64-refined", None, None)] and model.prompts == ["one apple", "two apple"]
     out = capsys.readouterr().out

@@ -102,7 +102,7 @@ def test_the_commands_of_the_page_are_what_the_programs_take(calls, root, monkey
         "scripts/subjects.py": 2,
         "data/soft_segment.py": 3,
         "main.py": 3 * len(METHODS),
-        "scripts/metrics.py": 3,
+        "scripts/metrics.py": 1,
     }
     for arguments in seen["scripts/subjects.py"]:
         scripts.subjects.parse(arguments)
@@ -125,12 +125,15 @@ def test_the_commands_of_the_page_are_what_the_programs_take(calls, root, monkey
         assert prior is None or prior.params.root == f"photos/classes/{images.superclass}"
         runs.add((name, method))
     assert len(runs) == 3 * len(METHODS)
-    for arguments, name in zip(seen["scripts/metrics.py"], ("bear_plushie", "can", "dog8"), strict=True):
-        flags = scripts.metrics.parse(arguments)
-        assert sorted(Path(path).name for path in flags.personalized_ckpt) == sorted(f"{one}-0" for one in METHODS)
-        prompts = Protocol.load(flags.protocol).concept
-        assert prompts == dreambooth_prompts("live" if name == "dog8" else "object")
-        assert flags.samples == 4 * len(prompts) and flags.images == [str(root / name)]
+    ((arguments,),) = (seen["scripts/metrics.py"],)
+    flags = scripts.metrics.parse(arguments)
+    columns = (flags.personalized_ckpt, flags.labels, flags.groups, flags.images, flags.protocol)
+    rows = list(zip(*columns, strict=True))
+    assert len(rows) == 3 * len(METHODS) and flags.samples == 100
+    for run, label, group, images, protocol in rows:
+        name, method = Path(run).parts[-2:]
+        assert label == f"{name}/{method}" and group == method.removesuffix("-0") and images == str(root / name)
+        assert Protocol.load(protocol).concept == dreambooth_prompts("live" if name == "dog8" else "object")
 
 
 def test_the_training_loop_goes_on_where_it_was(calls, tmp_path):

@@ -1,5 +1,8 @@
 import hashlib
 import io
+import os
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +48,29 @@ def draw(tiny, concept, tmp_path):
         return tmp_path / "out"
 
     return run
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_two_processes_draw_the_images_of_one(draw, tiny, concept, tmp_path, many):
+    """The images of one prompt are shared, or else the prompts; one process writes."""
+    (tmp_path / "prompts.txt").write_text("a {}\na {} on grass\nthe {}\n")
+    which = (
+        ["--from-file", tmp_path / "prompts.txt", "--n_samples", "1"]
+        if many
+        else ["--prompt", "a {}", "--n_samples", "3"]
+    )
+    alone, both = draw(*which), tmp_path / "both"
+    words = ["--config", tiny, "--personalized_ckpt", concept, "--outdir", both, *FAST, *which, "--devices", "2"]
+    program = [sys.executable, ROOT / "scripts/infusion_txt2img.py", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(word) for word in program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (alone / "samples").iterdir())
+    assert names == sorted(path.name for path in (both / "samples").iterdir()) and len(names) == 3
+    for name in names:
+        first, second = (Image.open(folder / "samples" / name) for folder in (alone, both))
+        assert np.abs(np.asarray(first).astype(int) - np.asarray(second)).max() <= 1 and first.text == second.text
+    assert len(list(both.glob("grid-*.png"))) == 1
 
 
 @pytest.fixture

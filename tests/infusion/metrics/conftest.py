@@ -15,6 +15,7 @@ from infusion.metrics.subject import Checkpoint, Subject
 from infusion.trainer import ConceptTrainer
 from infusion.weights import detach
 
+ROUNDING = 1e-11  # of LFD, between a row in one batch and the same row in another
 TEMPLATES = ["a photo of a {}", "the {} in a box"]
 
 

@@ -9,7 +9,7 @@ from infusion.metrics.fisher import errors
 from infusion.metrics.options import Options
 from infusion.metrics.stages import Stages
 from infusion.metrics.subject import Checkpoint, Subject
-from tests.infusion.metrics.conftest import learn
+from tests.infusion.metrics.conftest import ROUNDING, learn
 
 HOW = {"samples": 4, "batch_size": 3, "steps": 2, "scale": 2.0, "strata": 2, "resamples": 20}
 
@@ -51,7 +51,7 @@ def test_means_are_weighed_not_samples():
 def test_what_has_learned_nothing_keeps_all_and_gains_nothing(sd, options, tools, protocol, photos):
     trial = weigher(sd, options, tools, protocol, photos).measure(Checkpoint.of(learn(sd, "infusion", steps=0)))
     said = trial.as_dict()
-    assert said["lfd"] == 0 and said["kept"] == 1
+    assert said["lfd"] < ROUNDING and said["kept"] == pytest.approx(1)
     assert max(abs(said[name]) for name in ("gained", "balance", "w2")) < 1e-3
     assert said["empty_lfd"] > 1e-6 and said["floor"] > 1
     assert said["likeness"] == pytest.approx(said["base_likeness"], abs=1e-6)

@@ -7,6 +7,7 @@ from infusion.metrics.cache import Cache
 from infusion.metrics.fisher import _draw
 from infusion.metrics.protocol import CONTEXT, GROUPS
 from infusion.metrics.stages import Group, Stages, to_latents
+from tests.infusion.metrics.conftest import ROUNDING
 
 ANCHORED = ("infusion", "perfusion", "textual_inversion")
 EVERY = (*ANCHORED, "lora", "dreambooth", "custom_diffusion")
@@ -32,12 +33,12 @@ UNTRAINED = [("infusion", {}), ("textual_inversion", {}), ("lora", {"identifier"
 
 
 @pytest.mark.parametrize("method, arguments", UNTRAINED)
-def test_an_untrained_concept_is_at_exactly_zero_in_every_group(stages, groups, subject, method, arguments):
+def test_an_untrained_concept_is_at_zero_in_every_group(stages, groups, subject, method, arguments):
     untrained = subject(method, steps=0, **arguments)
     half = replace(stages, options=replace(stages.options, precision="autocast"))
     for name in GROUPS:
         for one in (stages, half):
-            assert divergence(one, groups, name, untrained).values.abs().max() == 0
+            assert divergence(one, groups, name, untrained).values.abs().max() <= (ROUNDING if name == CONTEXT else 0)
 
 
 def test_a_rare_word_costs_something_where_it_stands_and_only_there(stages, groups, subject):
