@@ -1,0 +1,77 @@
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from infusion.benchmark import memory
+from infusion.benchmark.memory import can_measure, measurable, peak, peak_here
+from infusion.benchmark.settings import MEMORY, TIMED, Settings
+from infusion.benchmark.timing import Case
+from ldm.errors import UserError
+
+MIB = 2**20
+SETTINGS = Settings(size="pocket", latent=8)
+
+pytestmark = pytest.mark.skipif(not can_measure(torch.device("cpu")), reason="the system does not tell peaks")
+
+
+def spike(mebibytes: int) -> torch.Tensor:
+    return torch.ones(mebibytes * MIB // 4)
+
+
+def test_a_peak_is_what_the_case_takes_at_most_after_the_model_was_built(monkeypatch: pytest.MonkeyPatch):
+    """The model keeps 30 MiB and takes 300 while it is built; the case takes 100 for a moment, on each of two steps."""
+    model = SimpleNamespace(device=torch.device("cpu"))
+
+    def build(settings: Settings) -> SimpleNamespace:
+        spike(300)
+        model.weights = spike(30)
+        return model
+
+    @contextmanager
+    def ready():
+        yield lambda steps: [spike(100) for _ in range(steps)] and None
+
+    monkeypatch.setattr(memory, "build_model", build)
+    monkeypatch.setattr(memory, "memory_case", lambda name, sd, settings: Case(name, ready))
+    found = peak_here("memory_image", SETTINGS)
+    assert 199 * MIB < found["above_loaded_bytes"] < 220 * MIB  # the list of both steps
+    assert found["peak_bytes"] == found["loaded_bytes"] + found["above_loaded_bytes"]
+
+
+def test_batch_and_checkpointing_are_those_of_the_name(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def case(name, sd, settings) -> Case:
+        seen.append((name, settings.batch, settings.compile))
+        return original(name, sd, settings)
+
+    original = memory.memory_case
+    monkeypatch.setattr(memory, "memory_case", case)
+    found = peak_here("memory_train_batch_4_checkpointing", Settings(size="pocket", latent=8, batch=3, compile=True))
+    peak_here("memory_guided_step", Settings(size="pocket", latent=8, batch=3))
+    assert seen == [("memory_train_batch_4_checkpointing", 4, False), ("memory_guided_step", 3, False)]
+    assert found["peak_bytes"] >= found["loaded_bytes"] > 20 * MIB
+
+
+def test_names():
+    assert not set(MEMORY) & set(TIMED)
+    with pytest.raises(ValueError, match="memory_imgae"):
+        peak("memory_imgae", SETTINGS)
+
+
+def test_memory_is_left_out_where_it_cannot_be_measured(monkeypatch: pytest.MonkeyPatch):
+    device, chosen = torch.device("cpu"), ["memory_image", "unet"]
+    assert measurable(chosen, True, device) == chosen
+    monkeypatch.setattr(memory, "can_measure", lambda device: False)
+    assert measurable(chosen, False, device) == measurable(["unet"], True, device) == ["unet"]
+    with pytest.raises(UserError, match="--only: memory_image is measured on CUDA and on Linux only"):
+        measurable(chosen, True, device)
+
+
+@pytest.mark.slow
+def test_a_fresh_process_holds_nothing_of_this_one():
+    ballast = spike(3000)
+    found = peak("memory_train_batch_1", SETTINGS)
+    assert 20 * MIB < found["loaded_bytes"] < found["peak_bytes"] < ballast.nbytes
