@@ -4,7 +4,8 @@ A config has the nodes `model` (a LightningModule), `data` (a LightningDataModul
 `pytorch_lightning.Trainer`) and, optionally, `callbacks` (a list of nodes, or a mapping of names to nodes where null
 drops one). `ckpt` is the checkpoint that the model's `sd` starts from, `ckpt_source` where to get it; `parts` maps
 components of `sd` (unet, vae, text) to files that hold one each. `use_ema: true` takes the averaged weights of the UNet
-in `ckpt`. `save_every` is the number of optimiser steps between two `models/last.ckpt`.
+in `ckpt`. `weights` is the type of the frozen UNet and text encoder: float32, bfloat16 or float16. `save_every` is the
+number of optimiser steps between two `models/last.ckpt`.
 """
 
 import json
@@ -25,7 +26,9 @@ if TYPE_CHECKING:  # what takes seconds to import is imported where it works, af
 
     from ldm.pipeline import StableDiffusion
 
-DEFAULTS = {"trainer": {}, "callbacks": {}, "parts": {}, "use_ema": False, "seed": 23, "save_every": 500}
+DEFAULTS = {"trainer": {}, "callbacks": {}, "parts": {}, "use_ema": False, "weights": "float32", "seed": 23,
+            "save_every": 500}  # fmt: skip
+WEIGHTS = ("float32", "bfloat16", "float16")
 NODES = ("model", "data", "ckpt", "ckpt_source", *DEFAULTS)
 NOISE = (  # warnings of Lightning's about what is meant to be so
     *("many workers", "LeafSpec", "smaller than the logging", "directory .* not empty", "is not resumable"),
@@ -86,6 +89,8 @@ def read_config(flags: Namespace) -> DictConfig:
             raise ConfigError(f"{', '.join(map(str, files))}: the config has no `{node}`")
     if not isinstance(config.use_ema, bool):
         raise ConfigError(f"use_ema: true or false is wanted, not {config.use_ema!r}")
+    if config.weights not in WEIGHTS:
+        raise ConfigError(f"weights: one of {', '.join(WEIGHTS)} is wanted, not {config.weights!r}")
     for key in ("seed", "save_every"):
         if not isinstance(config[key], int):
             raise ConfigError(f"{key}: an integer is wanted, not {config[key]!r}")
@@ -184,6 +189,9 @@ def build_model(config: DictConfig, files: dict[str, Path], meta: bool = False) 
         with device:
             sd = build(config.model.params.sd, "model.params.sd")
         load_weights(sd, files, config.get("use_ema", False))
+        if config.get("weights", "float32") != "float32":  # the autoencoder overflows float16
+            sd.unet.to(getattr(torch, config.weights))
+            sd.text.to(getattr(torch, config.weights))
         return build(config.model, "model", given={"sd": sd})
     if files:
         raise ConfigError(f"{next(iter(files))}: names weights, and model.params has no `sd` to load them into")

@@ -114,10 +114,10 @@ class Customised:
                     target = method.target(sd, concept.tensors, concept.superclass, concept.templates)
                 own = concept.gate.but(kinds[k], betas[k], taus[k])
                 gates.append(method.gates(own, text, masks[:, k], target, inverse_covariance))
-            gates = torch.cat(gates, dim=1)  # (B, R, L)
+            gates = torch.cat(gates, dim=1).to(sd.device)  # (B, R, L)
             if scale != 1:
                 text = torch.cat([sd.text(negatives), text])
-            text = text.to(sd.dtype)
+            text = text.to(sd.device, sd.dtype)
         self.text = text  # (B or 2B, L, D)
         self.gates = F.pad(gates, (0, 0, 0, 0, len(text) - self.rows, 0))  # the unconditional rows have none
         strengths = torch.tensor(strengths, dtype=torch.float32, device=text.device)

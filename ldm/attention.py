@@ -24,13 +24,13 @@ def zeroed(module: nn.Module) -> nn.Module:
 
 
 def tokens(x: Tensor) -> Tensor:
-    """Pixels as a sequence: (B, C, h, w) -> (B, h·w, C)."""
-    return x.flatten(2).transpose(1, 2)
+    """Pixels as a sequence: (B, C, h, w) -> (B, h·w, C), laid out so that nothing that follows has to copy it."""
+    return x.flatten(2).transpose(1, 2).contiguous()
 
 
 def pixels(x: Tensor, size: torch.Size) -> Tensor:
     """The inverse of `tokens`, given (h, w): (B, h·w, C) -> (B, C, h, w)."""
-    return x.transpose(1, 2).unflatten(2, size)
+    return x.transpose(1, 2).unflatten(2, size).contiguous()
 
 
 @dataclass(frozen=True, eq=False)

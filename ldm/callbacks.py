@@ -1,5 +1,6 @@
 """What training writes beside its resume state."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -23,6 +24,32 @@ class ExportWeights(pl.Callback):
         half = {name: t.half() if t.is_floating_point() else t for name, t in module.weights().items()}
         with replacing(path) as partial:
             save_file({name: tensor.contiguous() for name, tensor in half.items()}, partial)
+
+
+class Offload(pl.Callback):
+    """Moves parts of a concept's frozen base model to the CPU when training starts, so that a small card has room.
+
+    The autoencoder has done its work by then: latents are cached. So has the text encoder soon, since each prompt is
+    encoded once, unless the method learns a word.
+
+    Args:
+        parts: of the module's `sd`: "vae", "text".
+        device: where to.
+
+    Raises:
+        ValueError: another part.
+    """
+
+    def __init__(self, parts: Sequence[str] = ("vae", "text"), device: str = "cpu") -> None:
+        if odd := [part for part in parts if part not in ("vae", "text")]:
+            raise ValueError(f"parts: training does without vae and text, not without {odd[0]!r}")
+        self.parts, self.device = tuple(parts), device
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        for part in self.parts:
+            getattr(module.sd, part).to(self.device)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 class Reconstructions(pl.Callback):

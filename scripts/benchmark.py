@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from infusion.benchmark.settings import MEMORY, PRECISIONS, RATIOS, SIZES, TIMED, Settings, choose
+from infusion.benchmark.settings import MEANS, MEMORY, PRECISIONS, RATIOS, SIZES, TIMED, Settings, choose
 from ldm.errors import Parser, UserError, report
 from ldm.flags import count, find_device, words
 
@@ -25,7 +25,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         description="Measures the method's cost beside the base model, diffusers and the released design; "
         "all weights are random, so no file is needed.",
-        epilog=f"Cases: {', '.join((*TIMED, *MEMORY))}. Ratios: {', '.join(RATIOS)}.",
+        epilog=f"Cases: {', '.join((*TIMED, *MEMORY))}. Ratios: {', '.join(RATIOS)}. means: {', '.join(MEANS)}.",
     )
     add = parser.add_argument
     add("--device", help="cpu, or cuda with or without an index; auto: CUDA where there is some", default="auto")
@@ -35,7 +35,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--precision", choices=PRECISIONS, help="of the UNet", default=usual.precision)
     add("--compile", action="store_true", help="compile the UNets, also those that are compared with")
     add("--repeats", type=count, metavar="N", help=f"rounds; None: {REPEATS['cpu']}, on CUDA {REPEATS['cuda']}")
-    add("--only", type=words, metavar="CASE[,CASE]", help="cases, or ratios; None: everything")
+    add("--only", type=words, metavar="CASE[,CASE]", help="cases, ratios, or means; None: all but means")
     add("--json", metavar="FILE", help="gets everything that was measured")
     flags = parser.parse_args(arguments)
     flags.chosen = choose(flags.only, flags.compile)

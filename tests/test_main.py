@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -127,6 +128,17 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(entry, comman
     )
 
 
+def test_half_weights_train_what_is_in_full(entry, command, tmp_path):
+    """The UNet and the text encoder in bfloat16, the residuals in float32: near what float32 learns."""
+    flags = ["--base", entry, ROOT / "configs/with/small_card.yaml", "-t", "trainer.max_steps=2", "batch_size=4"]
+    for name in ("float32", "bfloat16"):
+        command(*flags, "--logdir", tmp_path / name, f"weights={name}", "trainer.precision=32-true")
+    full, half = (load_file(tmp_path / name / "models/step=000002.safetensors") for name in ("float32", "bfloat16"))
+    for name in full:
+        assert half[name].dtype == torch.float32 and not torch.equal(half[name], full[name])
+        assert F.cosine_similarity(half[name], full[name], dim=0) > 0.9
+
+
 def test_the_seed_decides(entry, command, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         command("--base", entry, "-t", "--logdir", tmp_path / name, "-s", seed, "trainer.max_steps=2")
@@ -176,6 +188,7 @@ def remove_mask(photos: Path) -> None:
         (["trainer.max_steps=many"], None, "trainer.max_steps: Trainer wants int here, not 'many'"),
         (["batch_size=two"], None, "data.params.batch_size: ConceptData wants int here, not 'two'"),
         (["batch_size=0"], None, "batch_size: must be at least 1, not 0"),
+        (["weights=half"], None, "weights: one of float32, bfloat16, float16 is wanted, not 'half'"),
         (["flip_p=2"], None, "flip_p: must be between 0 and 1, not 2"),
         (["templates=[a photo]"], None, "{}"),
         (
