@@ -189,9 +189,7 @@ def build_model(config: DictConfig, files: dict[str, Path], meta: bool = False) 
         with device:
             sd = build(config.model.params.sd, "model.params.sd")
         load_weights(sd, files, config.get("use_ema", False))
-        if config.get("weights", "float32") != "float32":  # the autoencoder overflows float16
-            sd.unet.to(getattr(torch, config.weights))
-            sd.text.to(getattr(torch, config.weights))
+        sd.cast(getattr(torch, config.get("weights", "float32")))
         return build(config.model, "model", given={"sd": sd})
     if files:
         raise ConfigError(f"{next(iter(files))}: names weights, and model.params has no `sd` to load them into")

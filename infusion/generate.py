@@ -58,5 +58,5 @@ def generate(
     context = sd.denoiser(list(prompts), concepts, settings.negative_prompt, settings.scale, **options)
     how = (settings.steps, settings.ddim_eta, settings.sampler, settings.H, settings.W, progress)
     with context as denoise, sd.autocast(settings.precision):
-        images = sd.draw(denoise, seeds, *how)
+        images = sd.decode(sd.draw_latents(denoise, seeds, *how))
     return images, denoise.attention_maps if options and map_grid else None

@@ -10,9 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from data.many import entries, of_concept
@@ -22,6 +20,7 @@ from infusion.concept import Concept
 from infusion.covariance import InverseCovariance
 from infusion.gate import Gate
 from infusion.inject import cross_attention_layers, inject, remove
+from infusion.learner import Learner
 from infusion.loss import masked_loss
 from infusion.methods.infusion import Infusion
 from infusion.trainer import ConceptTrainer, SaveConcept
@@ -41,7 +40,7 @@ class ResidualBank(nn.Module):
         self.residuals = kept(residuals)
 
 
-class ManyTrainer(pl.LightningModule):
+class ManyTrainer(Learner):
     """K concepts on one base model. Injects their banks into the UNet for good.
 
     A batch has for each concept, by name, a batch as `ConceptTrainer` takes it, without a prior. Timesteps and noise of
@@ -108,11 +107,6 @@ class ManyTrainer(pl.LightningModule):
             raise ValueError("trainer.gradient_clip_val: the norm would be that of all concepts together: leave it out")
         for part in self.parts:
             part.trainer = self.trainer  # for the step that its draws depend on
-
-    def on_fit_start(self) -> None:
-        """Raises ValueError when the trainer's precision has cast the banks to half precision."""
-        if any(bank.dtype != torch.float32 for bank in self.tensors.values()):
-            raise ValueError("what is learned must stay in float32: use precision 32-true, bf16-mixed or 16-mixed")
 
     def training_step(self, batch: Mapping[str, Mapping[str, Any]], batch_idx: int) -> Tensor:
         """`Σ_k` of the concepts' losses; logs each, and their mean as `train/loss`."""
@@ -184,28 +178,11 @@ class ManyTrainer(pl.LightningModule):
         k = self.names.index(name)
         return replace(self.parts[k].concept(), tensors={layer: bank[k] for layer, bank in self.tensors.items()})
 
-    def state_dict(
-        self, *, destination: dict[str, Tensor] | None = None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, Tensor]:
-        """The banks alone: the base model is in its own file."""
-        state = {} if destination is None else destination
-        for name, bank in self.tensors.items():
-            state[prefix + name] = bank if keep_vars else bank.detach()
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
-        """Strict, whatever `strict` says.
-
-        Raises:
-            ValueError: banks of other layers, or of another number of concepts.
-        """
-        if {name: bank.shape for name, bank in state_dict.items()} != {
-            n: bank.shape for n, bank in self.tensors.items()
-        }:
+    def check_state(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Raises ValueError for banks of other layers, or of another number of concepts."""
+        shapes, own = ({name: bank.shape for name, bank in banks.items()} for banks in (state_dict, self.tensors))
+        if shapes != own:
             raise ValueError(f"the resume state does not fit: it is not of these layers and {len(self.names)} concepts")
-        with torch.no_grad():
-            for name, bank in self.tensors.items():
-                bank.copy_(state_dict[name])
 
     def _sizes(self, batch: Mapping[str, Mapping[str, Any]]) -> list[int]:
         return [len(batch[name]["latents"]) for name in self.names]
@@ -214,21 +191,15 @@ class ManyTrainer(pl.LightningModule):
 class SaveConcepts(SaveConcept):
     """As `SaveConcept`, for each concept of a `ManyTrainer`: `<name>/step=000500.safetensors`."""
 
-    @rank_zero_only
-    def _save(self, trainer: pl.Trainer, pl_module: ManyTrainer) -> None:
+    def _write(self, module: ManyTrainer, folder: Path, name: str) -> None:
         """Raises ValueError, after the others are written, for concepts that are not finite; it names them."""
-        step = trainer.global_step
-        if step == self._saved:  # between the micro-batches of one optimiser step
-            return
-        self._saved = step
-        folder = Path(trainer.default_root_dir) / "models" if self.dirpath is None else Path(self.dirpath)
         diverged = []
-        for name in pl_module.names:
+        for one in module.names:
             try:
-                concept = pl_module.concept(name)
+                concept = module.concept(one)
             except ValueError as error:
-                diverged.append(f"{name}: {error}")
+                diverged.append(f"{one}: {error}")
                 continue
-            concept.save(folder / name / f"step={step:06d}.safetensors")
+            concept.save(folder / one / name)
         if diverged:
             raise ValueError("; ".join(diverged))

@@ -125,6 +125,7 @@ class Customised:
         acting = gates * (self.strengths != 0)[:, None]
         self.active = acting.flatten(1).any(1).nonzero().flatten()  # images with terms in them
         self.customised = self.active[:0] if self.own else self.active  # those with a row behind the others
+        self.stacked = torch.cat([text, text[-self.rows :][self.customised]])  # encodings of all rows
         self._stack = ExitStack()
 
     def __enter__(self) -> "Customised":
@@ -185,10 +186,8 @@ class Customised:
         regions = None if regions is None else regions[self.owners].to(self.text.device)
         if self.own:
             return OwnPass(self.text, self.gates, tape, self.strengths, regions)
-        conditional, gates = self.text[-self.rows :], self.gates[-self.rows :]
-        text = torch.cat([self.text, conditional[self.customised]])
         kept = None if self.map_grid is None else tape
-        return StackedPass(text, gates, self.customised, self.strengths, regions, kept)
+        return StackedPass(self.stacked, self.gates[-self.rows :], self.customised, self.strengths, regions, kept)
 
     def _record(self, tape: Tape, size: torch.Size) -> None:
         if self.map_grid is None or not self.owners:

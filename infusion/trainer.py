@@ -16,13 +16,14 @@ from infusion.covariance import InverseCovariance
 from infusion.encode import encode
 from infusion.gate import Gate, fingerprint, training_prompts
 from infusion.inject import inject
+from infusion.learner import Learner
 from infusion.loss import masked_loss
 from infusion.methods.base import Method, by_layer
 from infusion.weights import attach
 from ldm.pipeline import StableDiffusion
 
 
-class ConceptTrainer(pl.LightningModule):
+class ConceptTrainer(Learner):
     """One concept on one base model (DESIGN section 2). Injects the method's edits into the UNet for good.
 
     A batch is a dict: latents (B, 4, h, w), scaled; template, a list of B prompts with {} for the concept; mask
@@ -89,11 +90,6 @@ class ConceptTrainer(pl.LightningModule):
             inject(sd.unet, self.edits)
         self._texts: dict[str, tuple[Tensor, Tensor]] = {}  # template -> encoding (L, D), gates (R, L)
         self._target_input: Tensor | None = None
-
-    def on_fit_start(self) -> None:
-        """Raises ValueError when the trainer's precision has cast the learned numbers to half precision."""
-        if any(tensor.dtype != torch.float32 for tensor in self.tensors.values()):
-            raise ValueError("what is learned must stay in float32: use precision 32-true, bf16-mixed or 16-mixed")
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         tape: Tape = {}
@@ -197,31 +193,13 @@ class ConceptTrainer(pl.LightningModule):
         self.sd.eval()
         return self
 
-    def state_dict(
-        self, *, destination: dict[str, Tensor] | None = None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, Tensor]:
-        """The concept's tensors alone: the base model is in its own file."""
-        state = {} if destination is None else destination
-        for name, parameter in self.tensors.items():
-            state[prefix + name] = parameter if keep_vars else parameter.detach()
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
-        """Strict, whatever `strict` says.
-
-        Raises:
-            ValueError: a tensor too few, too many, or of another shape.
-        """
-        learned = self.tensors
-        if odd := sorted(set(learned) ^ set(state_dict)):
+    def check_state(self, state_dict: Mapping[str, Tensor]) -> None:
+        if odd := sorted(set(self.tensors) ^ set(state_dict)):
             raise ValueError(f"the resume state does not fit the method: {odd[0]} is in one of them only")
-        for name, parameter in learned.items():
+        for name, parameter in self.tensors.items():
             if parameter.shape != state_dict[name].shape:
                 found = tuple(state_dict[name].shape)
                 raise ValueError(f"the resume state does not fit: {name} is {found}, not {tuple(parameter.shape)}")
-        with torch.no_grad():
-            for name, parameter in learned.items():
-                parameter.copy_(state_dict[name])
 
     def _encode(self, templates: Sequence[str]) -> tuple[Tensor, Tensor]:
         text, masks = encode(self.sd.text, templates, [self.noun], [self.tokens])  # (B, L, D), (B, 1, L)
@@ -269,10 +247,13 @@ class SaveConcept(pl.Callback):
         self._save(trainer, pl_module)
 
     @rank_zero_only
-    def _save(self, trainer: pl.Trainer, pl_module: ConceptTrainer) -> None:
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = trainer.global_step
         if step == self._saved:  # between the micro-batches of one optimiser step
             return
         folder = Path(trainer.default_root_dir) / "models" if self.dirpath is None else Path(self.dirpath)
-        pl_module.concept().save(folder / f"step={step:06d}.safetensors")
+        self._write(pl_module, folder, f"step={step:06d}.safetensors")
         self._saved = step
+
+    def _write(self, module: ConceptTrainer, folder: Path, name: str) -> None:
+        module.concept().save(folder / name)

@@ -30,6 +30,11 @@ PLACEHOLDER = re.compile(r"\{\d*\}")  # where a concept goes in a prompt: {} or 
 DECODED = 4  # images at a time: more are no faster, and the decoder needs a gigabyte for one of 512 × 512
 
 
+def half_precision(device: torch.device) -> torch.dtype:
+    """bfloat16, or float16 on a device that lacks it."""
+    return torch.float16 if device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
+
+
 class StableDiffusion(nn.Module):
     """A latent diffusion model (Rombach et al. 2022, arXiv 2112.10752).
 
@@ -110,8 +115,7 @@ class StableDiffusion(nn.Module):
         config = config_path if isinstance(config_path, DictConfig) else load_config(config_path)
         with torch.device("meta"):
             pipeline = cls.from_config(config)
-        pipeline.unet.to(dtype)
-        pipeline.text.to(dtype)
+        pipeline.cast(dtype)
         weights = pipeline._usual_weights(config.get("ckpt_source")) if ckpt_path is None else ckpt_path
         use_ema = bool(config.get("use_ema", False)) if use_ema is None else use_ema
         pipeline.load(weights, use_ema, device)
@@ -170,10 +174,14 @@ class StableDiffusion(nn.Module):
                 raise ValueError(f"{side} must be a multiple of {multiple} pixels, not {size}")
         return self.vae.embed_dim, height // self.vae.factor, width // self.vae.factor
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Gives the UNet and the text encoder this dtype; the autoencoder, which overflows float16, keeps its own."""
+        self.unet.to(dtype)
+        self.text.to(dtype)
+
     def autocast(self, precision: Literal["full", "autocast"]) -> AbstractContextManager:
-        """With "autocast", bfloat16 where torch deems it safe, or float16 on a device that lacks it."""
-        half = torch.float16 if self.device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
-        return torch.autocast(self.device.type, half, precision == "autocast")
+        """With "autocast", the device's half precision where torch deems it safe."""
+        return torch.autocast(self.device.type, half_precision(self.device), precision == "autocast")
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -246,7 +254,8 @@ class StableDiffusion(nn.Module):
             options = {"beta": beta, "tau": tau, "strengths": strengths, "gate": gate, "regions": regions}
             options = options | {"inverse_covariance": inverse_covariance} if concepts else {}
             with self.denoiser(batch, concepts, negative_prompt, scale, **options) as denoise:
-                images.append(self.draw(denoise, seeds, steps, eta, sampler, height, width, progress))
+                latents = self.draw_latents(denoise, seeds, steps, eta, sampler, height, width, progress)
+            images.append(self.decode(latents))
         return torch.cat(images)
 
     @torch.no_grad()
@@ -262,21 +271,6 @@ class StableDiffusion(nn.Module):
         return nullcontext(Guided(self.unet, text, negative, scale))
 
     @torch.no_grad()
-    def draw(
-        self,
-        denoise: Denoiser,
-        seeds: Sequence[int],
-        steps: int = 50,
-        eta: float = 0.0,
-        sampler: str = "ddim",
-        height: int | None = None,
-        width: int | None = None,
-        progress: bool = False,
-    ) -> Tensor:
-        """One image per seed, by a denoiser for as many prompts; otherwise as `sample`."""
-        return self.decode(self.draw_latents(denoise, seeds, steps, eta, sampler, height, width, progress))
-
-    @torch.no_grad()
     def draw_latents(
         self,
         denoise: Denoiser,
@@ -288,7 +282,10 @@ class StableDiffusion(nn.Module):
         width: int | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """As `draw`, before the decoder: (B, C, h, w) float32, scaled."""
+        """Latents (B, C, h, w), float32, scaled: one image per seed, by a denoiser for as many prompts.
+
+        The rest as for `sample`; `decode` makes images of them.
+        """
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         noise = initial_noise(generators, self.latent_shape(height, width), self.device)  # (B, C, h, w), float32
         return sample(denoise, self.schedule.scheduler(sampler), noise, steps, eta, generators, progress)

@@ -19,7 +19,7 @@ from data.dataset import ConceptImages
 from data.pocket.compare import Run, mask, train
 from data.pocket.concepts import CONCEPTS
 from infusion.metrics.balance import Balance, Trial, balance
-from infusion.metrics.best import Networks
+from infusion.metrics.best import Networks, exhausted
 from infusion.metrics.cache import Cache
 from infusion.metrics.estimate import bootstrap
 from infusion.metrics.options import Options
@@ -69,12 +69,9 @@ def compare(pick: Trial, best: Trial) -> dict[str, float]:
 
 def stops_at(trials: Sequence[dict]) -> int:
     """The step at which a training with `early_stop` = `PATIENCE` would have ended."""
-    highest = 0
-    for i, trial in enumerate(trials):
-        highest = i if trial["balance"] > trials[highest]["balance"] else highest
-        if i - highest >= PATIENCE:
-            return trial["step"]
-    return trials[-1]["step"]
+    balances = [trial["balance"] for trial in trials]
+    ends = (i for i in range(len(trials)) if exhausted(balances[: i + 1], PATIENCE))
+    return trials[next(ends, -1)]["step"]
 
 
 def result(run: Run, folder: Path, swept: Sequence[Trial]) -> dict:

@@ -108,6 +108,6 @@ def images(sd: StableDiffusion, settings: Settings) -> list[Case]:
     @contextmanager
     def ready() -> Iterator[Callable[[int], Tensor]]:
         with denoiser as denoise, autocast(sd, settings):
-            yield lambda steps: sd.draw(denoise, seeds, steps, height=side, width=side)
+            yield lambda steps: sd.decode(sd.draw_latents(denoise, seeds, steps, height=side, width=side))
 
     return [Case(IMAGE, ready, STEPS)]

@@ -10,7 +10,7 @@ from torch import nn
 
 from infusion.benchmark.settings import Settings
 from ldm.config import ROOT
-from ldm.pipeline import StableDiffusion
+from ldm.pipeline import StableDiffusion, half_precision
 
 DTYPES = {"full": torch.float32, "autocast": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of weights
 STD = 0.02  # of weights that a fresh model has as zeros
@@ -39,8 +39,7 @@ def build_model(settings: Settings) -> StableDiffusion:
     for parameter in sd.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=STD)
-    sd.unet.to(DTYPES[settings.precision])
-    sd.text.to(DTYPES[settings.precision])
+    sd.cast(DTYPES[settings.precision])
     return sd.requires_grad_(False).to(settings.device)
 
 
@@ -53,8 +52,7 @@ def compute_dtype(settings: Settings) -> torch.dtype:
     """What matrix products are computed in."""
     if settings.precision != "autocast":
         return DTYPES[settings.precision]
-    cuda = torch.device(settings.device).type == "cuda"
-    return torch.float16 if cuda and not torch.cuda.is_bf16_supported() else torch.bfloat16
+    return half_precision(torch.device(settings.device))
 
 
 def describe_device(settings: Settings) -> dict[str, object]:

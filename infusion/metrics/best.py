@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ class Networks(Tools):
         networks = {"clip": load_backbone(clip, where), "clipseg": load_clipseg(clipseg).to(where)}
         hashes = {"clip": identity(clip), "clipseg": identity(POCKET_WEIGHTS if clipseg == POCKET else clipseg)}
         super().__init__(**networks, mask_prompts=TEMPLATES, hashes=hashes)
+
+
+def exhausted(balances: Sequence[float], patience: int) -> bool:
+    """Whether the last `patience` trials, at least 1, brought nothing better than one before them."""
+    return len(balances) > patience and max(balances[:-patience]) >= max(balances[-patience:])
 
 
 class BestConcept(pl.Callback):
@@ -110,19 +116,14 @@ class BestConcept(pl.Callback):
         if trainer.global_step % self.every == 0:
             self._try(trainer, pl_module)
             if self.early_stop:
-                trainer.should_stop |= trainer.strategy.broadcast(self.exhausted)
+                balances = [trial["balance"] for trial in self.trials]
+                trainer.should_stop |= trainer.strategy.broadcast(exhausted(balances, self.early_stop))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: ConceptTrainer) -> None:
         self._try(trainer, pl_module)
         if trainer.is_global_zero:
             found = f"step {self.best['step']}, {self._folder(trainer) / BEST}" if self.best else "none: nothing gained"
             logger.info("best by likeness against overfitting: %s", found)
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether `early_stop` trials in a row brought nothing better."""
-        balances = [trial["balance"] for trial in self.trials]
-        return bool(balances) and 0 < self.early_stop <= len(balances) - 1 - balances.index(max(balances))
 
     def state_dict(self) -> dict[str, Any]:
         return {"trials": self.trials}

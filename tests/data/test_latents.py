@@ -1,6 +1,5 @@
 import logging
 from itertools import islice
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,13 +7,7 @@ import torch.nn.functional as F
 
 from data.dataset import ConceptImages
 from data.latents import ConceptBatches, ConceptData, LatentCache
-from ldm.autoencoder import AutoencoderKL
-
-
-@pytest.fixture(scope="module")
-def vae() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(ch=32, ch_mult=(1, 2), num_res_blocks=1).eval()
+from tests.data.conftest import attached
 
 
 @pytest.fixture
@@ -90,27 +83,6 @@ def test_photos_sides_and_templates_are_drawn_as_often_as_they_should():
 def test_never_and_always_mirrored(flip_p, side):
     batch = first(ConceptBatches(counted(2, 3), [["{}"]] * 3, 50, flip_p=flip_p), 1)[0]
     assert set((batch["latents"] // 10).flatten().tolist()) == {side}
-
-
-def latent_shape(height: int, width: int) -> tuple[int, int, int]:
-    """As of a model that halves an image twice."""
-    if height % 4 or width % 4:
-        raise ValueError(f"height must be a multiple of 4 pixels, not {height}")
-    return 4, height // 2, width // 2
-
-
-def attached(data: ConceptData, vae: AutoencoderKL, global_step: int = 0) -> ConceptData:
-    data.trainer = SimpleNamespace(
-        lightning_module=SimpleNamespace(sd=SimpleNamespace(vae=vae, latent_shape=latent_shape)),
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        global_step=global_step,
-        accumulate_grad_batches=2,
-        global_rank=0,
-        local_rank=0,
-        world_size=1,
-    )
-    data.setup("fit")
-    return data
 
 
 def test_the_data_module_gives_latents_masks_and_templates(images, vae):

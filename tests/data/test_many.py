@@ -1,5 +1,4 @@
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,13 +6,7 @@ import torch
 from data.dataset import ConceptImages
 from data.latents import ConceptData
 from data.many import ManyConcepts, entries
-from ldm.autoencoder import AutoencoderKL
-
-
-@pytest.fixture(scope="module")
-def vae() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(ch=32, ch_mult=(1, 2), num_res_blocks=1).eval()
+from tests.data.conftest import attached
 
 
 def listed(photos, tmp_path) -> list[dict]:
@@ -25,21 +18,6 @@ def listed(photos, tmp_path) -> list[dict]:
         (bears / "0.txt").write_text("my stuffed animal\n")
     bear = {"name": "bear", "superclass": "stuffed animal", "data_root": str(bears), "flip_p": 0.0}
     return [{"name": "cat", "superclass": "cat", "data_root": str(photos)}, bear]
-
-
-def attached(data: ManyConcepts | ConceptData, vae: AutoencoderKL, global_step: int = 0) -> ManyConcepts | ConceptData:
-    sd = SimpleNamespace(vae=vae, latent_shape=lambda height, width: (4, height // 2, width // 2))
-    data.trainer = SimpleNamespace(
-        lightning_module=SimpleNamespace(sd=sd),
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        global_step=global_step,
-        accumulate_grad_batches=2,
-        global_rank=0,
-        local_rank=0,
-        world_size=1,
-    )
-    data.setup("fit")
-    return data
 
 
 @pytest.mark.parametrize("step", [0, 3])

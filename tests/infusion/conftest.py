@@ -1,8 +1,12 @@
 """A Stable Diffusion with random weights that runs in milliseconds."""
 
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -75,3 +79,31 @@ def sd(tokenizer: Tokenizer) -> StableDiffusion:
     with torch.no_grad():
         text.transformer.text_model.embeddings.token_embedding.weight.mul_(50)  # words that differ
     return StableDiffusion(unet, vae, text, Schedule(), name="tiny", image_size=16).requires_grad_(False).eval()
+
+
+def fit(
+    module: pl.LightningModule,
+    folder: Path,
+    data: object,
+    steps: int,
+    ckpt_path: Path | None = None,
+    callbacks: Sequence[pl.Callback] = (),
+    **options: object,
+) -> pl.Trainer:
+    """Trains on loaders or a data module, on the CPU, without a word."""
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        **options,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    return trainer

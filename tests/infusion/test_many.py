@@ -1,5 +1,4 @@
 import json
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from infusion.inject import remove
 from infusion.many import ManyTrainer, SaveConcepts
 from infusion.methods.infusion import Infusion
 from infusion.trainer import ConceptTrainer
+from tests.infusion import conftest
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a photo of a {}", "the {} on a hill", "{}"]
@@ -39,23 +39,8 @@ def batches(name: str, count: int = 2 * STEPS, rows: int = 2) -> DataLoader:
     return DataLoader(items, batch_size=rows)
 
 
-def fit(module, folder, loaders, steps=STEPS, ckpt_path=None, callbacks=(), **options) -> pl.Trainer:
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        **({"accumulate_grad_batches": 2} | options),
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(module, loaders, ckpt_path=ckpt_path)
-    return trainer
+def fit(module, folder, loaders, steps=STEPS, **options) -> pl.Trainer:
+    return conftest.fit(module, folder, loaders, steps, **({"accumulate_grad_batches": 2} | options))
 
 
 def all_batches(names=NOUNS) -> dict[str, DataLoader]:

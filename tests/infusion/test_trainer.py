@@ -1,8 +1,6 @@
-import warnings
 from dataclasses import replace
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
@@ -16,6 +14,7 @@ from infusion.sampling import Customised
 from infusion.tokens import concept_mask
 from infusion.trainer import ConceptTrainer, SaveConcept
 from ldm.schedule import Schedule
+from tests.infusion import conftest
 
 TEMPLATES = ["a photo of a {}", "the {}"]
 
@@ -37,23 +36,8 @@ def batches(count=4, rows=2, same_photo=False):
     return DataLoader(items[:1] * len(items) if same_photo else items, batch_size=rows)
 
 
-def fit(module, folder, steps, ckpt_path=None, callbacks=(), same_photo=False, **options):
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        **options,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(module, batches(same_photo=same_photo), ckpt_path=ckpt_path)
-    return trainer
+def fit(module, folder, steps, same_photo=False, **options):
+    return conftest.fit(module, folder, batches(same_photo=same_photo), steps, **options)
 
 
 def residuals(module):

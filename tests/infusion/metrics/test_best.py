@@ -1,5 +1,4 @@
 import json
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +6,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
+from clipseg.model import ClipSeg
 from infusion.concept import Concept
 from infusion.inject import remove
 from infusion.methods import find_method
@@ -15,6 +15,9 @@ from infusion.metrics.best import BestConcept
 from infusion.metrics.options import Tools
 from infusion.trainer import ConceptTrainer
 from infusion.weights import detach
+from ldm.checkpoint import sha256
+from ldm.config import ROOT
+from tests.infusion import conftest
 
 TEMPLATES = ["a photo of a {}", "the {} in a box"]
 PROMPTS = ("a photo of a {}", "a {} on grass")
@@ -39,14 +42,7 @@ def fit(sd, folder, callbacks, steps=6, method="infusion", ckpt_path=None):
     """The trained module and its trainer; the module's UNet stays edited."""
     torch.manual_seed(0)
     module = ConceptTrainer(sd, find_method(method)(), "cat", TEMPLATES, learning_rate=0.05)
-    trainer = pl.Trainer(
-        accelerator="cpu", max_steps=steps, default_root_dir=folder, callbacks=callbacks, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(module, datamodule=Photos(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return module, trainer
+    return module, conftest.fit(module, folder, Photos(), steps, ckpt_path, callbacks)
 
 
 @pytest.fixture
@@ -148,7 +144,8 @@ def test_networks_are_wanted():
 
 def test_networks_by_name():
     found = module_under_test.Networks("pocket", "pocket", "cpu")
-    assert found.clip.name == "pocket" and found.clipseg is not None
+    assert found.clip.name == "pocket" and isinstance(found.clipseg, ClipSeg)
+    assert found.hashes == {name: sha256(ROOT / f"ckpt/pocket/{name}.safetensors") for name in ("clip", "clipseg")}
     with pytest.raises(ValueError, match="nowhere"):
         module_under_test.Networks("nowhere", "pocket", "cpu")
 

@@ -1,0 +1,36 @@
+"""An autoencoder that runs in milliseconds, and data modules that are attached to a trainer with one."""
+
+from types import SimpleNamespace
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from ldm.autoencoder import AutoencoderKL
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(ch=32, ch_mult=(1, 2), num_res_blocks=1).eval()
+
+
+def latent_shape(height: int, width: int) -> tuple[int, int, int]:
+    """As of a model that halves an image twice."""
+    if height % 4 or width % 4:
+        raise ValueError(f"height must be a multiple of 4 pixels, not {height}")
+    return 4, height // 2, width // 2
+
+
+def attached(data: pl.LightningDataModule, vae: AutoencoderKL, global_step: int = 0) -> pl.LightningDataModule:
+    data.trainer = SimpleNamespace(
+        lightning_module=SimpleNamespace(sd=SimpleNamespace(vae=vae, latent_shape=latent_shape)),
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        global_step=global_step,
+        accumulate_grad_batches=2,
+        global_rank=0,
+        local_rank=0,
+        world_size=1,
+    )
+    data.setup("fit")
+    return data
