@@ -5,14 +5,17 @@ A config has the nodes `model` (a LightningModule), `data` (a LightningDataModul
 drops one). `ckpt` is the checkpoint that the model's `sd` starts from, `ckpt_source` where to get it; `parts` maps
 components of `sd` (unet, vae, text) to files that hold one each. `use_ema: true` takes the averaged weights of the UNet
 in `ckpt`. `weights` is the type of the frozen UNet and text encoder: float32, bfloat16 or float16. `save_every` is the
-number of optimiser steps between two `models/last.ckpt`.
+number of optimiser steps between two resume states, `models/last.ckpt`; `keep` is how many of the last ones there are.
+`non_finite` is what a loss or gradient does that is not: stop, or skip the step.
 """
 
 import json
 import logging
+import os
+import shlex
+import sys
 import warnings
 from argparse import Namespace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,16 +23,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import ConfigError, build, check, check_params, find, load_config, refuse_unused, resolve
 from ldm.errors import Parser, UserError, report, suggestion
+from ldm.runs import at_work, folder_of, is_run, new_folder, rank, resume_state
 
 if TYPE_CHECKING:  # what takes seconds to import is imported where it works, after the flags have been read
     import pytorch_lightning as pl
 
     from ldm.pipeline import StableDiffusion
+    from ldm.signals import Signals
 
 DEFAULTS = {"trainer": {}, "callbacks": {}, "parts": {}, "use_ema": False, "weights": "float32", "seed": 23,
-            "save_every": 500}  # fmt: skip
+            "save_every": 500, "keep": 1, "non_finite": "stop"}  # fmt: skip
 WEIGHTS = ("float32", "bfloat16", "float16")
 NODES = ("model", "data", "ckpt", "ckpt_source", *DEFAULTS)
+FIXED = ("model", "data", "seed", "use_ema", "weights")  # in a resumed run
 NOISE = (  # warnings of Lightning's about what is meant to be so
     *("many workers", "LeafSpec", "smaller than the logging", "directory .* not empty", "is not resumable"),
     "in eval mode at the start",
@@ -51,11 +57,14 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add("--num_nodes", type=int, help="number of machines", default=None)
     add("--strategy", help="Lightning's strategy, such as ddp", default=None)
     add("-s", "--seed", type=int, help=f"None: the config's `seed`, else {DEFAULTS['seed']}", default=None)
-    add("-r", "--resume", metavar="RUN", help="run folder to go on with, by its own config", default=None)
+    add("-r", "--resume", metavar="RUN", help="run folder, or a state in it, to go on with", default=None)
     add("--summary", action="store_true", help="print the model's size as JSON; needs no weights and no images")
     flags, rest = parser.parse_known_args(arguments)
     flags.overrides = [word for word in flags.base + rest if "=" in word and not Path(word).is_file()]
     flags.base = [word for word in flags.base if word not in flags.overrides]
+    if requeued(flags):
+        flags.resume, flags.base, flags.overrides = flags.logdir, [], []
+        flags.logdir = flags.name = flags.seed = None
     for word in rest:
         if word.startswith("-") or "=" not in word:
             parser.error(f"unknown argument `{word}`")
@@ -69,16 +78,22 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     return flags
 
 
+def requeued(flags: Namespace) -> bool:
+    """Whether a cluster has started the same command once more, for a run that has begun (SLURM)."""
+    again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    return again and bool(flags.logdir) and is_run(flags.logdir)
+
+
 def read_config(flags: Namespace) -> DictConfig:
     """The resolved config: files, defaults, then overrides and flags."""
     if flags.resume:
-        for name in ("config.yaml", "models/last.ckpt"):
-            if not (Path(flags.resume) / name).is_file():
-                raise UserError(f"--resume: {flags.resume} has no {name}")
+        if not is_run(folder_of(flags.resume)):
+            raise UserError(f"--resume: {flags.resume} is no run: it has no config.yaml; start it by --base")
         for override in flags.overrides:
-            if override.split("=")[0].split(".")[0] not in NODES:
-                raise UserError(f"override `{override}`: a run's config is resolved; name its place in the node itself")
-    files = [Path(flags.resume) / "config.yaml"] if flags.resume else flags.base
+            node = override.split("=")[0].split(".")[0]
+            if node in FIXED or node not in NODES:
+                raise UserError(f"override `{override}`: a resumed run keeps its own model, data and seed")
+    files = [folder_of(flags.resume) / "config.yaml"] if flags.resume else flags.base
     config = load_config(files, flags.overrides, DEFAULTS)
     if not flags.resume:
         refuse_unused(config, NODES)
@@ -91,8 +106,8 @@ def read_config(flags: Namespace) -> DictConfig:
         raise ConfigError(f"use_ema: true or false is wanted, not {config.use_ema!r}")
     if config.weights not in WEIGHTS:
         raise ConfigError(f"weights: one of {', '.join(WEIGHTS)} is wanted, not {config.weights!r}")
-    for key in ("seed", "save_every"):
-        if not isinstance(config[key], int):
+    for key in ("seed", "save_every", "keep"):
+        if not isinstance(config[key], int) or isinstance(config[key], bool):
             raise ConfigError(f"{key}: an integer is wanted, not {config[key]!r}")
     for key in [str(key) for key in config if OmegaConf.is_missing(config, key)]:
         if not flags.summary:
@@ -197,22 +212,15 @@ def build_model(config: DictConfig, files: dict[str, Path], meta: bool = False) 
         return build(config.model, "model")
 
 
-def run_folder(flags: Namespace) -> Path:
-    if flags.resume:
-        return Path(flags.resume)
-    name = flags.name or Path(flags.base[-1]).stem
-    folder = Path(flags.logdir or Path(flags.basedir) / f"{datetime.now():%Y-%m-%dT%H-%M-%S}_{name}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--logdir: {folder} exists already; go on with it by --resume {folder}, or name another")
-    return folder
-
-
-def make_trainer(folder: Path, config: DictConfig, params: dict) -> "pl.Trainer":
-    """A Trainer that keeps everything in the run folder."""
+def make_trainer(folder: Path, config: DictConfig, params: dict, signals: "Signals", step: int = 0) -> "pl.Trainer":
+    """A Trainer that keeps everything in the run folder; one that goes on does so at a step."""
     import pytorch_lightning as pl
-    from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint, TQDMProgressBar
+    from pytorch_lightning.callbacks import LambdaCallback, TQDMProgressBar
     from pytorch_lightning.loggers import TensorBoardLogger
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    from ldm.finite import Finite
+    from ldm.resume import ResumeState, StateFile
 
     params = build(params, "trainer")
     if params.get("max_steps", -1) > 0:  # one epoch of known length, so that the progress bar can tell the time left
@@ -223,26 +231,28 @@ def make_trainer(folder: Path, config: DictConfig, params: dict) -> "pl.Trainer"
     def start(trainer: pl.Trainer, model: pl.LightningModule) -> None:
         for bar in bars:  # a resumed epoch does not start, so Lightning leaves its length unknown
             bar.train_progress_bar.total = bar.total_train_batches
-        if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(config, folder / "config.yaml")
 
-    def save(trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        trainer.save_checkpoint(folder / "models" / "last.ckpt")
-
-    params.setdefault("logger", TensorBoardLogger(folder, name="", version="tensorboard"))
+    purge = {"purge_step": step} if step else {}  # of what was logged after the state
+    params.setdefault("logger", TensorBoardLogger(folder, name="", version="tensorboard", **purge))
     params["callbacks"] = [
         *build(callback_nodes(config), "callbacks"),
         *bars,
-        LambdaCallback(on_train_start=start, on_train_epoch_end=save),
-        ModelCheckpoint(
-            folder / "models", filename="last", every_n_train_steps=config.save_every, enable_version_counter=False
-        ),
+        LambdaCallback(on_train_start=start),
+        Finite(config.non_finite),
+        ResumeState(config.save_every, config.keep, signals),
     ]
+    params |= {"plugins": [*params.get("plugins", ()), StateFile()], "enable_checkpointing": False}
     try:
         return pl.Trainer(default_root_dir=folder, **params)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"trainer: {error}") from error
+
+
+def resume_command(flags: Namespace, folder: Path) -> str:
+    """The command that goes on with a run, on the same devices."""
+    names = ("gpus", "devices", "num_nodes", "strategy")
+    devices = [word for name in names if getattr(flags, name) for word in (f"--{name}", str(getattr(flags, name)))]
+    return shlex.join(["python", sys.argv[0], "--resume", str(folder), "-t", *devices, *flags.overrides])
 
 
 @report
@@ -261,15 +271,27 @@ def main() -> None:
         return
     import pytorch_lightning as pl
 
-    folder, files = run_folder(flags), weight_files(config)
+    from ldm.signals import Signals, Stopped
+
+    name = flags.name or (Path(flags.base[-1]).stem if flags.base else "")
+    folder = folder_of(flags.resume) if flags.resume else new_folder(flags.logdir, flags.basedir, name)
+    state, step = resume_state(flags.resume) if flags.resume else (None, 0)
+    files = weight_files(config)
     pl.seed_everything(config.seed, workers=True)
-    data = build(config.data, "data")
-    model = build_model(config, files)
-    trainer = make_trainer(folder, config, params)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logging.info("%s: %s trainable parameters, %s", type(model).__name__, f"{trained:,}", folder)
-    if flags.train:
-        trainer.fit(model, data, ckpt_path=folder / "models" / "last.ckpt" if flags.resume else None, weights_only=True)
+    try:
+        with Signals() as signals:
+            data = build(config.data, "data")
+            model = build_model(config, files)
+            trainer = make_trainer(folder, config, params, signals, step)
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            logging.info("%s: %s trainable parameters, %s", type(model).__name__, f"{trained:,}", folder)
+            if flags.train:
+                with at_work(folder, OmegaConf.to_yaml(config)):
+                    trainer.fit(model, data, ckpt_path=state, weights_only=True)
+    except Stopped:
+        if not rank():
+            again = resume_command(flags, folder) if is_run(folder) else "the same command"
+            logging.info("stopped; go on by: %s", again)
 
 
 if __name__ == "__main__":

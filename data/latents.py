@@ -53,8 +53,8 @@ class LatentCache:
 class ConceptBatches(IterableDataset):
     """Endless batches, drawn with replacement; batch i depends on (seed, i) only, and each process has its part of it.
 
-    Yields latents (B, C, h, w), mask (B, 1, h, w) where there are masks, and template (list of B); with images of the
-    superclass, also such a batch of these, without masks and placeholders, as `prior`.
+    Yields latents (B, C, h, w), template (list of B), and, where there are such, mask (B, 1, h, w) and names (list of
+    B); with images of the superclass, also such a batch of these, without masks, names and placeholders, as `prior`.
 
     Args:
         cache: what to draw from.
@@ -63,6 +63,7 @@ class ConceptBatches(IterableDataset):
         rank, world: which of how many processes; each has `batch_size` of the batch's `world · batch_size` samples.
         start: index of the first batch.
         prior: latents (N, C, h, w) of images of the superclass and their prompt.
+        names: of the photos, for messages.
     """
 
     def __init__(
@@ -76,9 +77,10 @@ class ConceptBatches(IterableDataset):
         world: int = 1,
         start: int = 0,
         prior: tuple[Tensor, str] | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         self.prior = prior
-        self.cache, self.templates = cache, templates
+        self.cache, self.names, self.templates = cache, names, templates
         self.batch_size, self.flip_p = batch_size, flip_p
         self.seed, self.rank, self.world, self.start = seed, rank, world, start
 
@@ -93,6 +95,8 @@ class ConceptBatches(IterableDataset):
             own = [self.templates[photo] for photo in photos]
             template = [options[int(choice * len(options))] for options, choice in zip(own, choices, strict=True)]
             batch: dict[str, Any] = {"latents": self.cache.latents[sides, photos], "template": template}
+            if self.names:
+                batch["names"] = [self.names[photo] for photo in photos]
             if self.cache.masks is not None:
                 batch["mask"] = self.cache.masks[sides, photos]
             if self.prior is not None:
@@ -176,4 +180,4 @@ class ConceptData(pl.LightningDataModule):
         start = trainer.global_step * trainer.accumulate_grad_batches
         draws = (self.batch_size, self.flip_p, self.seed, trainer.global_rank, trainer.world_size, start)
         prior = None if self.prior is None else (self.prior_latents, self.prior.prompt)
-        return DataLoader(ConceptBatches(self.cache, self.templates, *draws, prior), batch_size=None)
+        return DataLoader(ConceptBatches(self.cache, self.templates, *draws, prior, self.images.names), batch_size=None)

@@ -1,5 +1,6 @@
 """Images of the superclass, which a customised model is to go on drawing (prior preservation: DreamBooth, 3.2)."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +10,11 @@ from tqdm import tqdm
 
 from data.dataset import ConceptImages, is_image
 from infusion.inject import unedited
-from infusion.pictures import png, write
+from infusion.pictures import png
+from ldm.files import write
 from ldm.pipeline import StableDiffusion
+
+COUNT, BATCH = 100_000, 1000  # class images, and how many at a time, at most
 
 
 class ClassImages:
@@ -24,7 +28,7 @@ class ClassImages:
         batch_size: images at a time.
 
     Raises:
-        ValueError: an empty prompt, or a count below 1.
+        ValueError: an empty prompt, or a number out of range.
     """
 
     def __init__(
@@ -37,20 +41,28 @@ class ClassImages:
         seed: int = 0,
         batch_size: int = 4,
     ) -> None:
-        if not prompt.strip() or count < 1:
-            raise ValueError(f"prior: a prompt and 1 or more images are wanted, not {prompt!r} and {count}")
+        if not prompt.strip():
+            raise ValueError("prior: prompt: what the images show is wanted, such as 'a photo of a cat'")
+        for name, value, most in (("count", count, COUNT), ("steps", steps, 999), ("batch_size", batch_size, BATCH)):
+            if not 1 <= value <= most:
+                raise ValueError(f"prior: {name}: must be from 1 to {most:,}, not {value}")
+        if not math.isfinite(scale):
+            raise ValueError(f"prior: scale: must be a finite number, not {scale}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"prior: seed: must be from 0 to 2**63 - 1, not {seed}")
         self.prompt, self.count, self.root = prompt, count, None if root is None else Path(root)
         self.steps, self.scale, self.seed, self.batch_size = steps, scale, seed, batch_size
 
     def latents(self, sd: StableDiffusion) -> Tensor:
         """Latents (N, C, h, w) float32 on the CPU, scaled; the UNet's edits are set aside for the drawing."""
         if self.root is None:
-            images = torch.cat([image for _, image in self.draw(sd, range(self.count))]) * 2 - 1
+            images = [image[0] * 2 - 1 for _, image in self.draw(sd, range(self.count))]
         else:
             there = list(filter(is_image, self.root.glob("*")))
             for seed, image in self.draw(sd, range(len(there), self.count)):
                 write(self.root / f"class-{seed:06d}.png", png(image[0]))
-            images = ConceptImages(self.root, sd.image_size, self.prompt, mask="none").images[: self.count]
+            photos = ConceptImages(self.root, sd.image_size, self.prompt, mask="none")
+            images = (photos[place][0] for place in range(self.count))
         weight = next(sd.vae.parameters())
         return torch.cat([sd.vae.encode(image[None].to(weight)).float().cpu() for image in images])
 

@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from PIL import Image
 from tqdm import tqdm
 
-from data.photos import MASK_LABEL, is_image
+from data.photos import MASK_LABEL, first_file, is_image
 from data.prompts import TEMPLATES
 from infusion.tokens import fill
 from ldm.errors import Parser, report
-from ldm.flags import count, find_device
+from ldm.flags import batch, find_device
 from ldm.usual import CLIPSEG
 
 if TYPE_CHECKING:  # what takes seconds to import is imported where it works, after the flags have been read
@@ -98,7 +98,7 @@ def find_photos(image_dir: str | Path, overwrite: bool = False) -> list[Photo]:
             other = photos[mask].path
             raise ValueError(f"{other.name} and {path.name} would share the mask {mask}: rename one of the photos")
         places = (root / "mask" / path.name, mask, path.with_name(path.stem + MASK_LABEL))  # as training looks for them
-        there = next((place for place in places if place.is_file()), None)
+        there = first_file(places)
         if overwrite and there == places[0] != mask:
             raise ValueError(f"{there}: training would go on using this mask; remove it, or leave out overwrite")
         photos[mask] = Photo(path, mask, mask.parent / "overlay" / mask.name, None if overwrite else there)
@@ -146,11 +146,15 @@ def segment_folder(
     """
     import torch
 
-    from infusion.pictures import png, write
+    from data.dataset import read_image
+    from infusion.pictures import png
+    from ldm.files import write
 
     photos, prompts = find_photos(image_dir, overwrite), fill_templates(super_class, templates)
     rows = {photo.path: measure(photo.path, photo.kept, read_kept(photo.kept), False) for photo in photos if photo.kept}
     wanted = [photo for photo in photos if not photo.kept]
+    for photo in wanted:
+        read_image(photo.path)  # before the first mask is written
     with tqdm(total=len(wanted), desc="masks", disable=not wanted) as bar:
         for start in range(0, len(wanted), batch_size):
             batch = wanted[start : start + batch_size]
@@ -241,7 +245,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--clip", metavar="PATH", help="CLIP ViT-B/16, where --model_weight is the decoder alone")
     add("--config", metavar="FILE", help="config whose network, `clipseg`, --model_weight is a file of")
     add("--templates", nargs="+", metavar="TEXT", help="prompts with {}; None: those of training", default=None)
-    add("--batch_size", type=count, help="photos at a time", default=4)
+    add("--batch_size", type=batch, help="photos at a time", default=4)
     add("--device", help="such as cpu or cuda:1; auto: CUDA where there is some", default="auto")
     add("--overwrite", action="store_true", help="make masks anew for photos that have one")
     return parser.parse_args(arguments)

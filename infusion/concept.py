@@ -5,6 +5,7 @@ The file has three forms: "full" (float32), "half" (float16) and "compact" (`inf
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,13 +15,13 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from infusion import compact
 from infusion.forms import COMPACT, FORMS
 from infusion.gate import IDENTITY, Gate
-from ldm.files import replacing
+from ldm.checkpoint import write as write_tensors
+from ldm.files import write
 
 FORMAT = "infusion-concept"
 VERSION = 1  # of the forms full and half
@@ -33,8 +34,9 @@ MODELSPEC_ARCHITECTURES = {
 
 
 def now() -> str:
-    """The present time as ISO 8601 in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    """The time in UTC, ISO 8601; SOURCE_DATE_EPOCH, where it is set, takes the clock's place."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    return (datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,11 +171,10 @@ class Concept:
         """
         path = Path(path)
         content = self._encoded(form) if form == COMPACT else self._rounded(form)
-        with replacing(path) as partial:
-            if isinstance(content, bytes):
-                partial.write_bytes(content)
-            else:
-                save_file(content, partial, metadata=self.metadata())
+        if isinstance(content, bytes):
+            write(path, content)
+        else:
+            write_tensors(path, content, self.metadata())
 
     def _encoded(self, form: str) -> bytes:
         metadata = self.metadata() | {"format_version": str(compact.VERSION), "form": form}

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from infusion.gate import fingerprint
+from ldm.checkpoint import write
 from ldm.config import find
-from ldm.files import replacing
 from ldm.tokenizer import Tokenizer
 
 FORMAT = "infusion-covariance"
@@ -187,11 +186,8 @@ class InverseCovariance:
 
 def save_inverse(path: str | Path, inverse: Tensor, facts: Mapping[str, object]) -> None:
     """Writes C⁻¹ (D, D) as float32, with `facts` as metadata, in one go. Makes the folder if need be."""
-    path = Path(path)
     metadata = {"format": FORMAT, "format_version": VERSION} | dict(facts)
-    with replacing(path) as partial:
-        tensors = {NAME: inverse.to(torch.float32).contiguous()}
-        save_file(tensors, partial, metadata={name: str(value) for name, value in metadata.items()})
+    write(Path(path), {NAME: inverse.to(torch.float32)}, {name: str(value) for name, value in metadata.items()})
 
 
 def read_captions(path: str | Path) -> Iterator[str]:

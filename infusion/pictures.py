@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from ldm.errors import UserError
-from ldm.files import replacing
+from ldm.files import create
 
 HEAT = "inferno"  # matplotlib's name of the heat maps' colours
 PAPER, INK = "white", "#333333"
@@ -46,15 +46,6 @@ def png(image: Tensor | Image.Image, text: Mapping[str, object] | None = None) -
     return file.getvalue()
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; raises UserError if that is not allowed."""
-    try:
-        with replacing(path) as partial:
-            partial.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-
-
 class Numbered:
     """Files `<folder>/<prefix>00000.png` …: numbering goes on after those that are there, and none is overwritten.
 
@@ -77,19 +68,14 @@ class Numbered:
 
     def write(self, content: bytes) -> Path:
         """Write the next file and return its path."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            while True:
-                path = self.folder / f"{self.prefix}{self.next:0{self.digits}d}.png"
-                self.next += 1
-                try:
-                    with path.open("xb") as file:
-                        file.write(content)
-                    return path
-                except FileExistsError:  # of another run at the same time
-                    continue
-        except PermissionError as error:
-            raise UserError(f"{self.folder}: cannot be written to ({error.strerror})") from error
+        while True:
+            path = self.folder / f"{self.prefix}{self.next:0{self.digits}d}.png"
+            self.next += 1
+            try:
+                create(path, content)
+                return path
+            except FileExistsError:  # of another run at the same time
+                continue
 
 
 def grid(images: Sequence[Tensor] | Tensor, columns: int) -> Tensor:

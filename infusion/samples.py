@@ -1,18 +1,17 @@
 """Shows what a concept looks like while it is being trained."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
 from infusion.inject import unedited
 from infusion.tokens import fill
 from infusion.trainer import ConceptTrainer
+from ldm.callbacks import write_grid
 
 
 class ConceptSamples(pl.Callback):
@@ -66,10 +65,9 @@ class ConceptSamples(pl.Callback):
                 self._base = module.sd.sample(prompts, **settings)
         settings["inverse_covariance"] = module.inverse_covariance
         customised = module.sd.sample(self.prompts, concepts=[module.concept()], **settings)
-        grid = make_grid(torch.cat([self._base, customised]), nrow=len(self.prompts))
-        path = Path(trainer.default_root_dir) / "images" / f"step={self._drawn:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(grid, path)
+        grid = write_grid(trainer, torch.cat([self._base, customised]), len(self.prompts))
+        if grid is None:
+            return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", grid.cpu(), self._drawn)

@@ -20,6 +20,7 @@ from infusion.learner import Learner
 from infusion.loss import masked_loss
 from infusion.methods.base import Method, by_layer
 from infusion.weights import attach
+from ldm.finite import NonFinite
 from ldm.pipeline import StableDiffusion
 
 
@@ -106,6 +107,9 @@ class ConceptTrainer(Learner):
 
     def generator(self, batch_idx: int, *which: int) -> torch.Generator:
         """What a batch's timesteps and noise are drawn by; `which` tells batches of one step apart."""
+        if self._trainer is not None:  # of the whole run, not of a resumed one
+            together = self.trainer.accumulate_grad_batches
+            batch_idx = self.global_step * together + batch_idx % together
         entropy = (self.seed, self.global_step, batch_idx, 0, *which)
         return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
@@ -217,7 +221,7 @@ class ConceptTrainer(Learner):
 
 
 class SaveConcept(pl.Callback):
-    """Writes `step=000500.safetensors` every so many optimiser steps, and once more when training ends.
+    """Writes `step=000500.safetensors` every so many optimiser steps, and when training ends or fails by a number.
 
     Args:
         every: optimiser steps between two files.
@@ -245,6 +249,10 @@ class SaveConcept(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: ConceptTrainer) -> None:
         self._save(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: ConceptTrainer, exception: BaseException) -> None:
+        if isinstance(exception, NonFinite) and exception.intact:
+            self._save(trainer, pl_module)
 
     @rank_zero_only
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

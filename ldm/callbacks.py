@@ -1,15 +1,19 @@
 """What training writes beside its resume state."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_only
-from safetensors.torch import save_file
+from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from ldm.checkpoint import write
 from ldm.files import replacing
+
+logger = logging.getLogger(__name__)
 
 
 class ExportWeights(pl.Callback):
@@ -22,8 +26,7 @@ class ExportWeights(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         path = Path(trainer.default_root_dir) / "models" / "weights.safetensors"
         half = {name: t.half() if t.is_floating_point() else t for name, t in module.weights().items()}
-        with replacing(path) as partial:
-            save_file({name: tensor.contiguous() for name, tensor in half.items()}, partial)
+        write(path, half)
 
 
 class Offload(pl.Callback):
@@ -52,6 +55,22 @@ class Offload(pl.Callback):
             torch.cuda.empty_cache()
 
 
+def write_grid(trainer: pl.Trainer, images: Tensor, columns: int) -> Tensor | None:
+    """Writes `<run>/images/step=000500.png` and returns the grid (3, H', W'); warns of images that are not finite.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1], B a multiple of `columns`.
+    """
+    path = Path(trainer.default_root_dir) / "images" / f"step={trainer.global_step:06d}.png"
+    if not images.isfinite().all():
+        logger.warning("warning: samples at step %d are not finite: %s is not written", trainer.global_step, path)
+        return None
+    grid = make_grid(images, columns)
+    with replacing(path) as partial:
+        save_image(grid, partial)
+    return grid
+
+
 class Reconstructions(pl.Callback):
     """Every `every` steps, images above their reconstructions, in `<run>/images/`."""
 
@@ -67,12 +86,7 @@ class Reconstructions(pl.Callback):
         images = batch["images"][:8]
         with torch.no_grad():
             decoded = module.vae.decode(module.vae.encode(images)).float().clamp(-1, 1)
-        folder = Path(trainer.default_root_dir) / "images"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_image(
-            make_grid(torch.cat([images, decoded]) / 2 + 0.5, len(images)),
-            folder / f"step={trainer.global_step:06d}.png",
-        )
+        write_grid(trainer, torch.cat([images, decoded]) / 2 + 0.5, len(images))
 
 
 class Samples(pl.Callback):
@@ -91,6 +105,4 @@ class Samples(pl.Callback):
         if trainer.global_step % self.every or trainer.global_step == 0:
             return
         images = module.sd.sample(self.prompts * self.rows, steps=self.steps, scale=self.scale)
-        folder = Path(trainer.default_root_dir) / "images"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_image(make_grid(images, len(self.prompts)), folder / f"step={trainer.global_step:06d}.png")
+        write_grid(trainer, images, len(self.prompts))

@@ -1,12 +1,16 @@
 """Checkpoints in LDM's layout, or in diffusers': loaded strictly, straight to their device and dtype, and written."""
 
 import hashlib
+import json
+import os
+import re
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -117,10 +121,33 @@ def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
 
 
-def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file in one go: it is there whole, or not at all."""
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file in one go: it is there whole, or not at all.
+
+    Raises OSError for what the system does not allow, such as a full disk.
+    """
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"} | (metadata or {}))
+        try:
+            save_file(contiguous, partial, metadata={"format": "pt"} | dict(metadata or {}))
+        except SafetensorError as error:
+            found = re.search(r"os error (\d+)", str(error))
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        _order_metadata(partial)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sorts a safetensors file's metadata, which the library writes in another order each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        metadata = dict(sorted(header.pop("__metadata__").items()))
+        text = json.dumps({"__metadata__": metadata} | header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # which it is, the words being the same
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def sha256(path: str | Path) -> str:

@@ -1,8 +1,6 @@
 """Writes a pipeline as a diffusers folder, for diffusers' and transformers' own `from_pretrained`."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ from ldm.attention import CrossAttention, SpatialTransformer
 from ldm.autoencoder import AutoencoderKL
 from ldm.checkpoint import stored, write
 from ldm.diffusers_layout import PARTS, diffusers_names
+from ldm.files import replacing
 from ldm.text import ClipText, OpenClipText
 from ldm.unet import Downsample, ResBlock, UNet
 
@@ -44,8 +43,7 @@ def export_diffusers(sd: "StableDiffusion", folder: str | Path, dtype: torch.dty
         "vae": vae_config(sd.vae, sd.image_size),
         "text_encoder": text_config(sd.text),
     }
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
+    with replacing(folder) as partial:
         for component, part in PARTS.items():
             (partial / part).mkdir(parents=True)
             _json(partial / part / "config.json", configs[part])
@@ -57,9 +55,6 @@ def export_diffusers(sd: "StableDiffusion", folder: str | Path, dtype: torch.dty
         sd.schedule.scheduler("ddim").save_pretrained(partial / "scheduler")
         _tokenizer(partial / "tokenizer", sd)
         _json(partial / "model_index.json", _index())
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def diffusers_tensors(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,11 +1,19 @@
 """Errors that a user can fix: one line on stderr and exit code 2."""
 
 import argparse
+import errno
 import functools
+import signal
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import NoReturn
+
+OUT_OF_MEMORY = (
+    "out of memory: in training lower data.params.batch_size (trainer.accumulate_grad_batches makes up for it) or add "
+    "--base configs/with/small_card.yaml; in drawing lower --n_samples, --H and --W or use --precision autocast; in "
+    "measuring lower --batch_size"
+)
 
 
 class UserError(Exception):
@@ -39,14 +47,46 @@ def suggestion(name: str, known: list[str]) -> str:
 
 
 def report(main: Callable[..., None]) -> Callable[..., None]:
-    """Wraps a command: `UserError` and `ValueError` become one line `error: …` and exit code 2, without a traceback."""
+    """Wraps a command: what a user or the machine can put right becomes one line `error: …` and exit code 2.
+
+    That is `UserError`, `ValueError`, what the system refuses (OSError), and a want of memory, where the line says
+    what lowers it. Ctrl-C ends the command with exit code 130.
+    """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> None:
         try:
             main(*args, **kwargs)
         except (UserError, ValueError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
+            _end(str(error))
+        except OSError as error:
+            _end(f"{error.filename}: {_advice(error)}" if error.filename else _advice(error))
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            _end(OUT_OF_MEMORY)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
 
     return wrapped
+
+
+def _end(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _advice(error: OSError) -> str:
+    said = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{said}: make room; what was there before is unchanged"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{said}: allow it, or name another place"
+    return said
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether Python, PyTorch's CPU or a GPU ran out of memory: PyTorch has no class of its own for its CPU."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from infusion.benchmark.settings import MEANS, MEMORY, PRECISIONS, RATIOS, SIZES, TIMED, Settings, choose
 from ldm.errors import Parser, UserError, report
-from ldm.flags import count, find_device, words
+from ldm.flags import batch, count, find_device, words
 
 LATENT = 32  # on a CPU
 REPEATS = {"cpu": 5, "cuda": 20}
@@ -30,8 +30,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--device", help="cpu, or cuda with or without an index; auto: CUDA where there is some", default="auto")
     add("--size", choices=SIZES, help="architecture", default=usual.size)
-    add("--latent", type=count, metavar="N", help=f"side of the latents; None: {LATENT}, on CUDA that of training")
-    add("--batch", type=count, metavar="N", help="images at a time", default=usual.batch)
+    add("--latent", type=batch, metavar="N", help=f"side of the latents; None: {LATENT}, on CUDA that of training")
+    add("--batch", type=batch, metavar="N", help="images at a time", default=usual.batch)
     add("--precision", choices=PRECISIONS, help="of the UNet", default=usual.precision)
     add("--compile", action="store_true", help="compile the UNets, also those that are compared with")
     add("--repeats", type=count, metavar="N", help=f"rounds; None: {REPEATS['cpu']}, on CUDA {REPEATS['cuda']}")
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     from infusion.benchmark.memory import measurable  # after the flags: these take seconds
     from infusion.benchmark.run import benchmark, check_compiler
     from infusion.benchmark.table import table
-    from infusion.pictures import write
+    from ldm.files import write
 
     device = find_device(settings.device)
     chosen = measurable(flags.chosen, flags.only is not None, device)

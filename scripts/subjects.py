@@ -37,7 +37,7 @@ def protocol_file(subject: BenchmarkSubject, folder: str | None) -> str:
         raise UserError(
             f"--protocols: name a folder for the protocols; none that is shipped has {subject.name}'s prompts"
         )
-    from infusion.pictures import write  # after the flags: it takes seconds
+    from ldm.files import write  # after the flags: it takes seconds
 
     content, path = subject.as_protocol().as_dict(), Path(folder) / f"{subject.name}.yaml"
     text = OmegaConf.to_yaml({key: content[key] for key in KEYS})

@@ -104,8 +104,11 @@ def random_values(name: str, shape: torch.Size, generator: torch.Generator) -> t
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
+    return draw_photos(tmp_path / "photos")
+
+
+def draw_photos(folder: Path) -> Path:
     """Three photos of 24 × 20 pixels with masks of their left halves."""
-    folder = tmp_path / "photos"
     (folder / "mask").mkdir(parents=True)
     mask = np.zeros((20, 24), np.uint8)
     mask[:, :12] = 200

@@ -11,8 +11,9 @@ from data.pocket.concepts import CONCEPTS
 from data.pocket.evaluate_masks import concept_photos
 from data.pocket.judge import Judge
 from data.soft_segment import to_tensor
-from infusion.pictures import captioned_grid, png, write
+from infusion.pictures import captioned_grid, png
 from ldm.errors import Parser, UserError, report
+from ldm.files import write
 
 SHOWN = 6  # of each
 

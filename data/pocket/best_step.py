@@ -26,9 +26,9 @@ from infusion.metrics.options import Options
 from infusion.metrics.protocol import CONTEXT, Protocol
 from infusion.metrics.stages import Stages
 from infusion.metrics.subject import load_subjects
-from infusion.pictures import write
 from ldm.config import find
 from ldm.errors import Parser, report
+from ldm.files import write
 from ldm.flags import count, words
 from ldm.pipeline import StableDiffusion
 

@@ -26,12 +26,13 @@ from data.soft_segment import read_kept, segment_folder
 from infusion.concept import Concept
 from infusion.gate import IDENTITY
 from infusion.generate import Settings, generate
-from infusion.pictures import Numbered, captioned_grid, heat, png, write
+from infusion.pictures import Numbered, captioned_grid, heat, png
 from infusion.recipe import describe, hashes
 from infusion.report import data_uri, render
 from infusion.tokens import fill
 from ldm.config import ROOT
 from ldm.errors import UserError
+from ldm.files import write
 from ldm.pipeline import StableDiffusion
 
 LEVELS = {1: "known words in a new combination", 2: "a pattern or pair of colours never seen", 3: "a shape never seen"}

@@ -12,9 +12,10 @@ import torch
 
 from infusion.concept import Concept
 from infusion.generate import Settings, generate
-from infusion.pictures import captioned_grid, png, write
+from infusion.pictures import captioned_grid, png
 from ldm.config import find
 from ldm.errors import Parser, UserError, report
+from ldm.files import write
 from ldm.flags import find_device, numbers, seed
 from ldm.pipeline import StableDiffusion
 

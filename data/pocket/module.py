@@ -7,13 +7,12 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from data.pocket.world import CHOICES, PLACE_WORDS, Scene, World, caption, draw_scene, draw_sibling
-from ldm.files import replacing
+from ldm.checkpoint import write
 
 
 def labels(scenes: list[Scene]) -> Tensor:
@@ -127,8 +126,8 @@ class LatentWorldData(pl.LightningDataModule):
         if not self.cache.exists():
             self.encode(vae, fingerprint)
         with safe_open(self.cache, "pt") as file:
-            known = file.metadata()
-            if known != {"fingerprint": fingerprint, "count": str(self.count)}:
+            known = file.metadata() or {}
+            if (known.get("fingerprint"), known.get("count")) != (fingerprint, str(self.count)):
                 raise ValueError(
                     f"{self.cache} holds latents of another autoencoder or count: remove it or name another cache"
                 )
@@ -145,8 +144,7 @@ class LatentWorldData(pl.LightningDataModule):
                 latents.append(vae.encode(batch["images"].to(device)).half().cpu())
             table.append(batch["labels"].to(torch.uint8))
         tensors = {"latents": torch.cat(latents), "labels": torch.cat(table)}
-        with replacing(self.cache) as partial:
-            save_file(tensors, partial, {"fingerprint": fingerprint, "count": str(self.count)})
+        write(self.cache, tensors, {"fingerprint": fingerprint, "count": str(self.count)})
 
     def train_dataloader(self) -> DataLoader:
         start = self.trainer.global_step

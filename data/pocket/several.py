@@ -22,11 +22,12 @@ from data.pocket.judge import Figure, rate
 from data.soft_segment import fill_templates
 from infusion.concept import Concept
 from infusion.generate import Settings, generate
-from infusion.pictures import captioned_grid, png, write
+from infusion.pictures import captioned_grid, png
 from infusion.regions import Region
 from infusion.tokens import fill
 from ldm.config import find
 from ldm.errors import Parser, UserError, report
+from ldm.files import write
 from ldm.flags import count, find_device, seed
 from ldm.pipeline import StableDiffusion
 

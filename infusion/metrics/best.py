@@ -22,8 +22,8 @@ from infusion.metrics.options import Options, Tools, identity
 from infusion.metrics.protocol import CONTEXT, Protocol
 from infusion.metrics.stages import Stages
 from infusion.metrics.subject import Checkpoint
-from infusion.pictures import write
 from infusion.trainer import ConceptTrainer
+from ldm.files import write
 from ldm.flags import find_device
 
 BEST = "best.safetensors"
@@ -110,14 +110,15 @@ class BestConcept(pl.Callback):
         if not isinstance(pl_module, ConceptTrainer):
             raise ValueError("callbacks.best: it weighs the training of one concept: leave it out of this one")
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._judge(trainer)  # of a run that is done already
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: ConceptTrainer, outputs: object, batch: object, batch_idx: int
     ) -> None:
         if trainer.global_step % self.every == 0:
             self._try(trainer, pl_module)
-            if self.early_stop:
-                balances = [trial["balance"] for trial in self.trials]
-                trainer.should_stop |= trainer.strategy.broadcast(exhausted(balances, self.early_stop))
+            self._judge(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: ConceptTrainer) -> None:
         self._try(trainer, pl_module)
@@ -130,6 +131,12 @@ class BestConcept(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.trials = list(state_dict["trials"])
+
+    def _judge(self, trainer: pl.Trainer) -> None:
+        """Stops a training whose last trials brought nothing better."""
+        if self.early_stop:
+            balances = [trial["balance"] for trial in self.trials]
+            trainer.should_stop |= trainer.strategy.broadcast(exhausted(balances, self.early_stop))
 
     @rank_zero_only
     def _try(self, trainer: pl.Trainer, module: ConceptTrainer) -> None:

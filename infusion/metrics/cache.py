@@ -15,13 +15,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from infusion.pictures import write
+from ldm.checkpoint import write as write_tensors
 from ldm.errors import UserError
-from ldm.files import replacing
+from ldm.files import write
 from ldm.ranks import Ranks
 
 WHAT = "what"  # key of a file's metadata: all that determines the rows, as JSON
@@ -133,13 +132,7 @@ class Cache:
             return
         if not self.ranks.first:
             return
-        path = self._path(key)
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        try:
-            with replacing(path) as partial:
-                save_file(whole, partial, metadata={WHAT: said})
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be written ({error})") from error
+        write_tensors(self._path(key), tensors, {WHAT: said})
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

@@ -7,7 +7,7 @@ from infusion.concept import now
 from infusion.metrics.charts import plots
 from infusion.metrics.page import page
 from infusion.metrics.table import CSV, JSON, PLOTS, REPORT, Measured, table
-from infusion.pictures import write as write_file
+from ldm.files import write as write_file
 
 
 def write(out: str | Path, measured: Measured) -> Path:

@@ -113,7 +113,7 @@ def test_a_failed_save_leaves_the_old_file(concept, tmp_path, monkeypatch):
         filename.write_bytes(b"half of it")
         raise OSError("disk full")
 
-    monkeypatch.setattr("infusion.concept.save_file", broken)
+    monkeypatch.setattr("ldm.checkpoint.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         concept.save(path)
     assert path.read_bytes() == old

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ldm.checkpoint import PREFIXES, TensorFile, load_component, load_into, save, sha256
+from ldm.checkpoint import PREFIXES, TensorFile, load_component, load_into, save, sha256, write
 from ldm.diffusers_export import export_diffusers
 from ldm.diffusers_layout import unrun
 from ldm.layout import ema_name
@@ -346,3 +347,14 @@ def test_paths_are_checked(tmp_path):
 def test_sha256(tmp_path):
     (tmp_path / "file").write_bytes(b"abc" * 100_000)
     assert sha256(tmp_path / "file") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_a_file_has_the_same_bytes_whatever_the_order_of_its_metadata(tmp_path):
+    words = {f'key {i} é\n\x01"\\/': f"value {i} ∑" for i in range(20)}
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2, dtype=torch.float16)}
+    write(tmp_path / "one.safetensors", tensors, words)
+    write(tmp_path / "two.safetensors", tensors, dict(reversed(words.items())))
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+    with safe_open(tmp_path / "two.safetensors", "pt") as file:
+        assert file.metadata() == words | {"format": "pt"}
+        assert torch.equal(file.get_tensor("b"), tensors["b"]) and torch.equal(file.get_tensor("a"), tensors["a"])

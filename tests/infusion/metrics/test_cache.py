@@ -49,7 +49,7 @@ def test_what_determines_rows_names_their_file(tmp_path):
         cache.rows("a", {"x": 1, "y": [1, 2]}, 1, 1, squares([])).key
     )
     with safe_open(next(tmp_path.glob("b-*")), "pt") as file:
-        assert file.metadata() == {"what": '{"x": 1}'}
+        assert file.metadata() == {"format": "pt", "what": '{"x": 1}'}
 
 
 def test_in_memory(tmp_path, monkeypatch):
@@ -87,5 +87,5 @@ def test_files_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match="is damaged .*; delete it"):
         cache.rows("stage", {}, 1, 1, squares([]))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(NotADirectoryError, match="is a file"):
         Cache(tmp_path / "file").rows("stage", {}, 1, 1, squares([]))
