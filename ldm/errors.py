@@ -14,6 +14,7 @@ OUT_OF_MEMORY = (
     "--base configs/with/small_card.yaml; in drawing lower --n_samples, --H and --W or use --precision autocast; in "
     "measuring lower --batch_size"
 )
+ALONE = "another process of this run has ended, and without it this one cannot go on: see what it said, then resume"
 
 
 class UserError(Exception):
@@ -49,8 +50,8 @@ def suggestion(name: str, known: list[str]) -> str:
 def report(main: Callable[..., None]) -> Callable[..., None]:
     """Wraps a command: what a user or the machine can put right becomes one line `error: …` and exit code 2.
 
-    That is `UserError`, `ValueError`, what the system refuses (OSError), and a want of memory, where the line says
-    what lowers it. Ctrl-C ends the command with exit code 130.
+    That is `UserError`, `ValueError`, what the system refuses (OSError), a want of memory, where the line says what
+    lowers it, and the end of one of several processes. Ctrl-C ends the command with exit code 130.
     """
 
     @functools.wraps(main)
@@ -62,9 +63,11 @@ def report(main: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             _end(f"{error.filename}: {_advice(error)}" if error.filename else _advice(error))
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
-                raise
-            _end(OUT_OF_MEMORY)
+            if _out_of_memory(error):
+                _end(OUT_OF_MEMORY)
+            if _alone(error):
+                _end(ALONE)
+            raise
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
@@ -90,3 +93,8 @@ def _out_of_memory(error: BaseException) -> bool:
     """Whether Python, PyTorch's CPU or a GPU ran out of memory: PyTorch has no class of its own for its CPU."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or "can't allocate memory" in str(error)
+
+
+def _alone(error: RuntimeError) -> bool:
+    """Whether another process of the same run has ended: NCCL's errors have a class, Gloo's a text."""
+    return type(error).__name__ in ("DistBackendError", "DistNetworkError") or "remote worker" in str(error)

@@ -38,6 +38,12 @@ def write(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
+def copy(source: Path, path: Path) -> None:
+    """Copy a file whole or not at all; a file of that name is replaced."""
+    with replacing(path) as partial:
+        shutil.copyfile(source, partial)
+
+
 def create(path: Path, content: bytes) -> None:
     """Write a new file whole or not at all; raises FileExistsError where there is one of that name."""
     with _beside(path) as partial:

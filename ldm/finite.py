@@ -27,7 +27,9 @@ class NonFinite(ValueError):
 class Finite(pl.Callback):
     """Looks at every loss, at the gradients before each optimiser step, and at what is learned after it.
 
-    With a loss scaler (16-mixed) gradients that overflow are its business: it leaves the step out and scales less.
+    Losses and gradients are judged before the optimiser step, where the gradients of several processes have been
+    averaged, so that all of them see a fault of one. With a loss scaler (16-mixed) gradients that overflow are its
+    business: it leaves the step out and scales less.
 
     Args:
         fault: "stop" raises `NonFinite`; "skip" leaves out the optimiser step, counts it and goes on. Learned numbers
@@ -59,16 +61,19 @@ class Finite(pl.Callback):
         self._files += names(batch)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if trainer.strategy.reduce_boolean_decision(not math.isfinite(loss.detach()), all=False):
-            self._note(trainer, f"the loss is {loss.item():g}")
+        if not self._found and not math.isfinite(loss.detach()):
+            self._found = f"{self._where(trainer.global_step + 1)}: the loss is {loss.item():g}"
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         gradients = [parameter.grad for parameter in learned(pl_module) if parameter.grad is not None]
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        if not scaled and gradients and not math.isfinite(nn.utils.get_total_norm(gradients)):
-            self._note(trainer, "a gradient is not finite")
+        if not (self._found or scaled) and gradients and not math.isfinite(nn.utils.get_total_norm(gradients)):
+            self._found = f"{self._where(trainer.global_step + 1)}: a gradient is not finite"
+        if self._found and self.fault == "stop":
+            advice = "lower model.params.learning_rate, look at these files, or leave such steps out by non_finite=skip"
+            raise NonFinite(f"{self._found}; {advice}", intact=True)
         if self._found:
             self.skipped += 1
             logger.warning("warning: %s; the step is left out, %d so far", self._found, self.skipped)
@@ -85,12 +90,6 @@ class Finite(pl.Callback):
             where = self._where(trainer.global_step)
             raise NonFinite(f"{where}: what is learned is not finite; lower model.params.learning_rate", intact=False)
         self._step, self._files = trainer.global_step, []
-
-    def _note(self, trainer: pl.Trainer, what: str) -> None:
-        self._found = self._found or f"{self._where(trainer.global_step + 1)}: {what}"
-        if self.fault == "stop":
-            advice = "lower model.params.learning_rate, look at these files, or leave such steps out by non_finite=skip"
-            raise NonFinite(f"{self._found}; {advice}", intact=True)
 
     def _where(self, step: int) -> str:
         files = f" (a batch of {', '.join(sorted(set(self._files)))})" if self._files else ""

@@ -84,10 +84,8 @@ class ResumeState(pl.Callback):
         if trainer.global_step == self._step:  # between the micro-batches of one optimiser step
             return
         self._step = trainer.global_step
-        stop, save = (
-            trainer.strategy.reduce_boolean_decision(asked, all=False)
-            for asked in (self.signals.stop, self.signals.save)
-        )
+        asked = torch.tensor([self.signals.stop, self.signals.save], device=trainer.strategy.root_device).float()
+        stop, save = (trainer.strategy.reduce(asked, reduce_op="sum") > 0).tolist()  # of any process
         if ends(trainer):
             return
         if self._step % self.every == 0 or stop or save:
@@ -109,7 +107,7 @@ class ResumeState(pl.Callback):
             if isinstance(one, TensorBoardLogger):
                 one.experiment.flush()
         numbered = folder / f"step={trainer.global_step:06d}.ckpt"
-        trainer.save_checkpoint(numbered if self.keep > 1 else folder / LAST)
+        trainer.save_checkpoint(numbered if self.keep > 1 else folder / LAST, weights_only=False)
         if not trainer.is_global_zero:
             return
         for old in states(folder)[self.keep if self.keep > 1 else 0 :]:

@@ -1,9 +1,12 @@
 """A backbone that runs in milliseconds, and photos for it."""
 
 import math
+import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +133,29 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         main.main()
 
     return run
+
+
+@pytest.fixture
+def as_nobody() -> Callable[[], AbstractContextManager[None]]:
+    """A `with` in which the permissions of files count, also for tests that run as root."""
+
+    @contextmanager
+    def nobody() -> Iterator[None]:
+        user = os.geteuid()
+        os.seteuid(user or 65534)
+        try:
+            yield
+        finally:
+            os.seteuid(user)
+
+    return nobody
+
+
+@pytest.fixture
+def shelf() -> Iterator[Path]:
+    """A folder that may be read and not be written to."""
+    folder = Path(tempfile.mkdtemp())  # pytest's own folders are for one user alone
+    folder.chmod(0o555)
+    yield folder
+    folder.chmod(0o755)
+    shutil.rmtree(folder)

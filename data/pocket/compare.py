@@ -10,7 +10,6 @@ Infusion with other options, of the first seed.
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,9 @@ from data.soft_segment import segment_folder
 from infusion.methods import method_names
 from ldm.config import ROOT, find
 from ldm.errors import Parser, UserError, report, suggestion
+from ldm.files import copy, locked
 from ldm.flags import count, words
+from ldm.runs import is_run
 
 TUNED_ON = "green_dotted_elephant"
 COMPARED = ("blue_striped_dog", "checkered_car", "zigzag_hat", "other_horse", "other_backpack")
@@ -83,10 +84,9 @@ def train(folder: Path, start: Sequence[str], label: str) -> None:
     """
     if (folder / "done").is_file():
         return
-    begun = (folder / "models" / "last.ckpt").is_file()
-    if folder.exists() and not begun:
-        shutil.rmtree(folder)  # killed before its first checkpoint
-    chosen = ["--resume", str(folder)] if begun else ["--logdir", str(folder), *start]
+    with locked(folder, wait=True):  # a comparison that was killed may have left a training at work
+        pass
+    chosen = ["--resume", str(folder)] if is_run(folder) else ["--logdir", str(folder), *start]
     command = [sys.executable, str(ROOT / "main.py"), *chosen, "-t", "trainer.enable_progress_bar=false"]
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     found = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -101,10 +101,9 @@ def mask(concepts: Sequence[str], work: Path) -> None:
     clipseg = None
     for name in concepts:
         folder = work / "photos" / name
-        folder.mkdir(parents=True, exist_ok=True)
         for photo in (FOLDER / name).glob("*.png"):
             if not (folder / photo.name).is_file():
-                shutil.copyfile(photo, folder / photo.name)
+                copy(photo, folder / photo.name)
         if len(list((folder / "mask").glob("*.png"))) < len(list(folder.glob("*.png"))):
             clipseg = load(POCKET) if clipseg is None else clipseg
             segment_folder(folder, CONCEPTS[name].noun, clipseg)

@@ -32,7 +32,7 @@ from infusion.report import data_uri, render
 from infusion.tokens import fill
 from ldm.config import ROOT
 from ldm.errors import UserError
-from ldm.files import write
+from ldm.files import copy, write
 from ldm.pipeline import StableDiffusion
 
 LEVELS = {1: "known words in a new combination", 2: "a pattern or pair of colours never seen", 3: "a shape never seen"}
@@ -97,9 +97,8 @@ def segment(name: str, plan: Plan, clipseg: ClipSeg | None) -> tuple[Path, Figur
     Returns the copies' folder and the mean overlap of the masks with the true ones (`evaluate_masks.iou`).
     """
     folder = plan.folder / name / "photos"
-    folder.mkdir(parents=True)
     for photo in sorted((FOLDER / name).glob("*.png")):
-        shutil.copyfile(photo, folder / photo.name)
+        copy(photo, folder / photo.name)
     if clipseg is None:
         shutil.copytree(FOLDER / name / "mask", folder / "mask")
         return folder, mean([1.0] * len(list(folder.glob("*.png"))))
@@ -119,8 +118,7 @@ def train(name: str, photos: Path, plan: Plan) -> tuple[Path, list[str]]:
     if not trained:
         raise UserError(f"{run}: training has left no concept file")
     file = concept_file(plan, name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(trained[-1], file)
+    copy(trained[-1], file)
     return file, command
 
 
@@ -252,7 +250,7 @@ def write_report(plan: Plan, concepts: list[dict], sd: StableDiffusion, seconds:
     plain = [{key: value for key, value in concept.items() if key not in pictures} for concept in concepts]
     results = {"concepts": plain, "settings": settings, "seconds": round(seconds, 1), "command": command}
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-    (plan.folder / "results.json").write_text(text, encoding="utf-8")
+    write(plan.folder / "results.json", text.encode())
     page = render(
         "demo.html.j2",
         concepts=concepts,
@@ -265,7 +263,7 @@ def write_report(plan: Plan, concepts: list[dict], sd: StableDiffusion, seconds:
         command=command,
     )
     file = plan.folder / "report.html"
-    file.write_text(page, encoding="utf-8")
+    write(file, page.encode())
     return file
 
 

@@ -73,7 +73,13 @@ class Stages:
         def make(rows: range) -> dict[str, Tensor]:
             with self._denoiser(group, rows, checkpoint, self.options.scale) as denoise, self._half():
                 how = {"steps": self.options.steps, "sampler": self.options.sampler}
-                return {"latents": self.sd.draw_latents(denoise, group.seeds(rows), **how)}
+                latents = self.sd.draw_latents(denoise, group.seeds(rows), **how)
+            if odd := [row for row, drawn in zip(rows, latents, strict=True) if not drawn.isfinite().all()]:
+                raise ValueError(
+                    f"{group.templates(odd)[0]!r}, seed {group.seeds(odd)[0]}: the sample has numbers that are not "
+                    "finite; measure with --precision full, or another concept"
+                )
+            return {"latents": latents}
 
         title = f"{group.name}: {'base model' if checkpoint is None else checkpoint.concept.method} samples"
         return self._rows("samples" if checkpoint else "base", what, count, make, title)

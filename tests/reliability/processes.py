@@ -24,12 +24,14 @@ class Faults:
         file_size: limit of every file, in bytes; a longer write fails as on a full disk.
         signals: (signal, number of optimiser steps after which it comes; -1 is while the photos are encoded).
         environment: variables.
+        prepare: is called before the command.
     """
 
     killed_at: int | None = None
     file_size: int | None = None
     signals: Sequence[tuple[int, int]] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    prepare: Callable[[], None] = dict
 
     def arrange(self) -> None:
         os.environ |= {"SOURCE_DATE_EPOCH": DATE, "OMP_NUM_THREADS": "1"} | self.environment
@@ -41,6 +43,7 @@ class Faults:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_size, self.file_size))
         if self.signals:
             send(self.signals)
+        self.prepare()
 
 
 def die_at(number: int) -> None:

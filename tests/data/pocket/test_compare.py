@@ -1,5 +1,6 @@
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from data.pocket.concepts import CONCEPTS
 from infusion.methods import method_names
 from ldm.config import build, check, find, load_config, resolve
 from ldm.errors import UserError
+from ldm.files import locked
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def calls(monkeypatch):
     def run(command, **options):
         seen.append(command[1:])
         if "--logdir" in command:
-            Path(command[command.index("--logdir") + 1]).mkdir(parents=True)
+            Path(command[command.index("--logdir") + 1]).mkdir(parents=True, exist_ok=True)
         return SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -51,18 +53,25 @@ def test_every_run_is_a_config_that_can_be_built(variant, tmp_path):
 
 def test_a_killed_comparison_goes_on(calls, tmp_path):
     run = Run("lora", "zigzag_hat", 1)
-    models = run.folder(tmp_path) / "models"
-    models.mkdir(parents=True)
-    (models / "half").touch()
-    run.train(tmp_path)  # killed before its first checkpoint: anew
-    assert not (models / "half").exists() and "--logdir" in calls[-1] and "--resume" not in calls[-1]
+    run.train(tmp_path)
+    assert "--logdir" in calls[-1] and "--resume" not in calls[-1]
     (run.folder(tmp_path) / "done").unlink()
-    models.mkdir(exist_ok=True)
-    (models / "last.ckpt").touch()
-    run.train(tmp_path)  # killed later: on
+    (run.folder(tmp_path) / "config.yaml").touch()
+    run.train(tmp_path)  # killed after it began: on
     assert calls[-1][1:4] == ["--resume", str(run.folder(tmp_path)), "-t"]
     run.train(tmp_path)  # done
     assert len(calls) == 2
+
+
+def test_a_training_that_a_killed_comparison_left_behind_is_waited_for(calls, tmp_path):
+    run, order = Run("lora", "zigzag_hat", 1), []
+    with ThreadPoolExecutor(1) as pool:
+        with locked(run.folder(tmp_path)):
+            second = pool.submit(lambda: (run.train(tmp_path), order.append("second")))
+            time.sleep(0.3)
+            order.append("first")
+        second.result()
+    assert order == ["first", "second"] and len(calls) == 1
 
 
 def test_a_training_that_fails_is_named(monkeypatch, tmp_path):

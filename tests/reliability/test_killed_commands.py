@@ -1,0 +1,140 @@
+"""Masks, measurements and comparisons that are killed and started again give the bytes of those that are not."""
+
+import random
+import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.reliability.runs import contents
+
+ROOT = Path(__file__).parents[2]
+PHOTOS = ROOT / "data/pocket/concepts/zigzag_hat"
+PROTOCOL = """
+concept: ["a photo of a {} on grass", "a cartoon of a {} on snow"]
+none: [grass]
+superclass: ["a photo of a {superclass}"]
+neighbours: ["a photo of a {neighbour}"]
+others: [owl]
+"""
+
+
+def kill_and_finish(launch, words: list[object], places: list[dict[str, object]]) -> None:
+    """Starts a command, kills it at each of the places, and lets it end."""
+    module, *arguments = words
+    for place in places:
+        ended = launch(module, *arguments, **place)
+        assert ended.status in (0, -9), ended.said
+    ended = launch(module, *arguments)
+    assert ended.status == 0, ended.said
+
+
+PLACES = {"writing": [{"killed_at": 4}, {"killed_at": 5}]} | {
+    f"at {seed}": [{"kill_after": random.Random(f"{seed} {time}").uniform(0.2, 3)} for time in range(2)]
+    for seed in range(3)
+}
+EITHER = pytest.mark.parametrize(
+    "places",
+    [pytest.param(v, id=k, marks=() if k in ("writing", "at 0") else pytest.mark.slow) for k, v in PLACES.items()],
+)
+
+
+@pytest.fixture(scope="module")
+def masked(launch, tmp_path_factory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("masked")
+    kill_and_finish(launch, segment(folder), [])
+    found = contents(folder)
+    assert len([name for name in found if name.startswith("mask")]) == 10  # a mask and its overlay for each
+    return found
+
+
+def segment(folder: Path) -> list[object]:
+    for photo in PHOTOS.glob("*.png"):
+        shutil.copyfile(photo, folder / photo.name)
+    return ["data.soft_segment", "--image_dir", folder, "--super_class", "hat", "--model_weight", "pocket"]
+
+
+@EITHER
+def test_masks(launch, masked, tmp_path, places):
+    kill_and_finish(launch, segment(tmp_path), places)
+    assert contents(tmp_path) == masked
+
+
+def measuring(tiny: Path, run: Path, out: Path) -> list[object]:
+    protocol = out.parent / "protocol.yaml"
+    protocol.write_text(PROTOCOL)
+    flags = ["--config", tiny, "--personalized_ckpt", run, "--protocol", protocol, "--out", out]
+    flags += ["--samples", "6", "--steps", "1", "--strata", "1", "--resamples", "2", "--batch_size", "2"]
+    return [
+        "scripts.metrics",
+        *flags,
+        "--device",
+        "cpu",
+        "--metrics",
+        "lfd,w2,drift",
+        "--clip",
+        "pocket",
+        "--clipseg",
+        "pocket",
+    ]
+
+
+def figures(out: Path) -> dict[str, bytes]:
+    """What was measured, wherever that was; the page says when, too."""
+    own = str(out.parent).encode()
+    return {name: data.replace(own, b"") for name, data in contents(out).items() if not name.endswith(".html")}
+
+
+@pytest.fixture(scope="module")
+def measured(launch, tiny, whole, tmp_path_factory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("measured") / "out"
+    kill_and_finish(launch, measuring(tiny, whole[0], out), [])
+    return figures(out)
+
+
+@EITHER
+def test_measurements(launch, tiny, whole, measured, tmp_path, places):
+    kill_and_finish(launch, measuring(tiny, whole[0], tmp_path / "out"), places)
+    assert figures(tmp_path / "out") == measured
+
+
+def shortened(entry: Path) -> None:
+    """A comparison of trainings of a few steps, one of which measures little."""
+    import data.pocket.compare as compare
+
+    start, run = compare.Run.start, subprocess.run
+
+    def few(self: compare.Run, work: Path) -> list[str]:
+        return [*start(self, work), "trainer.max_steps=4", "save_every=1", "trainer.accelerator=cpu"]
+
+    def little(command: list[str], **options: object) -> subprocess.CompletedProcess:
+        quick = ["--steps", "1", "--strata", "1", "--resamples", "2", "--metrics", "lfd"]
+        return run([*command, *(quick if "metrics.py" in command[1] else [])], **options)
+
+    compare.Run.start, compare.subprocess.run = few, little
+
+
+def comparing(entry: Path, folder: Path) -> list[object]:
+    flags = ["--methods", "infusion", "--ablations", "hard gate", "--concepts", "zigzag_hat", "--seeds", "0"]
+    return ["data.pocket.compare", *flags, "--samples", "4", "--work", folder / "work", "--out", folder / "out"]
+
+
+@pytest.mark.slow
+def test_a_comparison(launch, entry, tmp_path):
+    """Killed while it masks, trains (the training goes on alone, and is waited for) and measures."""
+    prepare = partial(shortened, entry)
+    whole, halted = tmp_path / "whole", tmp_path / "halted"
+    ended = launch(*comparing(entry, whole), prepare=prepare)
+    assert ended.status == 0, ended.said
+    for share in (0.1, 0.3, 0.5, 0.7):
+        launch(*comparing(entry, halted), prepare=prepare, kill_after=share * ended.seconds)
+    again = launch(*comparing(entry, halted), prepare=prepare)
+    assert again.status == 0, again.said
+    found, wanted = contents(halted), contents(whole)
+    assert found.keys() == wanted.keys()
+    for name, data in wanted.items():
+        if name.endswith((".safetensors", ".png")):
+            assert found[name] == data, name
+    assert figures(halted / "out") == figures(whole / "out")
