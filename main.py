@@ -216,10 +216,10 @@ def make_trainer(folder: Path, config: DictConfig, params: dict, signals: "Signa
     """A Trainer that keeps everything in the run folder; one that goes on does so at a step."""
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import LambdaCallback, TQDMProgressBar
-    from pytorch_lightning.loggers import TensorBoardLogger
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
     from ldm.finite import Finite
+    from ldm.logs import Log
     from ldm.resume import ResumeState, StateFile
 
     params = build(params, "trainer")
@@ -233,7 +233,7 @@ def make_trainer(folder: Path, config: DictConfig, params: dict, signals: "Signa
             bar.train_progress_bar.total = bar.total_train_batches
 
     purge = {"purge_step": step} if step else {}  # of what was logged after the state
-    params.setdefault("logger", TensorBoardLogger(folder, name="", version="tensorboard", **purge))
+    params.setdefault("logger", Log(folder, name="", version="tensorboard", **purge))
     params["callbacks"] = [
         *build(callback_nodes(config), "callbacks"),
         *bars,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import draw_photos
-from tests.reliability.processes import PRELOADED, Ended, Faults, run_command
+from tests.reliability.processes import PRELOADED, Ended, Faults, Output, run_command
 from tests.reliability.runs import contents, words
 
 ROOT = Path(__file__).parents[2]
@@ -41,13 +41,13 @@ def server() -> multiprocessing.context.BaseContext:
 
 
 @pytest.fixture(scope="session")
-def launch(server, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
+def launch(server) -> Callable[..., Ended]:
     """Runs a command's module in a process, which is killed after some seconds if it has not ended by then."""
 
     def run(module: str, *words: object, kill_after: float | None = None, **faults: Any) -> Ended:
-        said = tmp_path_factory.mktemp("output") / "said.txt"
-        arguments = (module, [str(word) for word in words], Faults(**faults), said)
-        process = server.Process(target=run_command, args=arguments)
+        output = Output()
+        arguments = (module, [str(word) for word in words], Faults(**faults))
+        process = server.Process(target=run_command, args=(*arguments, output))
         started = time.monotonic()
         process.start()
         process.join(LIMIT if kill_after is None else kill_after)
@@ -55,8 +55,9 @@ def launch(server, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., En
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
         process.join()
-        assert not hangs, f"{module} did not end within {LIMIT} s: {said.read_text()}"
-        return Ended(process.exitcode, said.read_text() if said.is_file() else "", time.monotonic() - started)
+        said = output.text()
+        assert not hangs, f"{module} did not end within {LIMIT} s: {said}"
+        return Ended(process.exitcode, said, time.monotonic() - started)
 
     return run
 

@@ -3,9 +3,10 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from multiprocessing.reduction import DupFd
 from typing import Any
 
 PRELOADED = (
@@ -83,11 +84,40 @@ def send(signals: Sequence[tuple[int, int]]) -> None:
     before(ConceptTrainer, "training_step", lambda module: module.global_step)
 
 
-def run_command(module: str, words: Sequence[str], faults: Faults, said: Path) -> None:
-    """What the process does: `python <module> <words>`, with its output in a file."""
-    output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+class Output:
+    """What a process and those that it starts write, through a pipe: no limit of files' sizes holds for it."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._end, self._start = os.pipe()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def __reduce__(self) -> tuple:
+        """In the process that is started it is the pipe's descriptor."""
+        return descriptor, (DupFd(self._start),)
+
+    def text(self) -> str:
+        """What has been written; processes that outlive the first are not waited for."""
+        os.close(self._start)
+        self._thread.join(1)
+        return b"".join(self._pieces).decode()
+
+    def _read(self) -> None:
+        while piece := os.read(self._end, 2**16):
+            self._pieces.append(piece)
+        os.close(self._end)
+
+
+def descriptor(duplicate: Any) -> int:
+    return duplicate.detach()
+
+
+def run_command(module: str, words: Sequence[str], faults: Faults, pipe: int) -> None:
+    """What the process does: `python <module> <words>`."""
+    os.dup2(pipe, 1)
+    os.dup2(pipe, 2)
+    os.close(pipe)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     faults.arrange()
     import torch

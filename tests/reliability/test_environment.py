@@ -1,0 +1,210 @@
+"""What the machine does to a command: disks that fill, folders that go, processes that die, clocks that jump."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.reliability.runs import assert_same, contents, words
+
+ROOT = Path(__file__).parents[2]
+
+
+def last_line(said: str) -> str:
+    return said.rstrip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("size", [0, 2_000, 4_000, 12_000])
+def test_a_disk_that_fills_while_training(launch, entry, whole, tmp_path, size):
+    """The limit of a file's size lets pass the config, then the concepts, then the pictures, but no state."""
+    run = tmp_path / "run"
+    ended = launch("main", *words(entry, run), file_size=size)
+    assert ended.status == 2 and "Traceback" not in ended.said
+    assert last_line(ended.said).startswith("error: ") and "make room" in last_line(ended.said)
+    assert not list(tmp_path.rglob("*.partial"))
+    finished = launch("main", *words(entry, run))
+    assert finished.status == 0, finished.said
+    assert_same(run, whole[0])
+
+
+def test_a_disk_that_fills_later_leaves_the_last_state(launch, entry, whole, tmp_path):
+    run = tmp_path / "run"
+    launch("main", *words(entry, run), killed_at=25)
+    before = torch.load(run / "models/last.ckpt", weights_only=True)["global_step"]
+    ended = launch("main", *words(entry, run), file_size=3_000)
+    assert ended.status == 2 and last_line(ended.said).endswith("make room; what was there before is unchanged")
+    assert torch.load(run / "models/last.ckpt", weights_only=True)["global_step"] == before > 0
+    launch("main", *words(entry, run))
+    assert_same(run, whole[0])
+
+
+COMMANDS = {
+    "masks": lambda out, run: [
+        *("data.soft_segment", "--image_dir", out, "--super_class", "hat", "--model_weight", "pocket"),
+    ],
+    "samples": lambda out, run: [
+        *("scripts.infusion_txt2img", "--config", "configs/backbone/pocket.yaml", "--prompt", "a cat", "--outdir", out),
+        *("--steps", "1", "--n_samples", "1", "--device", "cpu"),
+    ],
+    "conversion": lambda out, run: [
+        *("scripts.convert_concept", run / "models/step=000006.safetensors", out / "new.safetensors"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_output_that_cannot_be_written(launch, whole, shelf, command, fault):
+    shelf.chmod(0o755)
+    shutil.copyfile(ROOT / "data/pocket/concepts/zigzag_hat/0.png", shelf / "0.png")
+    (shelf / "0.png").chmod(0o644)
+    before = contents(shelf)
+    if fault == "read-only":
+        shelf.chmod(0o555)
+    how = {"file_size": 100} if fault == "full" else {"prepare": give_up_privileges}
+    module, *arguments = command(shelf, whole[0])
+    ended = launch(module, *arguments, **how)
+    assert ended.status == 2, ended.said
+    assert last_line(ended.said).startswith("error: ") and f"{shelf}" in last_line(ended.said)
+    assert "Traceback" not in ended.said
+    assert contents(shelf) == before
+
+
+def give_up_privileges() -> None:
+    """Lets the permissions of files count for root, too (capset(2), CAP_DAC_OVERRIDE)."""
+    import ctypes
+
+    libc, words_of_two_sets = ctypes.CDLL(None, use_errno=True), ctypes.c_uint32 * 6
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), words_of_two_sets()
+    assert libc.capget(header, sets) == 0
+    sets[0] &= ~(1 << 1)
+    assert libc.capset(header, sets) == 0
+
+
+def at_step(number: int, event: Callable[[], None]) -> None:
+    """Has something happen when so many optimiser steps are made."""
+    from infusion.trainer import ConceptTrainer
+
+    training_step = ConceptTrainer.training_step
+
+    def wrapped(module: ConceptTrainer, *args: object) -> object:
+        if module.global_step == number:
+            event()
+        return training_step(module, *args)
+
+    ConceptTrainer.training_step = wrapped
+
+
+def test_photos_that_vanish_while_training(launch, entry, whole, tmp_path):
+    """They were encoded before the first step."""
+    photos = shutil.copytree(entry.parent / "photos", tmp_path / "photos")
+    vanish = partial(at_step, 2, partial(shutil.rmtree, photos, ignore_errors=True))
+    run = tmp_path / "run"
+    ended = launch("main", *words(entry, run), f"data_root={photos}", prepare=vanish)
+    assert ended.status == 0 and not photos.exists(), ended.said
+    for name, data in contents(whole[0]).items():
+        assert name.endswith((".ckpt", ".yaml")) or contents(run)[name] == data
+
+
+def test_a_photo_that_vanishes_while_the_photos_are_read(launch, entry, tmp_path):
+    photos = shutil.copytree(entry.parent / "photos", tmp_path / "photos")
+    run = tmp_path / "run"
+    ended = launch("main", *words(entry, run), f"data_root={photos}", prepare=partial(lose, photos / "1.png"))
+    assert ended.status == 2 and last_line(ended.said).startswith(f"error: {photos}/1.png: cannot be read as an image")
+    assert not run.exists()
+
+
+def lose(photo: Path) -> None:
+    """Removes a photo when the folder has been listed."""
+    from PIL import Image
+
+    opened = Image.open
+
+    def vanishing(*args: object, **options: object) -> Image.Image:
+        photo.unlink(missing_ok=True)
+        return opened(*args, **options)
+
+    Image.open = vanishing
+
+
+def test_a_log_that_vanishes(launch, entry, whole, tmp_path):
+    run = tmp_path / "run"
+    vanish = partial(at_step, 3, partial(shutil.rmtree, run / "tensorboard", ignore_errors=True))
+    ended = launch("main", *words(entry, run), prepare=vanish)
+    assert ended.status == 0, ended.said
+    for name, data in contents(whole[0]).items():
+        assert name.endswith(".ckpt") or contents(run)[name] == data
+
+
+def jumping_clock() -> None:
+    """Every look at the clock finds it a day earlier."""
+    days, now = iter(range(10**9)), time.time
+    time.time = lambda: now() - 86_400 * next(days)
+
+
+def test_a_clock_that_jumps(launch, entry, whole, tmp_path):
+    run = tmp_path / "run"
+    ended = launch("main", *words(entry, run), prepare=jumping_clock)
+    assert ended.status == 0, ended.said
+    for name, data in contents(whole[0]).items():
+        assert name.endswith(".ckpt") or contents(run)[name] == data
+
+
+def test_runs_of_one_second_have_folders_of_their_own(launch, entry, tmp_path):
+    for _ in range(2):
+        ended = launch("main", "--base", entry, "-t", "--basedir", tmp_path / "logs", prepare=stopped_clock)
+        assert ended.status == 0, ended.said
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == [
+        "2026-01-02T03-04-05_entry",
+        "2026-01-02T03-04-05_entry-2",
+    ]
+
+
+def stopped_clock() -> None:
+    from datetime import datetime
+
+    import ldm.runs
+
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, *_: object) -> datetime:
+            return datetime(2026, 1, 2, 3, 4, 5)
+
+    ldm.runs.datetime = Stopped
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_is_killed(entry, tmp_path):
+    """The other ends with one line; both go on together to what two that are left alone learn."""
+    flags = ["mask=none", "callbacks.samples=null", "trainer.max_steps=30"]
+    two = ["--devices", "2", "--strategy", "ddp"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "SOURCE_DATE_EPOCH": "1700000000"}
+
+    def start(*arguments: object) -> subprocess.Popen:
+        command = [sys.executable, ROOT / "main.py", *arguments, *two]
+        return subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True, env=environment)
+
+    alone, halted = tmp_path / "alone", tmp_path / "halted"
+    first = start("--base", entry, "-t", "--logdir", alone, *flags)
+    assert first.wait() == 0, first.stderr.read()
+    second = start("--base", entry, "-t", "--logdir", halted, *flags)
+    while second.poll() is None and not (halted / "models/step=000004.safetensors").exists():
+        time.sleep(0.05)
+    (child,) = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGKILL)
+    said = second.communicate()[1]
+    assert second.returncode == 2 and "Traceback" not in said
+    assert last_line(said).startswith("error: another process of this run has ended")
+    third = start("--resume", halted, "-t")
+    assert third.wait() == 0, third.stderr.read()
+    for name, data in contents(alone).items():
+        if name.endswith(".safetensors"):
+            assert contents(halted)[name] == data
