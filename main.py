@@ -19,7 +19,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ldm.config import ConfigError, build, check, check_params, find, load_config, refuse_unused, resolve
 from ldm.errors import Parser, UserError, report, suggestion
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # what takes seconds to import is imported where it works, af
 
 DEFAULTS = {"trainer": {}, "callbacks": {}, "parts": {}, "use_ema": False, "weights": "float32", "seed": 23,
             "save_every": 500, "keep": 1, "non_finite": "stop"}  # fmt: skip
+LONG = 10**9  # steps of a training, at most
 WEIGHTS = ("float32", "bfloat16", "float16")
 NODES = ("model", "data", "ckpt", "ckpt_source", *DEFAULTS)
 FIXED = ("model", "data", "seed", "use_ema", "weights")  # in a resumed run
@@ -73,6 +74,8 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     for name in ("name", "logdir", "seed"):
         if flags.resume and getattr(flags, name) is not None:
             parser.error(f"--{name}: a resumed run keeps its own")
+    if flags.name and Path(flags.name).name != flags.name:
+        parser.error(f"--name: {flags.name} leads to another folder: give a plain name, or a folder by --logdir")
     if flags.gpus and flags.devices:
         parser.error("--gpus and --devices: give one of the two")
     return flags
@@ -109,6 +112,15 @@ def read_config(flags: Namespace) -> DictConfig:
     for key in ("seed", "save_every", "keep"):
         if not isinstance(config[key], int) or isinstance(config[key], bool):
             raise ConfigError(f"{key}: an integer is wanted, not {config[key]!r}")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed: must be from 0 to 2**32 - 1, not {config.seed}")
+    for key in ("save_every", "keep"):
+        if not 1 <= config[key] <= LONG:
+            raise ConfigError(f"{key}: must be from 1 to {LONG:,}, not {config[key]}")
+    wanted = {"trainer": DictConfig, "callbacks": DictConfig | ListConfig | None, "parts": DictConfig | None}
+    for key, kind in wanted.items():
+        if not isinstance(config[key], kind):
+            raise ConfigError(f"{key}: a mapping of names to values is wanted, not {config[key]!r}")
     for key in [str(key) for key in config if OmegaConf.is_missing(config, key)]:
         if not flags.summary:
             raise ConfigError(f"{key}: not set yet; set it in the config or by {key}=…")
@@ -128,9 +140,14 @@ def trainer_params(flags: Namespace, config: DictConfig) -> dict:
         except ValueError as error:
             raise UserError(f"--gpus: `{flags.gpus}` is not a list of indices such as 0,1") from error
         count = torch.cuda.device_count()
-        if not indices or max(indices) >= count:
+        if not indices or min(indices) < 0 or max(indices) >= count:
             raise UserError(f"--gpus: `{flags.gpus}` was asked for, and this machine has {count} CUDA devices")
         given |= {"accelerator": "gpu", "devices": indices}
+    leasts = {"max_steps": -1, "max_epochs": -1, "accumulate_grad_batches": 1, "gradient_clip_val": 0}
+    for name, least in leasts.items():
+        value = params.get(name)
+        if isinstance(value, int | float) and not least <= value <= LONG:
+            raise ConfigError(f"trainer.{name}: must be from {least} to {LONG:,}, not {value}")
     if flags.devices:
         given["devices"] = int(flags.devices) if flags.devices.isdigit() else flags.devices
     return params | given
@@ -277,7 +294,7 @@ def main() -> None:
     folder = folder_of(flags.resume) if flags.resume else new_folder(flags.logdir, flags.basedir, name)
     state, step = resume_state(flags.resume) if flags.resume else (None, 0)
     files = weight_files(config)
-    pl.seed_everything(config.seed, workers=True)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
     try:
         with Signals() as signals:
             data = build(config.data, "data")

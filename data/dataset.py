@@ -1,7 +1,9 @@
 """Photos of one concept: images, soft masks and captions from a folder."""
 
+import logging
 import math
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,17 +11,24 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from data.photos import MASK_LABEL, SUFFIXES, is_image
+from data.photos import MASK_LABEL, SUFFIXES, first_file, is_image
+from infusion.settings import PIXELS
 from ldm.config import find
 
 ENLARGED = 2.0  # times; a photo enlarged more than this is blurred, and its blur is learned
+CAPTIONS = 100_000  # bytes of a photo's captions, at most
+ANIMATED = ("GIF", "PNG", "WEBP")  # a second frame is more than a preview, as those of TIFF and a phone's JPEG are
+
+logger = logging.getLogger(__name__)
 
 
 class ConceptImages:
-    """The photos in a folder, cropped about their centre to squares of one size.
+    """The photos in a folder, cropped about their centre to squares of one size; `photos[i]` reads one, with its mask.
+
+    All are read once to find mistakes and none is kept: memory does not grow with their number.
 
     A mask is looked for in `mask/<same name>`, `mask/<stem>.png`, `<stem>-masklabel.png`, and the image's own alpha
     channel, in this order, and divided by its maximum. `<stem>.txt` may hold captions, one a line.
@@ -33,9 +42,8 @@ class ConceptImages:
     Attributes:
         names: file names, sorted; N of them.
         sizes: (width, height) of each photo, upright and before it is cropped, in pixels.
+        cover: the mean of each mask in [0, 1]; [] without masks.
         image_size: S, the side of the squares.
-        images: (N, 3, S, S) float32 in [-1, 1].
-        masks: (N, 1, S, S) float32 in [0, 1], each with maximum 1; or None.
         captions: one list of templates with `{}` per image; empty where there is no caption.
 
     Raises:
@@ -49,37 +57,55 @@ class ConceptImages:
             raise ValueError(f"data_root: there is no folder {data_root}")
         if mask not in ("auto", "none"):
             raise ValueError(f"mask: must be auto or none, not {mask!r}")
-        if image_size < 1:
-            raise ValueError(f"image_size: must be at least 1, not {image_size}")
+        if not 1 <= image_size <= PIXELS:
+            raise ValueError(f"image_size: must be from 1 to {PIXELS}, not {image_size}")
         paths = [path for path in sorted(root.iterdir()) if is_image(path)]
         if not paths:
             raise ValueError(f"data_root: {data_root} holds no image ({', '.join(SUFFIXES)})")
         self.root, self.image_size = root, image_size
         self.names = [path.name for path in paths]
         self.captions = [read_captions(path.with_suffix(".txt"), superclass) for path in paths]
-        images, masks, self.sizes = [], [], []
+        self.superclass, self.masked = superclass, mask == "auto"
+        self.sizes: list[tuple[int, int]] = []
+        self.cover: list[float] = []
         for path in paths:
             image = read_image(path)
             self.sizes.append(image.size)
-            images.append(to_square(over_white(image), image_size) / 127.5 - 1)
-            if mask == "auto":
-                masks.append(_mask(path, image, image_size, superclass))
-        self.images = torch.stack(images)
-        self.masks = torch.stack(masks) if masks else None
+            if self.masked:
+                self.cover.append(_mask(path, image, image_size, superclass).mean().item())
+            if _is_animated(path):
+                logger.warning("warning: %s: is an animation, of which the first frame is taken", path)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Photo (3, S, S) float32 in [-1, 1], and mask (1, S, S) float32 in [0, 1] with maximum 1, or None."""
+        path = self.root / self.names[index]
+        image = read_image(path)
+        mask = _mask(path, image, self.image_size, self.superclass) if self.masked else None
+        return to_square(over_white(image), self.image_size) / 127.5 - 1, mask
+
+    @property
+    def images(self) -> Tensor:
+        """All photos at once, (N, 3, S, S) float32 in [-1, 1]."""
+        return torch.stack([image for image, _ in self])
+
+    @property
+    def masks(self) -> Tensor | None:
+        """All masks at once, (N, 1, S, S) float32 in [0, 1], each with maximum 1; or None."""
+        return torch.stack([mask for _, mask in self]) if self.masked else None
 
     def report(self) -> str:
         """One line: how many photos of which sizes, what is cropped from them, and how much of that is masked."""
         original = _range([_shape(size) for size in sorted(self.sizes, key=math.prod)])
         square = _range([str(min(size)) for size in sorted(self.sizes, key=min)])
         many = "1 photo" if len(self) == 1 else f"{len(self)} photos"
-        if self.masks is None:
+        if not self.masked:
             masked = "no masks, the whole square is learned"
         else:
-            cover = self.masks.mean((1, 2, 3)).sort().values
-            masked = f"masks cover {_range([f'{share:.0%}' for share in cover])} of it, {cover.mean():.0%} on average"
+            cover, mean = sorted(self.cover), sum(self.cover) / len(self)
+            masked = f"masks cover {_range([f'{share:.0%}' for share in cover])} of it, {mean:.0%} on average"
         used = _shape((self.image_size, self.image_size))
         return f"{many} of {original} pixels; the centred square of {square} is used at {used}; {masked}"
 
@@ -132,9 +158,13 @@ def read_captions(path: Path, superclass: str) -> list[str]:
     noun = re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
     templates = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open("rb") as file:
+            content = file.read(CAPTIONS + 1)
+        lines = content.decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as text: {error}") from error
+    if len(content) > CAPTIONS:
+        raise ValueError(f"{path}: more than {CAPTIONS:,} bytes are no captions of one photo")
     for line in filter(None, map(str.strip, lines)):
         template = line if "{}" in line else noun.sub("{}", line)
         if "{}" not in template:
@@ -163,7 +193,7 @@ def _mask(path: Path, image: Image.Image, size: int, superclass: str) -> Tensor:
     """Soft mask (1, size, size) with maximum 1."""
     folder = path.parent / "mask"
     places = (folder / path.name, folder / f"{path.stem}.png", path.with_name(path.stem + MASK_LABEL))
-    file = next((place for place in places if place.is_file()), None)
+    file = first_file(places)
     if file is not None:
         mask = read_mask(file)
         # a pixel more or less in either direction is rounding, not another shape
@@ -195,12 +225,23 @@ def _open(path: Path) -> Image.Image:
         return ImageOps.exif_transpose(image)
 
 
+def _is_animated(path: Path) -> bool:
+    with _named(path), Image.open(path) as image:
+        return image.format in ANIMATED and getattr(image, "is_animated", False)
+
+
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
     """Turns what Pillow raises over a file into a ValueError that names the file."""
     try:
-        yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():  # of sizes that large cameras have; twice as much is an error
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    except UnidentifiedImageError as error:  # its text is the path
+        raise ValueError(f"{path}: cannot be read as an image: no format that is known, or cut off") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read as an image: {error.strerror or error}") from error
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as an image: {error}") from error
 
 

@@ -19,6 +19,7 @@ from data.prior import ClassImages
 from data.prompts import TEMPLATES
 from ldm.autoencoder import AutoencoderKL
 
+BATCH = 1000  # photos, at most
 logger = logging.getLogger(__name__)
 
 
@@ -38,16 +39,16 @@ class LatentCache:
             ValueError: the autoencoder gives values that are not finite.
         """
         weight = next(vae.parameters())
-        sides = [images.images, images.images.flip(-1)] if flip else [images.images]
-        photos = tqdm(torch.cat(sides), "encoding photos", leave=False)
-        latents = torch.cat([vae.encode(photo[None].to(weight)).float().cpu() for photo in photos])
-        if not latents.isfinite().all():
-            raise ValueError(f"the autoencoder overflows in {weight.dtype}: run it in float32")
-        masks = None
-        if images.masks is not None:
-            both = torch.cat([images.masks, images.masks.flip(-1)] if flip else [images.masks])
-            masks = F.interpolate(both, latents.shape[-2:], mode="bilinear").unflatten(0, (len(sides), -1))
-        return cls(latents.unflatten(0, (len(sides), -1)), masks)
+        latents, masks = [], []  # of each photo: (sides, C, h, w) and (sides, 1, h, w)
+        for photo, mask in tqdm(images, "encoding photos", leave=False):
+            sides = [photo, photo.flip(-1)] if flip else [photo]
+            latents.append(torch.cat([vae.encode(side[None].to(weight)).float().cpu() for side in sides]))
+            if not latents[-1].isfinite().all():
+                raise ValueError(f"the autoencoder overflows in {weight.dtype}: run it in float32")
+            if mask is not None:
+                both = torch.stack([mask, mask.flip(-1)] if flip else [mask])
+                masks.append(F.interpolate(both, latents[-1].shape[-2:], mode="bilinear"))
+        return cls(torch.stack(latents, 1), torch.stack(masks, 1) if masks else None)
 
 
 class ConceptBatches(IterableDataset):
@@ -136,6 +137,10 @@ class ConceptData(pl.LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size: must be at least 1, not {batch_size}")
+        if batch_size > BATCH:
+            raise ValueError(f"batch_size: must be at most {BATCH:,}, not {batch_size}: accumulate gradients instead")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed: must be from 0 to 2**32 - 1, not {seed}")
         if not 0 <= flip_p <= 1:
             raise ValueError(f"flip_p: must be between 0 and 1, not {flip_p}")
         if not templates:

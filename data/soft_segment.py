@@ -162,8 +162,8 @@ def segment_folder(
             small = clipseg.masks(torch.cat([clipseg.squeeze(image) for image in images]), prompts)  # (B, S, S)
             for photo, image, mask in zip(batch, images, small, strict=True):
                 soft = enlarge(mask, image.shape[2:])  # (H, W)
+                write(photo.overlay, png(overlay(image[0], soft)))  # first: whoever has a mask is done
                 write(photo.mask, png(to_grey(soft), {"super_class": super_class}))
-                write(photo.overlay, png(overlay(image[0], soft)))
                 rows[photo.path] = measure(photo.path, photo.mask, soft, True)
             bar.update(len(batch))
     return [rows[photo.path] for photo in photos]

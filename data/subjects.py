@@ -148,7 +148,7 @@ def _entries(file: Path) -> dict[str, dict[str, str]]:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"there is no file {file}: name CustomConcept101's {DATASET}, or its folder") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: cannot be read as JSON: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{file}: a list of subjects is wanted, as in CustomConcept101's {DATASET}")
@@ -158,11 +158,18 @@ def _entries(file: Path) -> dict[str, dict[str, str]]:
             value = entry.get(key) if isinstance(entry, dict) else None
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(f"{file}: [{place}] has no `{key}`, as every subject of {DATASET} has")
+            if not value.isprintable() or (key != FIELDS[0] and not _within(PurePosixPath(value))):
+                raise ValueError(f"{file}: [{place}] has the `{key}` {value[:80]!r}, which is no name beside {DATASET}")
         name = PurePosixPath(entry["instance_data_dir"]).name
         if name in found:
             raise ValueError(f"{file}: [{place}] is a second subject called {name}")
         found[name] = entry
     return found
+
+
+def _within(path: PurePosixPath) -> bool:
+    """Whether a path stays in the folder that it is relative to."""
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _prompts(file: Path) -> tuple[str, ...]:

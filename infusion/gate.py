@@ -1,6 +1,7 @@
 """The gate: how strongly a concept is blended at each text token (DESIGN section 2; sigmoid gate of Perfusion)."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -25,7 +26,7 @@ class Gate:
         tau: temperature of the sigmoid, above 0.
 
     Raises:
-        ValueError: an unknown kind, or tau not above 0.
+        ValueError: an unknown kind, a tau not above 0, or a number that is not finite.
     """
 
     kind: Literal["sigmoid", "hard", "global"] = "sigmoid"
@@ -34,9 +35,11 @@ class Gate:
 
     def __post_init__(self) -> None:
         if self.kind not in ("sigmoid", "hard", "global"):
-            raise ValueError(f"the gate must be 'sigmoid', 'hard' or 'global', not {self.kind!r}")
-        if not self.tau > 0:
-            raise ValueError(f"the gate's tau must be above 0, not {self.tau}")
+            raise ValueError(f"kind: the gate must be 'sigmoid', 'hard' or 'global', not {self.kind!r}")
+        if not 0 < self.tau < math.inf:
+            raise ValueError(f"tau: the gate's tau must be above 0 and finite, not {self.tau}")
+        if not math.isfinite(self.beta):
+            raise ValueError(f"beta: the gate's beta must be finite, not {self.beta}")
 
     def __call__(
         self, encodings: Tensor, mask: Tensor, target_input: Tensor, inverse_covariance: Tensor | None = None
@@ -112,10 +115,12 @@ def training_prompts(tokenizer: Tokenizer, templates: Sequence[str], noun: str) 
     """The prompts that the templates make, and the concept's tokens in them, bool (B, L).
 
     Raises:
-        ValueError: no templates, or one without a placeholder; whatever `concept_mask` refuses.
+        ValueError: no templates, or one without a placeholder; a noun without tokens; whatever `concept_mask` refuses.
     """
     if not templates:
-        raise ValueError("a concept needs at least one training prompt")
+        raise ValueError("templates: a concept needs at least one training prompt")
+    if not tokenizer.encode(noun):
+        raise ValueError(f"superclass: {noun!r} has no tokens: give a word such as 'cat'")
     prompts, masks = zip(*(concept_mask(tokenizer, template, noun) for template in templates), strict=True)
     for template, mask in zip(templates, masks, strict=True):
         if not mask.any():

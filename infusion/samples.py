@@ -1,5 +1,6 @@
 """Shows what a concept looks like while it is being trained."""
 
+import math
 from collections.abc import Sequence
 
 import pytorch_lightning as pl
@@ -33,6 +34,14 @@ class ConceptSamples(pl.Callback):
     ) -> None:
         if every < 1:
             raise ValueError(f"every: must be at least 1, not {every}")
+        if not 1 <= steps <= 999:
+            raise ValueError(f"steps: must be from 1 to 999, not {steps}")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale: must be a finite number, not {scale}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed: must be from 0 to 2**63 - 1, not {seed}")
+        if odd := [prompt for prompt in prompts if set("{}") & set(prompt.replace("{}", ""))]:
+            raise ValueError(f"prompts: {odd[0]!r} has other braces than {{}} for the concept")
         if not prompts or any("{}" not in prompt for prompt in prompts):
             raise ValueError(f"prompts: every one must have {{}} for the concept: {list(prompts)}")
         self.prompts = list(prompts)

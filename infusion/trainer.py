@@ -1,5 +1,6 @@
 """Trains a concept by any method: the base model is frozen, and what is learned is edited into it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,13 @@ class ConceptTrainer(Learner):
         covariance: InverseCovariance | None = None,
     ) -> None:
         super().__init__()
+        if not 0 < learning_rate <= 1000:
+            raise ValueError(f"learning_rate: must be above 0 and at most 1,000, not {learning_rate}")
+        for name, value in (("weight_decay", weight_decay), ("prior_weight", prior_weight)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}: must be at least 0 and finite, not {value}")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed: must be from 0 to 2**32 - 1, not {seed}")
         self.sd = sd.requires_grad_(False).eval()
         self.method = method
         self.superclass = superclass
@@ -233,7 +241,7 @@ class SaveConcept(pl.Callback):
 
     def __init__(self, every: int = 100, dirpath: str | Path | None = None) -> None:
         if every < 1:
-            raise ValueError(f"save a concept every 1 or more steps, not {every}")
+            raise ValueError(f"every: save a concept every 1 or more steps, not {every}")
         self.every = every
         self.dirpath = dirpath
         self._saved = 0

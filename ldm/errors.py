@@ -15,6 +15,7 @@ OUT_OF_MEMORY = (
     "measuring lower --batch_size"
 )
 ALONE = "another process of this run has ended, and without it this one cannot go on: see what it said, then resume"
+LONGEST = 400  # characters of a mistake's line
 
 
 class UserError(Exception):
@@ -76,7 +77,10 @@ def report(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def _end(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    line = "".join(letter if letter.isprintable() else "�" for letter in " ".join(message.split()))
+    if len(line) > LONGEST:  # what a file says may be of any length; what to do comes last
+        line = f"{line[:280]} … {line[-110:]}"
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -2,12 +2,17 @@
 
 import argparse
 import math
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+
+MOST = 1_000_000  # of anything that is counted
 
 
 def number(text: str) -> float:
@@ -34,17 +39,40 @@ def words(text: str) -> list[str]:
     return found
 
 
-def count(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdigit() or int(text) < 1:
+def count(text: str, most: int = MOST) -> int:
+    """A whole number above 0, and not absurd."""
+    if not (text.isascii() and text.isdigit() and text.strip("0")):
         raise argparse.ArgumentTypeError(f"`{text}` is not a whole number above 0")
+    if len(text) > 20 or int(text) > most:
+        raise argparse.ArgumentTypeError(f"`{text[:20]}` is more than {most:,}")
     return int(text)
 
 
+def batch(text: str) -> int:
+    """How many of something that takes much memory to work on at a time."""
+    return count(text, 1000)
+
+
+def processes(text: str) -> int:
+    """How many processes of this machine are to work."""
+    return count(text, max(8, os.cpu_count() or 1))
+
+
+def writable(text: str) -> str:
+    """A folder that files can be written to; it is made when they are."""
+    path = Path(text).absolute()
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not os.path.isdir(there):
+        raise argparse.ArgumentTypeError(f"{there}: is a file; name a folder to write to")
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise argparse.ArgumentTypeError(f"{there}: cannot be written to; name another folder")
+    return text
+
+
 def seed(text: str) -> int:
-    """A whole number that `torch.Generator.manual_seed` takes."""
-    if not text.isdigit() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"`{text}` is not a whole number from 0 to 2**63 - 1")
+    """A whole number that `torch.Generator.manual_seed` takes, with room for those that follow it."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 20) or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"`{text[:30]}` is not a whole number from 0 to 2**63 - 1")
     return int(text)
 
 

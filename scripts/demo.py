@@ -18,6 +18,7 @@ from data.pocket.scene import CONCEPTS
 from infusion.settings import Settings
 from ldm.config import find, load_config
 from ldm.errors import Parser, report, suggestion
+from ldm.flags import number, seed, writable
 from ldm.usual import POCKET_CLASSIFIER, POCKET_CLIP, POCKET_CLIPSEG
 
 logger = logging.getLogger(__name__)
@@ -32,24 +33,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--concepts", metavar="A[,B]", help=f"some of {', '.join(CONCEPTS)}", default=usual)
     add("--samples", type=int, help="samples of each concept, spread over 14 prompts", default=32)
     add("--steps", type=int, help="DDIM steps", default=25)
-    add("--scale", type=float, help="classifier-free guidance", default=5.0)
-    add("--seed", type=int, help="of the first sample; sample i has the seed + i", default=100)
+    add("--scale", type=number, help="classifier-free guidance", default=5.0)
+    add("--seed", type=seed, help="of the first sample; sample i has the seed + i", default=100)
     add("--batch_size", type=int, help="samples at a time", default=16)
     add("--clip", metavar="FILE", help="weights of the pocket CLIP", default=str(POCKET_CLIP))
     add("--masks", choices=["clipseg", "true"], help="of the photos: CLIPSeg's, or the world's own", default="clipseg")
     add("--clipseg", metavar="FILE", help="weights of the pocket CLIPSeg", default=str(POCKET_CLIPSEG))
     add("--classifier", metavar="FILE", help="weights of the pocket classifier", default=str(POCKET_CLASSIFIER))
-    add("--outdir", metavar="DIR", help="where to write; DIR-2, DIR-3 … if there is something", default="outputs/demo")
+    add("--outdir", metavar="DIR", type=writable, help="written to; DIR-2 … if that is full", default="outputs/demo")
     flags = parser.parse_args(arguments)
     flags.concepts = list(dict.fromkeys(flags.concepts.split(",")))
     for name in flags.concepts:
         if name not in CONCEPTS:
             parser.error(f"--concepts: there is no `{name}`{suggestion(name, list(CONCEPTS))}")
-    for name, least in (("samples", 2), ("steps", 1), ("batch_size", 1)):
+    for name, least, most in (("samples", 2, 100_000), ("steps", 1, 999), ("batch_size", 1, 1000)):
         if getattr(flags, name) < least:
             parser.error(f"--{name}: a whole number from {least} on is wanted, not {getattr(flags, name)}")
-    if flags.seed < 0:
-        parser.error(f"--seed: a whole number from 0 on is wanted, not {flags.seed}")
+        if getattr(flags, name) > most:
+            parser.error(f"--{name}: a whole number up to {most:,} is wanted, not {getattr(flags, name)}")
     for word in flags.overrides:
         if "=" not in word:
             parser.error(f"`{word}`: write an override as key=value")

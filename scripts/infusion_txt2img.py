@@ -17,16 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from infusion.prompts import Job, read_jobs
+from infusion.refuse import check_concepts, check_sizes, check_words, fill_in, naming, source
 from infusion.settings import Settings
-from infusion.tokens import point
 from ldm.config import BACKBONES, find
 from ldm.errors import Parser, UserError, report
-from ldm.flags import count, find_device, number, numbers, seed, words
+from ldm.flags import MOST, batch, count, find_device, number, numbers, processes, seed, words, writable
 from ldm.schedulers import SAMPLERS
 
 if TYPE_CHECKING:
     from infusion.concept import Concept
 
+FILE = 2_000_000  # bytes of a file of prompts, at most
 logger = logging.getLogger(__name__)
 
 
@@ -54,24 +55,31 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--steps", "--ddim_steps", type=count, help="sampling steps", default=usual.steps)
     add("--ddim_eta", type=number, help="share of DDIM's noise; 0 is deterministic", default=usual.ddim_eta)
     add("--sampler", choices=list(SAMPLERS), help="the sampler", default=usual.sampler)
-    add("--n_samples", type=count, help="images of a prompt at a time", default=4)
+    add("--n_samples", type=batch, help="images of a prompt at a time", default=4)
     add("--n_iter", type=count, help="how often to go through the prompts", default=1)
     add("--n_rows", type=count, metavar="N", help="images in a row of the grid; None: --n_samples")
     add("--H", type=count, metavar="PIXELS", help="height; None: the size that the base model was trained on")
     add("--W", type=count, metavar="PIXELS", help="width; None: likewise")
     add("--seed", type=seed, help="of the first image; image i has the seed + i", default=42)
     add("--precision", choices=["full", "autocast"], help="of the UNet", default=usual.precision)
-    add("--outdir", metavar="DIR", help="gets samples/00000.png … and grid-0000.png", default="outputs/txt2img")
+    add("--outdir", metavar="DIR", type=writable, help="gets samples/ and grid-0000.png", default="outputs/txt2img")
     add("--skip_grid", action="store_true", help="write no grid")
     add("--skip_save", action="store_true", help="write no single images")
     add("--device", help="such as cpu or cuda:1; auto: CUDA where there is some", default="auto")
-    add("--devices", type=count, help="processes on this machine that share the images, each with a device", default=1)
+    add(
+        "--devices",
+        type=processes,
+        help="processes on this machine that share the images, each with a device",
+        default=1,
+    )
     add("--num_nodes", type=count, help="machines that share them", default=1)
     flags = parser.parse_args(arguments)
     flags.said = {}
     if flags.from_png:
         from infusion.recipe import defaults, recall  # after the flags: it takes seconds
 
+        if not Path(flags.from_png).is_file():
+            raise UserError(f"{flags.from_png}: cannot be read as a picture (there is no such file)")
         said = recall(flags.from_png)
         parser.set_defaults(**defaults(said))
         flags = parser.parse_args(arguments)
@@ -90,7 +98,11 @@ def read_prompts(flags: argparse.Namespace, settings: Settings) -> list[Job]:
     if flags.from_file is None:
         return [Job(flags.prompt, settings)]
     try:
-        return read_jobs(Path(flags.from_file).read_text(encoding="utf-8"), settings)
+        with open(flags.from_file, "rb") as file:
+            content = file.read(FILE + 1)
+        if len(content) > FILE:
+            raise UserError(f"--from-file: {flags.from_file}: is larger than {FILE // 10**6} MB: make several of it")
+        return read_jobs(content.decode("utf-8-sig"), settings)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--from-file: {flags.from_file} cannot be read as text ({error})") from error
     except ValueError as error:
@@ -155,26 +167,28 @@ def main(arguments: list[str] | None = None) -> None:
     settings = Settings(**{field.name: getattr(flags, field.name) for field in fields(Settings)})
     if flags.target_word:
         settings = replace(settings, replace_word=flags.target_word)
-    jobs, files = read_prompts(flags, settings), read_concepts(flags)
+    jobs = read_prompts(flags, settings)
+    check_words(flags, jobs)
+    if (total := len(jobs) * flags.n_iter * flags.n_samples) > MOST:
+        raise UserError(f"--n_iter: {total:,} images in all are more than {MOST:,}")
+    files = read_concepts(flags)
     concepts, inverse = list(files.values()), InverseCovariance(flags.covariance)
+    templates = fill_in(flags, jobs, concepts)
     check_covariance(concepts, inverse.matrix)
     outdir = Path(flags.outdir)
     samples, grids = Numbered(outdir / "samples"), Numbered(outdir, "grid-", digits=4)
     ranks, device = launch(flags.devices, flags.num_nodes, find_device(flags.device))
     sd = StableDiffusion.from_checkpoint(find_config(flags, concepts), flags.ckpt and find(flags.ckpt), device=device)
-    templates = [point(job.prompt, flags.target_word) if flags.target_word else job.prompt for job in jobs]
-    check_prompts(sd, templates, concepts, settings.replace_word)
-    without = [template for template in templates if "{" not in template]
-    if concepts and len(without) == len(templates):
-        raise UserError(f"--prompt: {without[0]!r} has no {{}} for the concept; write it, or name its --target_word")
-    if concepts and without:
-        logger.warning("warning: the concept is not in %r, which has no {}", without[0])
+    check_concepts(sd, files, inverse.matrix)
+    check_sizes(sd, jobs)
+    with naming(source(flags)):
+        check_prompts(sd, templates, concepts, settings.replace_word)
     of_files = hashes(sd.hash, list(files), inverse.fingerprint)
     warn_of_change(flags, of_files)
 
     batches = plan(flags, jobs, templates, ranks.world)
     single = len(jobs) * flags.n_iter == 1
-    drawn, paths = {}, []
+    drawn, paths, spoilt = {}, [], []
     for start in tqdm(range(0, len(batches), ranks.world), "prompts", disable=single or not ranks.first):
         made = [
             generate(
@@ -186,13 +200,17 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         everyone = [images for of_one in ranks.gather(made) for images in of_one]
         for (job, _, seeds), images in zip(batches[start : start + ranks.world], everyone, strict=True):
-            drawn.setdefault(images.shape[2:], []).extend(images)
             size = {"H": images.shape[2], "W": images.shape[3]}
-            for image, seed_ in zip(images, seeds, strict=True) if ranks.first and not flags.skip_save else ():
-                said = describe(
-                    replace(job.settings, **size), vars(flags) | {"prompt": job.prompt, "seed": seed_}, of_files
-                )
-                paths.append(samples.write(png(image, said)))
+            for image, seed_ in zip(images, seeds, strict=True):
+                if not image.isfinite().all():
+                    spoilt.append(f"{job.prompt[:80]!r}, seed {seed_}")
+                    continue
+                drawn.setdefault(image.shape[1:], []).append(image)
+                if ranks.first and not flags.skip_save:
+                    said = describe(
+                        replace(job.settings, **size), vars(flags) | {"prompt": job.prompt, "seed": seed_}, of_files
+                    )
+                    paths.append(samples.write(png(image, said)))
     if not ranks.first:
         return
     if paths:
@@ -202,6 +220,11 @@ def main(arguments: list[str] | None = None) -> None:
         said = describe(settings, vars(flags) | {"prompt": "\n".join(job.prompt for job in jobs)}, of_files)
         for images in drawn.values():  # a grid of each size
             logger.info("grid: %s", grids.write(png(grid(images, flags.n_rows or flags.n_samples), said)))
+    if spoilt:
+        raise UserError(
+            f"{len(spoilt)} of the images are not written, since they have numbers that are not finite, the first: "
+            f"{spoilt[0]}; use --precision full, or lower --scale or --strength"
+        )
 
 
 if __name__ == "__main__":

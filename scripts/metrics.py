@@ -9,6 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -18,9 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.prompts import TEMPLATES
 from infusion.metrics.options import CACHE, METRICS, OF_PHOTOS, Options, Tools, identity
 from infusion.metrics.protocol import GROUPS, Protocol, usual_file
+from infusion.refuse import check_concepts
 from ldm.config import find
 from ldm.errors import Parser, UserError, report
-from ldm.flags import count, find_device, number, seed, words
+from ldm.files import locked
+from ldm.flags import batch, count, find_device, number, processes, seed, words, writable
 from ldm.schedulers import SAMPLERS
 from ldm.usual import CLIPSEG, POCKET, POCKET_CLASSIFIER, POCKET_CLIPSEG
 from scripts.infusion_txt2img import find_config
@@ -44,8 +47,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--labels", metavar="L[,L]", type=words, help="names in the report; None: those of the files and folders")
     add("--groups", metavar="G[,G]", type=words, help="what belongs together, one for each; None: the methods")
     add("--metrics", metavar="M[,M]", type=words, help=f"some of {', '.join(METRICS)}; None: all that can be had")
-    add("--out", metavar="DIR", default="outputs/metrics", help="gets metrics.json, metrics.csv, plots/, report.html")
-    add("--cache", metavar="DIR", help=f"rows measured before; None: {CACHE} in --out")
+    add("--out", metavar="DIR", type=writable, help="gets report.html, metrics.json …", default="outputs/metrics")
+    add("--cache", type=writable, metavar="DIR", help=f"rows measured before; None: {CACHE} in --out")
     add("--images", metavar="DIR[,DIR]", type=words, help="photos of the concept, one folder for all or one each")
     add("--concept", metavar="C[,C]", type=words, help="pocket: the world's name of it; None: as the folder is called")
     add("--protocol", metavar="P[,P]", type=words, help="prompts, for all or one each; None: the architecture's")
@@ -56,7 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--clipseg", metavar="DIR", help=f"folder of CLIPSeg, or pocket; None: {CLIPSEG}; pocket on the pocket model")
     add("--covariance", metavar="FILE", help="C⁻¹ that the concepts were trained with; None: the identity")
     add("--samples", type=count, help="of each kind", default=usual.samples)
-    add("--batch_size", type=count, help="samples at a time", default=usual.batch_size)
+    add("--batch_size", type=batch, help="samples at a time", default=usual.batch_size)
     add("--steps", type=count, help="sampling steps", default=usual.steps)
     add("--scale", type=number, help="classifier-free guidance; 1 is none", default=usual.scale)
     add("--sampler", choices=list(SAMPLERS), help="the sampler", default=usual.sampler)
@@ -70,7 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--resamples", type=count, help="of W2's bootstrap", default=usual.resamples)
     add("--precision", choices=["full", "autocast"], help="of the UNet", default=usual.precision)
     add("--device", help="such as cpu or cuda:1; auto: CUDA where there is some", default="auto")
-    add("--devices", type=count, help="processes on this machine that share the work, each with a device", default=1)
+    add("--devices", type=processes, help="processes here that share the work, each with a device", default=1)
     add("--num_nodes", type=count, help="machines that share it", default=1)
     flags = parser.parse_args(arguments)
     if unknown := [name for name in flags.curve if name not in GROUPS]:
@@ -169,6 +172,9 @@ def main(arguments: list[str] | None = None) -> None:
     from ldm.ranks import launch
 
     subjects = describe(flags, load_subjects(flags.personalized_ckpt, flags.labels, flags.groups))
+    for subject in subjects:
+        if subject.photos_from:  # before what is slow; the model says of what size they are wanted
+            ConceptImages(subject.photos_from, 64, subject.concept.superclass, mask="none")
     concepts = [one.concept for subject in subjects for one in subject.checkpoints]
     pocket = concepts[0].architecture == POCKET
     usual = str(usual_file(concepts[0].architecture))
@@ -181,6 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
     sd = StableDiffusion.from_checkpoint(find_config(flags, concepts), flags.ckpt and find(flags.ckpt), device=device)
     for concept in concepts:
         concept.check_base(sd.architecture, sd.hash)
+    of_files = {one.file: one.concept for subject in subjects for one in subject.checkpoints}
+    check_concepts(sd, of_files, tools.inverse_covariance)
     out = Path(flags.out)
     files = {"base": sd.hash or "", **tools.hashes}
     settings = options.shown() | {"architecture": sd.architecture}
@@ -197,15 +205,15 @@ def main(arguments: list[str] | None = None) -> None:
             subject = replace(subject, exact=Exact(subject.exact.name, load_classifier(), tools.clipseg))
         check(subject, protocols[name], options, tools)
         measured.append((subject, name))
-    cache = Cache(flags.cache or out / CACHE, progress=True, ranks=ranks)
-    results = [
-        evaluate(sd, subject, protocols[name], options, cache, tools) | {"protocol": name} for subject, name in measured
-    ]
-    if not ranks.first:
-        return
     command = shlex.join(["python", "scripts/metrics.py", *(sys.argv[1:] if arguments is None else arguments)])
-    page = write(out, Measured(results, settings, files, command))
-    logger.info("open %s", page)
+    with locked(out) if ranks.first else nullcontext():
+        cache = Cache(flags.cache or out / CACHE, progress=True, ranks=ranks)
+        results = [
+            evaluate(sd, subject, protocols[name], options, cache, tools) | {"protocol": name}
+            for subject, name in measured
+        ]
+        if ranks.first:
+            logger.info("open %s", write(out, Measured(results, settings, files, command)))
 
 
 if __name__ == "__main__":

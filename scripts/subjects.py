@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from data.subjects import BenchmarkSubject, read
 from infusion.metrics.protocol import KEYS
 from ldm.errors import Parser, UserError, report
-from ldm.flags import words
+from ldm.flags import words, writable
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -25,7 +25,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("photos", metavar="DIR", help="has a folder of photos for each subject of DreamBooth, or a dataset.json")
     add("--subjects", metavar="S[,S]", type=words, help="some of them; None: all")
-    add("--protocols", metavar="DIR", help="gets a protocol for each subject of a dataset.json")
+    add("--protocols", type=writable, metavar="DIR", help="gets a protocol for each subject of a dataset.json")
     return parser.parse_args(arguments)
 
 

@@ -254,7 +254,8 @@ def test_a_resumed_run_keeps_its_own(flag, command, tmp_path, capsys):
 def test_a_folder_without_a_run_cannot_be_resumed(command, tmp_path, capsys):
     with pytest.raises(SystemExit):
         command("--resume", tmp_path, "-t")
-    assert capsys.readouterr().err == f"error: --resume: {tmp_path} is no run: it has no config.yaml; start it by --base\n"
+    said = f"error: --resume: {tmp_path} is no run: it has no config.yaml; start it by --base\n"
+    assert capsys.readouterr().err == said
 
 
 def test_sixteen_bit_and_unmasked_photos_train_too(entry, photos, command, tmp_path):

@@ -68,7 +68,7 @@ def peak_here(name: str, settings: Settings) -> dict[str, int]:
     loaded = _begin_cuda(sd.device) if cuda else _begin_process()
     with memory_case(name, sd, settings).ready() as run:
         run(2)  # the optimiser has its state from the second step on
-    highest = torch.cuda.max_memory_allocated(sd.device) if cuda else _status("VmHWM")
+    highest = torch.cuda.max_memory_allocated(sd.device) if cuda else status("VmHWM")
     return {"peak_bytes": highest, "loaded_bytes": loaded, "above_loaded_bytes": highest - loaded}
 
 
@@ -89,10 +89,10 @@ def _begin_cuda(device: torch.device) -> int:
 
 def _begin_process() -> int:
     (PROCESS / "clear_refs").write_text(FORGET)
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     """A line of this process's status, in bytes."""
     lines = (PROCESS / "status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))

@@ -17,12 +17,14 @@ from ldm.pipeline import StableDiffusion
 class CustomDiffusion(RareWord):
     """A change of W_K and W_V in every cross-attention, and the input embedding of a rare word before the superclass.
 
-    The learned embedding starts from the identifier's own.
+    The learned embedding starts from the identifier's own, so there must be one: without it, `start` raises ValueError.
     """
 
     name = "custom_diffusion"
 
     def start(self, sd: StableDiffusion, superclass: str, templates: Sequence[str]) -> dict[str, nn.Parameter]:
+        if not sd.text.tokenizer.encode(self.identifier):
+            raise ValueError(f"identifier: {self.identifier!r} has no tokens: give a rare word such as 'sks'")
         learned = {TOKENS: nn.Parameter(own_embeddings(sd.text, self.identifier))}
         for name, layer in cross_attention_layers(sd.unet).items():
             for part in ("to_k", "to_v"):

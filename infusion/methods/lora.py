@@ -24,7 +24,7 @@ class LoRA(RareWord):
         seed: of A.
 
     Raises:
-        ValueError: a rank below 1, or an α that is no finite number.
+        ValueError: a rank below 1 or above a layer's width, an α that is no finite number, or a negative seed.
     """
 
     name = "lora"
@@ -36,6 +36,8 @@ class LoRA(RareWord):
         self.rank, self.alpha, self.seed = rank, float(rank if alpha is None else alpha), seed
         if not math.isfinite(self.alpha):
             raise ValueError(f"alpha: must be a finite number, not {alpha}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed: must be from 0 to 2**63 - 1, not {seed}")
         self.options = {"rank": rank, "alpha": self.alpha, **self.options}
 
     def start(self, sd: StableDiffusion, superclass: str, templates: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -43,6 +45,8 @@ class LoRA(RareWord):
         for name, layer in cross_attention_layers(sd.unet).items():
             for part in PROJECTIONS:
                 out, width = layer.get_submodule(part).weight.shape
+                if self.rank > min(out, width):
+                    raise ValueError(f"rank: must be at most {min(out, width)}, the width of {name}, not {self.rank}")
                 bound = 1 / math.sqrt(width)  # the variance that a linear layer starts with
                 down = (2 * torch.rand(self.rank, width, generator=generator, device="cpu") - 1) * bound
                 learned[f"{name}.{part}.weight{DOWN}"] = nn.Parameter(down)

@@ -6,6 +6,7 @@ the gate times o*. Values learn o*; keys have `o* = W_K i` with the superclass w
 like its superclass.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,12 +52,19 @@ class Perfusion(Method):
 
     Args:
         token_learning_rate: of the input embedding.
-        momentum: of i*, the running mean of the concept's encoding.
+        momentum: of i*, the running mean of the concept's encoding, in [0, 1].
+
+    Raises:
+        ValueError: a number out of range.
     """
 
     name = "perfusion"
 
     def __init__(self, token_learning_rate: float = 0.006, momentum: float = 0.99) -> None:
+        if not 0 < token_learning_rate < math.inf:
+            raise ValueError(f"token_learning_rate: must be above 0 and finite, not {token_learning_rate}")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum: must be between 0 and 1, not {momentum}")
         self.token_learning_rate, self.momentum = token_learning_rate, momentum
 
     def start(self, sd: StableDiffusion, superclass: str, templates: Sequence[str]) -> dict[str, nn.Parameter]:

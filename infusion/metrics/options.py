@@ -1,5 +1,6 @@
 """What to measure, how, and with which networks."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # a command shows the options' defaults before it imports wha
 
 METRICS = ("lfd", "w2", "clip_t", "clip_i", "dino", "pres", "div", "drift", "exact")
 OF_PHOTOS = ("clip_i", "dino", "pres")
+STEPS = 999  # of sampling, at most: one less than the noise schedule has
 CACHE = "cache"  # folder of rows measured before, within that of the results
 
 
@@ -35,7 +37,7 @@ class Options:
         resamples: of the bootstrap.
 
     Raises:
-        ValueError: something unknown, or too few samples for a metric.
+        ValueError: something unknown or out of range, or too few samples for a metric.
     """
 
     metrics: tuple[str, ...] = ("lfd", "w2", "clip_t", "div", "drift")
@@ -59,9 +61,19 @@ class Options:
             raise ValueError(f"--metrics: name at least one of {', '.join(METRICS)}")
         if unknown := [name for name in self.metrics if name not in METRICS]:
             raise ValueError(f"--metrics: there is no `{unknown[0]}`; there are {', '.join(METRICS)}")
-        for name in ("samples", "batch_size", "steps", "strata"):
+        for name in ("samples", "batch_size", "steps", "strata", "resamples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}: must be at least 1, not {getattr(self, name)}")
+        for name in ("steps", "strata"):
+            if getattr(self, name) > STEPS:
+                raise ValueError(f"--{name}: must be at most {STEPS}, not {getattr(self, name)}")
+        for name in ("scale", "beta", "tau", "strength"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"--{name}: must be a finite number, not {getattr(self, name)}")
+        if self.tau <= 0:
+            raise ValueError(f"--tau: must be above 0, not {self.tau}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed: must be from 0 to 2**63 - 1, not {self.seed}")
         if "w2" in self.metrics and self.samples < 2:
             raise ValueError(f"--samples: a distance between clouds (w2) needs at least 2 samples, not {self.samples}")
 

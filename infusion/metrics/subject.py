@@ -16,6 +16,7 @@ from infusion.methods import method_of
 from infusion.recipe import hashes
 from ldm.config import find
 
+LONGEST = 4096  # characters of a name in a report
 RUN = "step=*.safetensors"  # in a run folder's models/
 
 
@@ -139,7 +140,8 @@ def load_subjects(
     """Concept files and run folders; a label is by default the name of the run folder or of the file.
 
     Raises:
-        ValueError: a file that `Concept.load` refuses, not one label or group for each, or one label twice.
+        ValueError: a file that `Concept.load` refuses, not one label or group for each, one label twice, or a label,
+            group or path that no report can show.
     """
     for flag, given in (("labels", labels), ("groups", groups)):
         if given is not None and len(given) != len(paths):
@@ -148,6 +150,11 @@ def load_subjects(
     if double := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--labels: two are called {double[0]!r}; give each a name of its own")
     groups = [""] * len(paths) if groups is None else groups
+    for flag, words in {"personalized_ckpt": paths, "labels": names, "groups": groups}.items():
+        for word in words:
+            if not word.isprintable() or len(word) > LONGEST:
+                advice = "give it another by --labels" if flag == "labels" else "name it otherwise"
+                raise ValueError(f"--{flag}: a report cannot show the name {word[:80]!a}: {advice}")
     return [
         Subject(name, tuple(Checkpoint.load(file) for file in concept_files(path)), group=group)
         for name, path, group in zip(names, paths, groups, strict=True)
@@ -157,8 +164,8 @@ def load_subjects(
 def _name(path: Path) -> str:
     """A run folder and the files of its models/ are called after the run, any other file after itself."""
     if path.is_dir():
-        return path.resolve().name
-    return path.resolve().parent.parent.name if path.resolve().parent.name == "models" else path.stem
+        return path.absolute().name
+    return path.absolute().parent.parent.name if path.absolute().parent.name == "models" else path.stem
 
 
 def fingerprint(images: Tensor) -> str:

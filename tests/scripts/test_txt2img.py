@@ -301,3 +301,22 @@ def test_help_shows_the_defaults():
         "grid-0000.png (default: outputs/txt2img)",
     ):
         assert said in words
+
+
+def test_images_that_are_not_finite_are_named_and_not_written(draw, monkeypatch, capsys, tmp_path):
+    decode = StableDiffusion.decode
+
+    def overflow(sd, latents):
+        images = decode(sd, latents)
+        images[1] = torch.nan
+        return images
+
+    monkeypatch.setattr(StableDiffusion, "decode", overflow)
+    with pytest.raises(SystemExit) as ended:
+        draw("--prompt", "a photo of a {}", "--n_samples", "3", "--seed", "7")
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: 1 of the images are not written") and "'a photo of a {}', seed 8;" in line
+    names = sorted(path.name for path in (tmp_path / "out/samples").iterdir())
+    assert names == ["00000.png", "00001.png"]
+    assert [Image.open(tmp_path / "out/samples" / name).text["seed"] for name in names] == ["7", "9"]
