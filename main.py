@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ldm.config import ConfigError, build, check, check_params, find, load_config, refuse_unused, resolve
+from ldm.config import ConfigError, build, check, check_params, find, load_config, override, refuse_unused, resolve
 from ldm.errors import Parser, UserError, report, suggestion
 from ldm.runs import at_work, folder_of, is_run, new_folder, rank, resume_state
 
@@ -92,14 +92,16 @@ def read_config(flags: Namespace) -> DictConfig:
     if flags.resume:
         if not is_run(folder_of(flags.resume)):
             raise UserError(f"--resume: {flags.resume} is no run: it has no config.yaml; start it by --base")
-        for override in flags.overrides:
-            node = override.split("=")[0].split(".")[0]
+        for word in flags.overrides:
+            node = word.split("=")[0].split(".")[0]
             if node in FIXED or node not in NODES:
-                raise UserError(f"override `{override}`: a resumed run keeps its own model, data and seed")
+                raise UserError(f"override `{word}`: a resumed run keeps its own model, data and seed")
     files = [folder_of(flags.resume) / "config.yaml"] if flags.resume else flags.base
-    config = load_config(files, flags.overrides, DEFAULTS)
+    config = load_config(files, defaults=DEFAULTS)
     if not flags.resume:
-        refuse_unused(config, NODES)
+        refuse_unused(config, NODES)  # before an override drops what refers to a key
+    for word in flags.overrides:
+        override(config, word)
     if flags.seed is not None:
         config.seed = flags.seed
     for node in ("model", "data"):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ldm.config import ROOT, ConfigError, build, find, load_config
 from ldm.errors import Parser, UserError, report
-from ldm.flags import count, find_device, number
+from ldm.flags import count, find_device, number, written
 
 if TYPE_CHECKING:
     from ldm.text import ClipText, OpenClipText
@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Estimates the inverse covariance of text encodings, which weighs the gate.")
     add = parser.add_argument
     add("--caption", required=True, metavar="FILE", help="captions, one a line, in UTF-8; Perfusion took 100,000")
-    add("--save_path", required=True, metavar="FILE", help="file to write, ending in .safetensors")
+    add("--save_path", type=written, required=True, metavar="FILE", help="file to write, ending in .safetensors")
     add("--type", choices=list(TYPES), help="text encoder: of SD 1.5 or of SD 2.1; None: clip, or what --config has")
     add("--config", metavar="FILE", help="backbone config; None: the one of --type")
     add("--ckpt", metavar="FILE", help="weights of the base model; None: the backbone's usual file")

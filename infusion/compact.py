@@ -120,7 +120,8 @@ def decode(streams: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
         state = int.from_bytes(content[start : start + layer.length], "little")
         start += layer.length
         q = np.array(_unpack(state, math.prod(layer.shape), layer.weights()), np.float64)
-        tensors[name] = torch.from_numpy((step * q).astype(np.float32)).reshape(layer.shape)
+        with np.errstate(over="ignore"):  # a step that is too large makes numbers that `Concept` refuses
+            tensors[name] = torch.from_numpy((step * q).astype(np.float32)).reshape(layer.shape)
     return tensors
 
 

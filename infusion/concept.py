@@ -6,6 +6,7 @@ The file has three forms: "full" (float32), "half" (float16) and "compact" (`inf
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from infusion import compact
+from infusion import compact, fields
 from infusion.forms import COMPACT, FORMS
 from infusion.gate import IDENTITY, Gate
 from ldm.checkpoint import write as write_tensors
@@ -26,6 +27,7 @@ from ldm.files import write
 FORMAT = "infusion-concept"
 VERSION = 1  # of the forms full and half
 NEWEST = compact.VERSION  # that can be read
+STORED = ("F16", "BF16", "F32", "F64", "U8")  # U8: the streams of a compact file
 MODELSPEC_ARCHITECTURES = {
     "sd15": "stable-diffusion-v1",
     "sd21": "stable-diffusion-v2-512",
@@ -57,7 +59,8 @@ class Concept:
         steps, learning_rate, seed: how it was trained. date: ISO 8601.
 
     Raises:
-        ValueError: no tensors, a tensor that is not floating or not finite, no superclass word, no templates.
+        ValueError: no tensors, a tensor that is empty, not floating or not finite, no superclass word, no templates, or
+            a field that is not what it should be (`infusion.fields`).
     """
 
     tensors: dict[str, Tensor]
@@ -77,18 +80,22 @@ class Concept:
     date: str = field(default_factory=now)
 
     def __post_init__(self) -> None:
-        if not self.tensors:
-            raise ValueError("a concept needs at least one tensor; this one has none")
-        for name, tensor in self.tensors.items():
-            if not tensor.is_floating_point():
-                raise ValueError(f"the concept's tensor {name} holds {tensor.dtype}, not floating-point numbers")
+        fields.check_tensors(self.tensors)
+        fields.check_words(self.superclass, self.templates, self.noun)
+        for name in ("architecture", "method", "covariance", *(("base_hash",) if self.base_hash is not None else ())):
+            fields.form(name, getattr(self, name))
+        if self.attention not in fields.ATTENTIONS:
+            raise ValueError(f"attention: {fields.shown(self.attention)} is none of {', '.join(fields.ATTENTIONS)}")
+        fields.check_options(self.options)
+        for name, value in {"beta": self.gate.beta, "tau": self.gate.tau, "learning_rate": self.learning_rate}.items():
+            fields.number(name, value)
+        fields.whole("steps", self.steps)
+        fields.whole("seed", self.seed)
+        fields.text("date", self.date)
+        tensors = {name: tensor.detach().cpu().float().clone() for name, tensor in self.tensors.items()}
+        for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"the concept's tensor {name} is not finite (NaN or infinity): the training diverged")
-        if not self.superclass.strip():
-            raise ValueError("a concept needs a superclass word")
-        if not self.templates:
-            raise ValueError("a concept needs its training prompts")
-        tensors = {name: tensor.detach().cpu().float().clone() for name, tensor in self.tensors.items()}
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "templates", tuple(self.templates))
         object.__setattr__(self, "noun", self.noun.strip() or self.superclass)
@@ -208,24 +215,24 @@ class Concept:
     @classmethod
     def _from_metadata(cls, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> "Concept":
         try:
-            layers = _strings(metadata["layers"])
+            layers = fields.as_strings("layers", metadata["layers"])
             if tensors and set(layers) != set(tensors):
                 raise ValueError("the layers that the metadata lists are not those of the tensors")
             return cls(
                 tensors={name: tensors[name] for name in layers if name in tensors},
                 superclass=metadata["superclass"],
-                templates=tuple(_strings(metadata["templates"])),
+                templates=tuple(fields.as_strings("templates", metadata["templates"])),
                 architecture=metadata["base_architecture"],
                 base_hash=metadata["base_sha256"] or None,
-                gate=Gate(metadata["gate"], float(metadata["beta"]), float(metadata["tau"])),
+                gate=_gate(metadata),
                 covariance=metadata["covariance"],
                 method=metadata["method"],
                 attention=metadata["attention"],
-                options=_options(metadata.get("options", "{}")),
+                options=fields.as_options(metadata.get("options", "{}")),
                 noun=metadata.get("modelspec.trigger_phrase", ""),
-                steps=int(metadata["steps"]),
-                learning_rate=float(metadata["learning_rate"]),
-                seed=int(metadata["seed"]),
+                steps=fields.as_whole("steps", metadata["steps"]),
+                learning_rate=fields.as_number("learning_rate", metadata["learning_rate"]),
+                seed=fields.as_whole("seed", metadata["seed"]),
                 date=metadata["date"],
             )
         except KeyError as error:
@@ -243,49 +250,56 @@ def contents(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such concept file")
     try:
+        fields.check_header(Path(path))
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             _check_format(metadata)
             form = metadata.get("form", "full")
             if form == COMPACT and Path(path).stat().st_size > compact.LIMIT:
                 raise ValueError(f"damaged: a compact file has at most {compact.LIMIT:,} bytes")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            if len(names) > fields.TENSORS:
+                raise ValueError(f"no concept file: it has {len(names):,} tensors")
+            for name in names:
+                _check_stored(name, file.get_slice(name).get_dtype())
+            tensors = {name: file.get_tensor(name) for name in names}
         if form == COMPACT:
             tensors = compact.decode(tensors, metadata)
             metadata = metadata | {"layers": json.dumps(list(tensors))}
         return tensors, metadata
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged, or no safetensors file ({error})") from error
+        raise ValueError(f"{path}: damaged, or no safetensors file ({' '.join(str(error).split())[:200]})") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _check_stored(name: str, dtype: str) -> None:
+    """Raises ValueError for a tensor that no form of a concept file has, before it is read."""
+    if dtype not in STORED:
+        raise ValueError(
+            f"the tensor {fields.shown(name)} holds {dtype}, not floating-point numbers of 16 bits or more"
+        )
+
+
 def _check_format(metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"no concept file: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+        raise ValueError(f"no concept file: its format is {fields.shown(metadata.get('format'))}, not {FORMAT!r}")
     version = metadata.get("format_version", "")
-    if not version.isdigit():
-        raise ValueError(f"the format version {version!r} is no number")
+    if not re.fullmatch(r"[0-9]{1,20}", version):
+        raise ValueError(f"the format version {fields.shown(version)} is no number")
     if int(version) > NEWEST:
         raise ValueError(f"written by a newer version (format {version}; this code reads up to {NEWEST}): update")
     if metadata.get("form", "full") not in FORMS:
-        raise ValueError(f"its form is {metadata['form']!r}, which is none of {', '.join(FORMS)}")
+        raise ValueError(f"its form is {fields.shown(metadata['form'])}, which is none of {', '.join(FORMS)}")
 
 
-def _strings(text: str) -> list[str]:
-    values = json.loads(text)
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"expected a JSON list of strings, not {text[:80]!r}")
-    return values
-
-
-def _options(text: str) -> dict[str, Any]:
-    values = json.loads(text)
-    if not isinstance(values, dict) or not all(
-        isinstance(value, int | float | str | None) for value in values.values()
-    ):
-        raise ValueError(f"expected a JSON mapping of plain values, not {text[:80]!r}")
-    return values
+def _gate(metadata: Mapping[str, str]) -> Gate:
+    kind = metadata["gate"]
+    if kind not in ("sigmoid", "hard", "global"):
+        raise ValueError(f"gate: {fields.shown(kind)} is none of sigmoid, hard, global")
+    return Gate(kind, *(fields.as_number(name, metadata[name]) for name in ("beta", "tau")))
 
 
 def _short(base_hash: str | None) -> str:

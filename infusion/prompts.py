@@ -23,6 +23,9 @@ OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {  # letter -> setting
 }
 
 
+PROMPTS = 10_000  # of a file, at most
+
+
 @dataclass(frozen=True)
 class Job:
     """A prompt and how to draw it; `seed` is that of its first image, None where the line does not say."""
@@ -36,12 +39,14 @@ def read_jobs(text: str, settings: Settings) -> list[Job]:
     """The prompts of a file's text, in order; what a line does not say is as in `settings`.
 
     Raises:
-        ValueError: no prompt, an unknown option, or an option with a wrong value; the message names the line.
+        ValueError: no prompt, or too many; an unknown option, or one with a wrong value: the message names the line.
     """
     lines = ((row, line.strip()) for row, line in enumerate(text.splitlines(), 1))
     jobs = [read_line(line, row, settings) for row, line in lines if line and not line.startswith("#")]
     if not jobs:
         raise ValueError("has no prompt in it")
+    if len(jobs) > PROMPTS:
+        raise ValueError(f"has {len(jobs):,} prompts; at most {PROMPTS:,} are taken: make several files of it")
     return jobs
 
 
@@ -54,11 +59,14 @@ def read_line(line: str, row: int, settings: Settings) -> Job:
     for option in options:
         letter, _, value = option.partition(" ")
         if letter not in OPTIONS:
-            raise ValueError(f"line {row}: there is no option --{letter}; there are --{', --'.join(OPTIONS)}")
+            raise ValueError(f"line {row}: there is no option --{letter[:20]}; there are --{', --'.join(OPTIONS)}")
         name, convert = OPTIONS[letter]
         try:
             chosen[name] = convert(value.strip())
         except (ValueError, argparse.ArgumentTypeError) as error:
-            raise ValueError(f"line {row}: --{letter}: {error}") from error
+            raise ValueError(f"line {row}: --{letter}: {str(error)[:100]}") from error
     first = chosen.pop("seed", None)
-    return Job(prompt.strip(), replace(settings, **chosen), first)
+    try:
+        return Job(prompt.strip(), replace(settings, **chosen), first)
+    except ValueError as error:
+        raise ValueError(f"line {row}: {error}") from error

@@ -59,7 +59,9 @@ class ReleasedFile(TensorFile):
         for name in self.shapes:
             if name.endswith(end):
                 if math.prod(self.shapes[name]) > WIDEST:
-                    raise ValueError(f"{name} has {math.prod(self.shapes[name]):,} numbers: no residual has as many")
+                    raise ValueError(
+                        f"{name[:100]} has {math.prod(self.shapes[name]):,} numbers: no residual has as many"
+                    )
                 layer = name.removesuffix(end)
                 for place in PLACES:
                     layer = layer.removeprefix(place)
@@ -133,7 +135,7 @@ def _fitting(values: Mapping[str, Tensor], architecture: str) -> dict[str, Tenso
     with torch.device("meta"):
         layers = cross_attention_layers(build(backbones()[architecture], "sd").unet)
     if unknown := [name for name in values if name not in layers]:
-        raise ValueError(f"{architecture} has no cross-attention layer {unknown[0]!r}")
+        raise ValueError(f"{architecture} has no cross-attention layer {unknown[0][:100]!r}")
     fitting = {}
     for name, layer in layers.items():
         width = layer.heads * layer.dim_head

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
 
     from ldm.tokenizer import Tokenizer
 
+LONGEST = 100_000  # characters of a prompt once its placeholders are filled
 PLACEHOLDER = re.compile(r"\{(\d*)\}")  # "{}" for the only concept, "{1}", "{2}" for several
 
 
@@ -54,28 +56,28 @@ def concept_places(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) 
     nouns_ids = [tokenizer.encode(noun) for noun in nouns]
     for noun, ids in zip(nouns, nouns_ids, strict=True):
         if not ids:
-            raise ValueError(f"the concept's noun {noun!r} has no tokens: give a word such as 'cat'")
+            raise ValueError(f"the concept's noun {short(noun)} has no tokens: give a word such as 'cat'")
 
     prompt = fill(template, nouns)
     row = tokenizer([prompt])[0].tolist()
     end = len(row) - 1  # the end token keeps the last place, whatever is cut
     places = torch.full((len(nouns), len(row)), -1)
-    for match, concept in _placeholders(template, len(nouns)):
+    for match, concept in islice(_placeholders(template, len(nouns)), end):  # those behind lie beyond the row
         before = tokenizer.encode(fill(template[: match.start()], nouns))
         ids = nouns_ids[concept]
         start = 1 + len(before)  # the begin token comes first
         stop = start + len(ids)
         if row[1 : min(stop, end)] != (before + ids)[: end - 1]:
             raise ValueError(
-                f"{match.group()} in {template!r} is glued to its neighbours: {nouns[concept]!r} is not a word of its "
-                f"own in {prompt!r}. Put spaces around {match.group()}."
+                f"{match.group()} in {short(template)} is glued to its neighbours: {short(nouns[concept])} is not a "
+                f"word of its own in {short(prompt)}. Put spaces around {match.group()}."
             )
         shown = max(0, min(stop, end) - start)
         places[concept, start : start + shown] = torch.arange(shown)
     for match, concept in _placeholders(template, len(nouns)):
         if (places[concept] < 0).all():
             raise ValueError(
-                f"{match.group()} in {template!r} lies wholly beyond the {len(row)} tokens that the text encoder "
+                f"{match.group()} in {short(template)} lies wholly beyond the {len(row)} tokens that the text encoder "
                 "reads: shorten the prompt, or move the concept forward."
             )
     return prompt, places
@@ -91,7 +93,9 @@ def point(prompt: str, words: Sequence[str]) -> str:
         ValueError: the prompt has placeholders of its own, or lacks a word.
     """
     if found := PLACEHOLDER.search(prompt):
-        raise ValueError(f"{found[0]} in {prompt!r}: name the concept by a placeholder or by a word, not by both")
+        raise ValueError(
+            f"{found[0][:20]} in {short(prompt)}: name the concept by a placeholder or by a word, not by both"
+        )
     places: list[tuple[int, int]] = []
     for word in words:
         parts = r"\s+".join(map(re.escape, word.split()))
@@ -100,7 +104,7 @@ def point(prompt: str, words: Sequence[str]) -> str:
         free = (span for span in spans if all(span[1] <= start or span[0] >= end for start, end in places))
         place = next(free, None)
         if not word.strip() or place is None:
-            raise ValueError(f"the prompt {prompt!r} has no word {word!r} for the concept")
+            raise ValueError(f"the prompt {short(prompt)} has no word {short(word)} for the concept")
         places.append(place)
     for number, (start, end) in sorted(enumerate(places, 1), key=lambda item: item[1], reverse=True):
         prompt = f"{prompt[:start]}{{{number if len(words) > 1 else ''}}}{prompt[end:]}"
@@ -111,22 +115,33 @@ def fill(template: str, nouns: Sequence[str]) -> str:
     """The template with each placeholder replaced by its noun.
 
     Raises:
-        ValueError: a placeholder of no concept.
+        ValueError: a placeholder of no concept, or `LONGEST` characters in all.
     """
-    filled, last = "", 0
+    parts, last = [], 0
     for match, concept in _placeholders(template, len(nouns)):
-        filled += template[last : match.start()] + nouns[concept]
+        parts += [template[last : match.start()], nouns[concept]]
         last = match.end()
-    return filled + template[last:]
+    if (length := sum(map(len, parts))) > LONGEST:
+        raise ValueError(f"{short(template)} has {length:,} characters once {{}} is filled in; at most {LONGEST:,} are")
+    return "".join([*parts, template[last:]])
 
 
 def _placeholders(template: str, concepts: int) -> Iterator[tuple[re.Match[str], int]]:
     """Each placeholder of the template with the index of its concept."""
     for match in PLACEHOLDER.finditer(template):
         number = match.group(1)
+        if len(number) > 4:
+            raise ValueError(f"{match.group()[:20]} in {short(template)} names no concept: there are {concepts}")
         if not number and concepts > 1:
-            raise ValueError(f"{{}} in {template!r} could be any of {concepts} concepts: write {{1}}, {{2}} …")
+            raise ValueError(f"{{}} in {short(template)} could be any of {concepts} concepts: write {{1}}, {{2}} …")
         concept = int(number or 1) - 1
         if not 0 <= concept < concepts:
-            raise ValueError(f"{match.group()} in {template!r} names no concept: there are {concepts}, counted from 1")
+            raise ValueError(
+                f"{match.group()} in {short(template)} names no concept: there are {concepts}, counted from 1"
+            )
         yield match, concept
+
+
+def short(text: str) -> str:
+    """A text as messages show it."""
+    return repr(text) if len(text) <= 80 else f"{text[:77]!r} …"

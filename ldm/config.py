@@ -9,30 +9,27 @@ the keys `target` (a class) and `params` (its arguments) stands for an object. B
   an error.
 """
 
-import importlib
 import inspect
 import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
 
-import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm import yamlfile
 from ldm.errors import suggestion
+from ldm.includes import ROOT, with_included
+from ldm.references import Endless, measure
+from ldm.targets import OTHERS, UnknownTarget, find_class, full_name, refusals, refuse_param
+from ldm.yamlfile import NotPlain
 
-PACKAGES = (
-    *("ldm", "infusion", "clipseg", "data"),
-    *("torch", "pytorch_lightning", "lightning", "transformers", "diffusers"),
-)
-
-ROOT = Path(__file__).resolve().parents[1]
 BACKBONES = ROOT / "configs" / "backbone"
+KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+|\[\d{1,6}\])*", re.ASCII)  # of an override
 
 
 class ConfigError(ValueError):
@@ -44,41 +41,62 @@ def load_config(
 ) -> DictConfig:
     """Merges `defaults` and files from left to right (each after what it includes), then `key.path=value` overrides.
 
-    Raises ConfigError for a missing or malformed file, a circular include, or an override whose first key is not there.
+    Files are read as what a stranger may have written (`ldm.yamlfile`): plain values, and `${key}` for another key of
+    the config. They include files of the repository's `configs` and of their own folder, and of no other.
+
+    Raises ConfigError for a file that is missing, malformed or too large, for an include that is circular or elsewhere,
+    for references without an end, and for an override whose first key is not there.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    config = OmegaConf.merge(OmegaConf.create(defaults or {}), *(_load(Path(path), ()) for path in paths))
-    for override in overrides:
-        key, sign, value = override.partition("=")
-        top = re.split(r"[.\[]", key)[0]
-        if not sign or not top:
-            raise ConfigError(f"override `{override}`: write it as key=value")
-        if top not in config.keys():  # noqa: SIM118 (`in config` leaves out what is open: ???)
-            hint = suggestion(top, [str(name) for name in config])
-            raise ConfigError(f"override `{override}`: the config has no key `{top}`{hint}")
-        try:
-            typed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
-            OmegaConf.update(config, key, typed["value"], force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError) as error:
-            raise ConfigError(f"override `{override}`: {error}") from error
+    config = OmegaConf.create(defaults or {})
+    for path in paths:
+        for file, values in _read(Path(path)):
+            config = _merged(config, values, file)
+    for word in overrides:
+        override(config, word)
     return config
 
 
-def _load(path: Path, parents: tuple[Path, ...]) -> DictConfig:
-    if path.resolve() in parents:
-        raise ConfigError(f"{path}: includes itself, by way of {parents[-1]}")
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such config file" + (f" (included by {parents[-1]})" if parents else ""))
+def override(config: DictConfig, word: str) -> None:
+    """Sets `key.path=value`; raises ConfigError for anything else, and for a first key that is not there."""
+    key, sign, text = word.partition("=")
+    shown = f"override `{word[:80]}`"
+    if not sign or not key:
+        raise ConfigError(f"{shown}: write it as key=value")
+    if not KEY.fullmatch(key) or len(key) > 200:
+        raise ConfigError(
+            f"{shown}: `{key[:80]}` is no key; write it as key=value, with a key such as data.params.seed"
+        )
+    top = re.split(r"[.\[]", key)[0]
+    if top not in config.keys():  # noqa: SIM118 (`in config` leaves out what is open: ???)
+        hint = suggestion(top, [str(name) for name in config])
+        raise ConfigError(f"{shown}: the config has no key `{top}`{hint}")
     try:
-        config = OmegaConf.load(path)
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: not a readable YAML file: {error}") from error
-    if not isinstance(config, DictConfig):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values")
-    included = config.pop("include", None) or []
-    included = [included] if isinstance(included, str) else list(included)
-    parents = (*parents, path.resolve())
-    return OmegaConf.merge(OmegaConf.create(), *(_load(path.parent / name, parents) for name in included), config)
+        OmegaConf.update(config, key, yamlfile.value(text), force_add=True)
+        measure(OmegaConf.to_container(config))
+    except (OmegaConfBaseException, AttributeError, TypeError, LookupError, ValueError) as error:
+        raise ConfigError(f"{shown}: {_first_line(error)}") from error
+
+
+def _read(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    try:
+        return with_included(path)
+    except NotPlain as error:
+        raise ConfigError(str(error)) from error
+
+
+def _merged(config: DictConfig, values: dict[str, Any], file: Path) -> DictConfig:
+    try:
+        measure(values)
+        config = OmegaConf.merge(config, OmegaConf.create(values))
+        measure(OmegaConf.to_container(config))
+        return config
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(f"{file}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def find(path: str | Path) -> Path:
@@ -104,14 +122,29 @@ def refuse_unused(config: DictConfig, used: Iterable[str]) -> None:
 
 
 def resolve(config: DictConfig) -> DictConfig:
-    """A copy without interpolations.
+    """A copy without interpolations, in which nothing is left that would become one.
 
-    Raises ConfigError for an interpolation that leads nowhere and for a value left open (`???`).
+    Raises ConfigError for an interpolation that leads nowhere, has no end or is put together of others, and for a value
+    left open (`???`).
     """
     try:
-        return OmegaConf.create(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+        measure(OmegaConf.to_container(config))
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        _refuse_references(values, "")
+        return OmegaConf.create(values)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{error.full_key or 'config'}: {_first_line(error)}") from error
+    except Endless as error:
+        raise ConfigError(str(error)) from error
+
+
+def _refuse_references(value: Any, path: str) -> None:
+    for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+        where = _join(path, key)
+        if isinstance(child, dict | list):
+            _refuse_references(child, where)
+        elif isinstance(child, str) and "${" in child:
+            raise ConfigError(f"{where}: `${{` is left in it once every `${{key}}` is replaced; write it without")
 
 
 def check(node: Any, path: str = "") -> None:
@@ -129,10 +162,10 @@ def check(node: Any, path: str = "") -> None:
 def check_params(cls: type, params: dict, path: str) -> None:
     """Checks a class's parameters as `check` does: names known, none missing, plain values of the annotated type."""
     if not isinstance(params, dict):
-        raise ConfigError(f"{path}: a mapping of names to values is wanted, not {params!r}")
+        raise ConfigError(f"{path}: a mapping of names to values is wanted, not {_short(params)}")
     signature = inspect.signature(cls).parameters
     named = [name for name, p in signature.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values())
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values()) and full_name(cls) not in OTHERS
     unknown = [str(name) for name in params if name not in named]
     if unknown and not open_ended:
         hint = suggestion(unknown[0], named)
@@ -143,9 +176,11 @@ def check_params(cls: type, params: dict, path: str) -> None:
     hints = _hints(cls)
     for name, value in params.items():
         check(value, _join(path, name))
+        if refused := refuse_param(cls, name, value):
+            raise ConfigError(f"{_join(path, name)}: {refused}")
         if not _fits(value, hints.get(name, Any)):
             wanted = inspect.formatannotation(hints[name]).replace("typing.", "")
-            raise ConfigError(f"{_join(path, name)}: {cls.__name__} wants {wanted} here, not {value!r}")
+            raise ConfigError(f"{_join(path, name)}: {cls.__name__} wants {wanted} here, not {_short(value)}")
 
 
 def build(node: Any, path: str = "", given: dict[str, Any] | None = None) -> Any:
@@ -156,8 +191,8 @@ def build(node: Any, path: str = "", given: dict[str, Any] | None = None) -> Any
         path: where the node stands in the config, for messages.
         given: parameters of the node that are built already; they take the place of the node's own.
 
-    Raises ConfigError, before anything is built, for a target outside `PACKAGES` or not a class, and for an unknown,
-    missing or mistyped parameter.
+    Raises ConfigError, before anything is built, for a target that `ldm.targets` does not know, and for an unknown,
+    missing or mistyped parameter; later, for parameters of which a class cannot be built.
     """
     if isinstance(node, DictConfig | ListConfig):
         node = OmegaConf.to_container(resolve(OmegaConf.create({"node": node})))["node"]
@@ -180,7 +215,13 @@ def _build(node: Any, path: str, given: dict[str, Any]) -> Any:
         if not _fits(value, hints.get(name, Any)):
             where = _join(path, f"params.{name}")
             raise ConfigError(f"{where}: {cls.__name__} does not take a {type(value).__name__} here")
-    return cls(**params)
+    try:
+        return cls(**params)
+    except refusals(cls) as error:
+        if "memory" in str(error):  # which is no mistake in the config
+            raise
+        reason = f"no {cls.__name__} can be built of these ({_first_line(error)})"
+        raise ConfigError(f"{_join(path, 'params')}: {reason}") from error
 
 
 def _check_node(node: dict, path: str) -> None:
@@ -189,24 +230,11 @@ def _check_node(node: dict, path: str) -> None:
             raise ConfigError(f"{_join(path, key)}: a node has the keys `target` and `params` only")
 
 
-def _locate(target: str, path: str) -> type:
-    where = _join(path, "target")
-    if not isinstance(target, str) or target.split(".")[0] not in PACKAGES or "." not in target:
-        raise ConfigError(f"{where}: `{target}` is not a class of {', '.join(PACKAGES)}")
-    module_name, _, name = target.rpartition(".")
+def _locate(target: object, path: str) -> type:
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise ConfigError(f"{where}: there is no module `{error.name}`") from error
-    cls = getattr(module, name, None)
-    if not isinstance(cls, type) or cls.__module__.split(".")[0] not in PACKAGES:
-        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        close = get_close_matches(name, classes, n=1)
-        hint = f"; did you mean `{close[0]}`?" if close else ""
-        raise ConfigError(f"{where}: `{module_name}` has no class `{name}`{hint}")
-    return cls
+        return find_class(target)
+    except UnknownTarget as error:
+        raise ConfigError(f"{_join(path, 'target')}: {error}") from error
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -241,3 +269,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -69,6 +69,12 @@ def writable(text: str) -> str:
     return text
 
 
+def written(text: str) -> str:
+    """A file in a folder that files can be written to."""
+    writable(str(Path(text).parent))
+    return text
+
+
 def seed(text: str) -> int:
     """A whole number that `torch.Generator.manual_seed` takes, with room for those that follow it."""
     if not (text.isascii() and text.isdigit() and len(text) <= 20) or int(text) >= 2**63:

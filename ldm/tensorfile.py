@@ -1,6 +1,7 @@
 """Files of tensors, by their content and not by their ending: read one tensor at a time, and nothing of them is run."""
 
 import io
+import math
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm.unpickle import Malformed, Refused, StoredTensor, unpickle
+from ldm.unpickle import LENGTH, Malformed, Refused, StoredTensor, unpickle
 
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64},
@@ -22,7 +23,14 @@ DTYPES = {
 }
 MAPPED = 2**25  # bytes read from a memory-mapped file before it is mapped anew, which frees its pages
 LEGACY = 0x1950A86A20F9469CFC6C  # what torch.save wrote first before it wrote zip archives
-HEADER = 100_000_000  # bytes of the longest header that safetensors takes
+HEADER = 2**24  # bytes of a safetensors file's header; safetensors takes 100 MB, which takes a minute to read
+REPEATED = 2**22  # numbers of a tensor that repeats some, at most
+LARGEST = 2**60  # bytes of any file
+RECORDS = 2**16  # of an archive, at most
+UNREADABLE = (
+    *(ValueError, SafetensorError, zipfile.BadZipFile, struct.error, OSError, NotImplementedError, OverflowError),
+    *(EOFError, LookupError),
+)
 NESTED = 8  # `state_dict`s within each other
 
 
@@ -57,9 +65,9 @@ class TensorFile:
             source = _Mapped(self.path) if self.format == "safetensors" else _Pickled(self.path, self.format)
             self._stack.callback(source.close)
             source.describe(self)
-        except (ValueError, SafetensorError, zipfile.BadZipFile, struct.error, OSError, NotImplementedError) as error:
+        except UNREADABLE as error:
             self._stack.close()
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{path}: not a checkpoint that can be read safely ({reason})") from error
         self._source = source
 
@@ -107,7 +115,7 @@ class _Mapped:
         for name in self.file.keys():  # noqa: SIM118
             piece = self.file.get_slice(name)
             if piece.get_dtype() not in DTYPES:
-                raise Refused(f"{name} has the unknown dtype {piece.get_dtype()}")
+                raise Refused(f"{name[:100]} has the unknown dtype {piece.get_dtype()}")
             target.shapes[name], target.dtypes[name] = tuple(piece.get_shape()), DTYPES[piece.get_dtype()]
 
     def read(self, name: str) -> Tensor:
@@ -146,11 +154,13 @@ class _Pickled:
     def include(self, part: Mapping, target: TensorFile) -> None:
         for name, value in part.items():
             if isinstance(name, str) and isinstance(value, StoredTensor):
+                if value.dtype not in (*DTYPES.values(), torch.complex128):
+                    raise Refused(f"{name[:100]} has the unknown dtype {value.dtype}")
                 self.tensors[name] = value
                 target.shapes[name], target.dtypes[name] = value.shape, value.dtype
                 start, count = self.place(value)
                 if start + count > self.size:
-                    raise Refused(f"cut off: {name} ends at byte {start + count} of {self.size}")
+                    raise Refused(f"cut off: {name[:100]} ends at byte {start + count} of {self.size}")
 
     def place(self, tensor: StoredTensor) -> tuple[int, int]:
         """The tensor's first byte in the file, and its number of bytes."""
@@ -165,6 +175,8 @@ class _Pickled:
 
     def read(self, name: str) -> Tensor:
         tensor = self.tensors[name]
+        if math.prod(tensor.shape) > max(tensor.extent, REPEATED):
+            raise ValueError(f"{self.file.name}: {name[:100]} repeats its numbers, and is larger than the file says")
         start, count = self.place(tensor)
         buffer = torch.empty(count, dtype=torch.uint8)
         self.file.seek(start)
@@ -190,7 +202,10 @@ def _format(file: BinaryIO) -> str:
 
 def _archive(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
     """What a zip archive of torch.save pickles, and its records: key -> (first byte, number of bytes)."""
+    end = file.seek(0, io.SEEK_END)
     archive = zipfile.ZipFile(file)
+    if len(archive.filelist) > RECORDS:
+        raise Refused(f"a zip archive of more than {RECORDS:,} records")
     names = archive.namelist()
     folders = {name.split("/")[0] for name in names}
     inner = [name.partition("/")[2] for name in names]
@@ -211,16 +226,22 @@ def _archive(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
             if len(header) < 30 or header[:4] != b"PK\x03\x04":
                 raise Refused("a damaged zip archive")
             start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+            if start + info.file_size > end:
+                raise Refused(f"cut off: a record ends at byte {start + info.file_size} of {end}")
             records[name.removeprefix("data/")] = (start, info.file_size)
-    pickled, byteorder = (_bytes(file, *records.pop(name, (0, 0))) for name in ("data.pkl", "byteorder"))
+    if records.get("data.pkl", (0, 0))[1] > LENGTH:
+        raise Refused(f"its pickle has more than {LENGTH:,} bytes, which no checkpoint's has")
+    pickled, byteorder = (_bytes(file, *records.pop(name, (0, 0))[:2]) for name in ("data.pkl", "byteorder"))
     if byteorder == b"big":
         raise Refused("written on a big-endian machine: save it anew on another")
     return unpickle(io.BytesIO(pickled))[0], records
 
 
 def _bytes(file: BinaryIO, start: int, count: int) -> bytes:
+    if start + count > LARGEST:
+        raise Refused("cut off, or damaged: a record lies beyond the end of any file")
     file.seek(start)
-    return file.read(count)
+    return file.read(min(count, LENGTH))
 
 
 def _legacy(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:

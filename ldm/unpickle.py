@@ -14,8 +14,13 @@ a name and never calls, fills or changes anything but the values of this file:
    a call of anything but a `Name`, attributes set on anything but a stand-in, and persistent ids that are no storages.
 
 Rule 1 is what makes it safe; rule 4 tells the user that the file is no plain checkpoint.
+
+A pickle of a few bytes can also ask for much: a call copies a list of a million, and again, and again; numbers that are
+chosen for it fill one place of a dict; keys of tuples within tuples are deeper than the stack. So there are limits to
+its length (`LENGTH`), to what its calls are given (`WORK`), and to what a key is (`_key`).
 """
 
+import io
 import pickle
 import struct
 from collections.abc import Callable
@@ -54,6 +59,12 @@ MALFORMED = (
     *(pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError, AssertionError),
     *(ArithmeticError, MemoryError, RecursionError, struct.error),
 )
+
+
+LENGTH = 2**21  # bytes of a pickle; those of published checkpoints have 0.3 million
+WORK = 2**22  # items of all lists, tuples and dicts that are handed to functions
+AXES = 16  # of a tensor
+KEY = 2**48  # integers below it find a place in a dict without many collisions
 
 
 class Refused(ValueError):
@@ -121,12 +132,16 @@ def unpickle(file: BinaryIO) -> tuple[Any, dict[str, torch.dtype]]:
         Its value, made of plain values, dicts, `StoredTensor`s and stand-ins; the dtypes of its storages by their keys.
 
     Raises:
-        Refused: it asks for more than data, or is malformed.
+        Refused: it asks for more than data or for too much, or is malformed.
     """
-    machine = _Machine(file, encoding="latin1")
-    machine.storages = {}
+    start = file.tell()
+    content = io.BytesIO(file.read(LENGTH))
+    machine = _Machine(content, encoding="latin1")
+    machine.storages, machine.work = {}, 0
     try:
-        return machine.load(), machine.storages
+        value = machine.load()
+        file.seek(start + content.tell())
+        return value, machine.storages
     except Refused:
         raise
     except MALFORMED as error:
@@ -138,6 +153,8 @@ def _tensor(storage: Storage, offset: int, shape: tuple, stride: tuple, grad: bo
     sizes = (offset, *shape, *stride)
     if type(storage) is not Storage or not all(type(size) is int and 0 <= size < 2**48 for size in sizes):
         raise Refused("a tensor's storage, offset, shape or stride is none")
+    if len(shape) > AXES:
+        raise Refused(f"a tensor has {len(shape)} axes")
     if metadata:
         raise Refused("a tensor is a conjugated or negated view")
     tensor = StoredTensor(storage, dtype or storage.dtype, offset, tuple(shape), tuple(stride))
@@ -154,17 +171,21 @@ def _tensor_v3(storage: Storage, offset: int, shape: tuple, stride: tuple, grad:
 
 
 def _from_type(make: Name, kind: Any, args: tuple, state: Any) -> Any:
-    if type(make) is not Name:
-        raise Refused("a tensor is to be made by something that is no function")
+    if type(make) is not Name or make.make not in (_tensor, _tensor_v3, _data) or type(args) is not tuple:
+        raise Refused("a tensor is to be made by something that makes none")
     return make.make(*args)
+
+
+def _data(data: Any, *_: Any) -> Any:
+    return data
 
 
 NAMES: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor"): Name(_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): Name(_tensor),
     ("torch._utils", "_rebuild_tensor_v3"): Name(_tensor_v3),
-    ("torch._utils", "_rebuild_parameter"): Name(lambda data, *_: data),
-    ("torch._utils", "_rebuild_parameter_with_state"): Name(lambda data, *_: data),
+    ("torch._utils", "_rebuild_parameter"): Name(_data),
+    ("torch._utils", "_rebuild_parameter_with_state"): Name(_data),
     ("torch._tensor", "_rebuild_from_type_v2"): Name(_from_type),
     ("torch", "Size"): Name(lambda sizes=(): tuple(sizes)),
     ("collections", "OrderedDict"): Name(lambda *pairs: dict(*pairs)),
@@ -180,6 +201,7 @@ class _Machine(pickle._Unpickler):
     """The standard library's machine in Python, without its imports and calls."""
 
     storages: dict[str, torch.dtype]
+    work: int
 
     def find_class(self, module: str, name: str) -> Any:
         module = PYTHON_2.get(module, module)
@@ -201,7 +223,7 @@ class _Machine(pickle._Unpickler):
         if len(pid) == 5 or pid[5] is None:
             return Storage(key, kind.dtype, count)
         _, start, length = pid[5]  # a view of another storage, in files of old
-        if not 0 <= start <= start + length <= count:
+        if type(start) is not int or type(length) is not int or not 0 <= start <= start + length <= count:
             raise Refused("a storage reaches beyond the one it is a view of")
         return Storage(key, kind.dtype, length, start)
 
@@ -214,6 +236,12 @@ class _Machine(pickle._Unpickler):
     def call(self, function: Any, args: Any) -> Any:
         if type(function) is not Name or type(args) is not tuple:
             raise Refused("its pickle calls something that is no function; nothing of it ran")
+        self.work += 1 + len(args) + sum(len(arg) for arg in args if isinstance(arg, list | tuple | dict))
+        if self.work > WORK:
+            raise Refused("its pickle hands the same lists to functions again and again")
+        for arg in args:
+            for pair in arg if isinstance(arg, list | tuple | dict) else ():
+                _key(pair[0] if isinstance(pair, list | tuple) and pair else None)
         return function.make(*args)
 
     def load_reduce(self) -> None:
@@ -238,6 +266,33 @@ class _Machine(pickle._Unpickler):
             kind = "class or function" if type(self.stack[-1]) is Name else type(self.stack[-1]).__name__
             raise Refused(f"its pickle sets attributes of a {kind}; nothing of it ran")
 
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({_key(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1][_key(key)] = value
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self.stack[-1][_key(key)] = value
+
+    def load_additems(self) -> None:
+        items = self.pop_mark()
+        if isinstance(self.stack[-1], set):
+            self.stack[-1].update(map(_key, items))
+
+    def load_frozenset(self) -> None:
+        self.append(frozenset(map(_key, self.pop_mark())))
+
+    def load_bytearray8(self) -> None:
+        length = int.from_bytes(self.read(8), "little")
+        if length > LENGTH:
+            raise Refused(f"bytes of a pickle that reach beyond it: {length:,}")
+        self.append(self.read(length))
+
     dispatch = pickle._Unpickler.dispatch | {
         pickle.PERSID[0]: load_persid,
         **dict.fromkeys((pickle.EXT1[0], pickle.EXT2[0], pickle.EXT4[0]), load_extension),
@@ -247,7 +302,25 @@ class _Machine(pickle._Unpickler):
         pickle.INST[0]: load_inst,
         pickle.OBJ[0]: load_obj,
         pickle.BUILD[0]: load_build,
+        pickle.DICT[0]: load_dict,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.ADDITEMS[0]: load_additems,
+        pickle.FROZENSET[0]: load_frozenset,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
     }
+
+
+def _key(key: Any) -> Any:
+    """The same, when it finds its place in a dict at once: no tuples within tuples, no numbers chosen to collide."""
+    parts = key if type(key) is tuple and len(key) <= AXES else (key,)
+    for part in parts:
+        if type(part) in (int, float) and not abs(part) < KEY or not isinstance(part, KEYS):
+            raise Refused(f"a key of a dict is a {type(part).__name__} that no checkpoint has")
+    return key
+
+
+KEYS = (str, bytes, int, float, Name, Inert, StoredTensor, Storage, torch.dtype, type(None))
 
 
 def _printable(text: str) -> str:

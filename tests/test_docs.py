@@ -11,6 +11,7 @@ import torch
 import infusion.methods
 from infusion.concept import Concept
 from infusion.inject import cross_attention_layers
+from ldm import targets
 from ldm.config import ROOT
 from ldm.pipeline import StableDiffusion
 
@@ -40,6 +41,10 @@ def test_the_sixth_method_is_one_file_and_one_config(tmp_path, monkeypatch, tiny
     (tmp_path / "package").mkdir()
     (tmp_path / "package/bitfit.py").write_text(method)
     monkeypatch.setattr(infusion.methods, "__path__", [*infusion.methods.__path__, str(tmp_path / "package")])
+    there = {"infusion.methods.bitfit": tmp_path / "package/bitfit.py"}
+    monkeypatch.setattr(
+        targets, "source_of", lambda module, found=targets.source_of: there.get(module) or found(module)
+    )
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "configs/method/bitfit.yaml").write_text(config)
     bases = (tiny, tmp_path / "configs/data/photos.yaml", tmp_path / "configs/method/bitfit.yaml")

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from ldm.pipeline import StableDiffusion
 
 ROOT = Path(__file__).parents[1]
 ENTRY = """
-include: [TINY, ROOT/configs/method/infusion.yaml, ROOT/configs/data/photos.yaml]
+include: [tiny.yaml, ROOT/configs/method/infusion.yaml, ROOT/configs/data/photos.yaml]
 superclass: cat
 data_root: PHOTOS
 batch_size: 2
@@ -38,7 +39,8 @@ save_every: 1
 @pytest.fixture
 def entry(tiny: Path, photos: Path, tmp_path: Path) -> Path:
     path = tmp_path / "entry.yaml"
-    path.write_text(ENTRY.replace("TINY", str(tiny)).replace("ROOT", str(ROOT)).replace("PHOTOS", str(photos)))
+    path.write_text(ENTRY.replace("ROOT", str(ROOT)).replace("PHOTOS", str(photos)))
+    shutil.copyfile(tiny, tmp_path / "tiny.yaml")
     return path
 
 
@@ -262,3 +264,23 @@ def test_sixteen_bit_and_unmasked_photos_train_too(entry, photos, command, tmp_p
     Image.new("I;16", (30, 30), 30000).save(photos / "3.png")
     command("--base", entry, "-t", "--logdir", tmp_path / "run", "mask=none", "trainer.max_steps=2")
     assert (tmp_path / "run" / "models" / "step=000002.safetensors").is_file()
+
+
+def test_a_node_may_be_dropped_that_alone_refers_to_a_key(entry, command, tmp_path, capsys):
+    """`data.params.prior=null` drops what refers to `class_root`."""
+    entry.write_text(entry.read_text().replace("method/infusion", "method/dreambooth"))
+    command("--base", entry, "data.params.prior=null", "callbacks.samples=null")
+    with pytest.raises(SystemExit):
+        command("--base", entry, "clas_root=x")
+    assert capsys.readouterr().err.endswith("the config has no key `clas_root`; did you mean `class_root`?\n")
+
+
+@pytest.mark.parametrize(
+    "word", ["model.params.learning_rate=1", "data.params.batch_size=1", "seed=3", "superclass=dog"]
+)
+def test_a_resumed_run_keeps_its_model_data_and_seed(entry, command, tmp_path, capsys, word):
+    command("--base", entry, "-t", "--logdir", tmp_path / "run", "trainer.max_steps=1", "callbacks.samples=null")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        command("--resume", tmp_path / "run", "-t", word)
+    assert capsys.readouterr().err == f"error: override `{word}`: a resumed run keeps its own model, data and seed\n"

@@ -119,3 +119,11 @@ def test_captions_that_will_not_do(refused, captions, tmp_path, content, complai
     captions.write_bytes(content)
     assert complaint in refused()
     assert not (tmp_path / "new").exists()
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_encoded(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        main(["--caption", "nowhere.txt", "--save_path", str(tmp_path / "file/c.safetensors")])
+    assert ended.value.code == 2
+    assert f"--save_path: {tmp_path}/file: is a file; name a folder to write to" in capsys.readouterr().err

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,6 +232,7 @@ def test_a_batch_that_mixes_concepts_draws_what_each_draws_alone(sd):
 
 def entry(path: Path, tiny: Path, photos: Path, lines: str) -> Path:
     common = "{max_steps: 4, precision: 32-true, accelerator: cpu, enable_progress_bar: false}"
+    shutil.copyfile(tiny, path.parent / "tiny.yaml")
     path.write_text(f"{lines}\nbatch_size: 2\nseed: 9\nsave_every: 1\ntrainer: {common}\n")
     return path
 
@@ -238,9 +240,9 @@ def entry(path: Path, tiny: Path, photos: Path, lines: str) -> Path:
 def test_one_command_trains_what_a_command_for_each_trains(tiny, photos, command, tmp_path):
     nouns = {"tom": "cat", "ted": "stuffed animal"}
     listing = json.dumps([{"name": n, "superclass": w, "data_root": str(photos)} for n, w in nouns.items()])
-    many = f"include: [{ROOT}/configs/infusion_many.yaml, {tiny}]\nconcepts: {listing}"
+    many = f"include: [{ROOT}/configs/infusion_many.yaml, tiny.yaml]\nconcepts: {listing}"
     many = entry(tmp_path / "many.yaml", tiny, photos, many)
-    alone = f"include: [{tiny}, {ROOT}/configs/method/infusion.yaml, {ROOT}/configs/data/photos.yaml]"
+    alone = f"include: [tiny.yaml, {ROOT}/configs/method/infusion.yaml, {ROOT}/configs/data/photos.yaml]"
     alone = entry(tmp_path / "alone.yaml", tiny, photos, f"{alone}\nsuperclass: ???\ndata_root: {photos}")
     alike = ("trainer.accumulate_grad_batches=2", "learning_rate=0.02")
     command("--base", many, "-t", "--logdir", tmp_path / "halted", *alike, "trainer.max_steps=2")

@@ -6,6 +6,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.config import ROOT, ConfigError, build, check, check_params, find, load_config, refuse_unused, resolve
+from ldm.tokenizer import Tokenizer
 
 
 def write(folder: Path, **files: str) -> None:
@@ -13,8 +14,8 @@ def write(folder: Path, **files: str) -> None:
         (folder / f"{name}.yaml").write_text(text)
 
 
-def linear(**params: object) -> dict:
-    return {"target": "torch.nn.Linear", "params": params}
+def geglu(**params: object) -> dict:
+    return {"target": "ldm.attention.GEGLU", "params": params}
 
 
 def test_later_files_win_over_earlier_ones_and_over_what_they_include(tmp_path):
@@ -63,6 +64,74 @@ def test_mistakes_in_files_and_overrides(tmp_path, files, overrides, message):
         load_config(tmp_path / "a.yaml", overrides)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("alpha=${oc.env:HOME}", "stands for another key"),
+        ("alpha=${oc.decode:x}", "stands for another key"),
+        ("alpha=!!python/object/apply:os.system [ls]", "has a tag"),
+        ("alpha=" + "[" * 5000, "within each other"),
+        ("alpha=" + "9" * 5000, "not a readable YAML file"),
+        ("alpha=.nan", "a number is not finite"),
+        ("alpha=${alpha}", "alpha: stands for itself"),
+        ("alpha.b..c=1", "is no key"),
+        ("alpha[=1", "is no key"),
+        ("alpha." + "b." * 300 + "c=1", "is no key"),
+        ("alpha.b.=1", "is no key"),
+        ("__class__=1", "is no key|has no key"),
+    ],
+)
+def test_overrides_are_plain_values_too(tmp_path, override, message):
+    write(tmp_path, a="alpha: 1\n")
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_config(tmp_path / "a.yaml", [override])
+    assert len(str(raised.value)) < 400 and "\n" not in str(raised.value)
+
+
+def test_no_resolver_runs_in_what_is_put_together_of_others(tmp_path, monkeypatch):
+    """ "$" and "{oc.env:SECRET}", joined by a reference, are a resolver once more when the config is read again."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    for name, text in {
+        "joined": 'd: "$"\na: "${d}{oc.env:SECRET}"\n',
+        "escaped": "d: 1\na: '\\${d}'\n",
+    }.items():
+        write(tmp_path, **{name: text})
+        with pytest.raises(ConfigError, match=r"^a: `\$\{` is left"):
+            resolve(load_config(tmp_path / f"{name}.yaml"))
+    with pytest.raises(ConfigError, match=r"^node.a: `\$\{` is left"):
+        build(OmegaConf.create({"d": "$", "a": r"\${oc.env:SECRET}"}))
+
+
+@pytest.mark.parametrize("text", ["a: ${a}", "a: ${b}\nb: ${a}", "a: {x: {y: '${a}'}}", "a: {x: '${b.y}'}\nb: ${a}\n"])
+def test_references_without_an_end(tmp_path, text):
+    write(tmp_path, a=text)
+    config = load_config(tmp_path / "a.yaml") if "b.y" in text else None  # which leads nowhere
+    with pytest.raises(ConfigError, match="stands for itself|^a.x: "):
+        resolve(config or load_config(tmp_path / "a.yaml"))
+
+
+def test_references_that_double_each_other(tmp_path):
+    texts = [f'a{i}: "${{a{i - 1}}}${{a{i - 1}}}"' for i in range(1, 40)]
+    write(tmp_path, a="a0: x\n" + "\n".join(texts))
+    with pytest.raises(ConfigError, match="a.yaml: a.*becomes too much"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_merging_into_references_that_double_each_other(tmp_path):
+    """OmegaConf puts a copy where a mapping is merged into a reference."""
+    one = ["a0: {z: 1}"] + [f"a{i}: {{x: '${{a{i - 1}}}', y: '${{a{i - 1}}}'}}" for i in range(1, 30)]
+    two = [f"a{i}: {{x: {{}}, y: {{}}}}" for i in range(1, 30)]
+    write(tmp_path, one="\n".join(one), two="\n".join(two))
+    with pytest.raises(ConfigError, match="one.yaml: a.*becomes too much"):
+        load_config([tmp_path / "one.yaml", tmp_path / "two.yaml"])
+
+
+def test_files_that_do_not_fit_together(tmp_path):
+    write(tmp_path, one="a: [1]\n", two="a: {b: 1}\n")
+    with pytest.raises(ConfigError, match="two.yaml: Cannot merge"):
+        load_config([tmp_path / "one.yaml", tmp_path / "two.yaml"])
+
+
 def test_keys_that_nothing_refers_to_are_refused():
     config = OmegaConf.create({"model": "${sd.params}", "sd": {"params": 1}, "word": 2, "list": ["x ${word}"]})
     refuse_unused(config, ["model", "list"])
@@ -79,53 +148,55 @@ def test_resolving_names_what_leads_nowhere():
 
 
 def test_children_are_built_first_and_handed_over():
-    node = {"target": "torch.nn.TransformerEncoder", "params": {"num_layers": 2}}
-    node["params"]["encoder_layer"] = {
-        "target": "torch.nn.TransformerEncoderLayer",
-        "params": {"d_model": 8, "nhead": 2},
-    }
-    built = build(OmegaConf.create({"nets": [node, linear(in_features=2, out_features=3)], "n": 1}))
-    assert len(built["nets"][0].layers) == 2
-    assert built["nets"][0].layers[0].self_attn.num_heads == 2
-    assert built["nets"][1].weight.shape == (3, 2)
+    node = {"target": "data.prior.ClassImages", "params": {"prompt": "a cat", "count": 3}}
+    data = {"target": "ldm.callbacks.Offload", "params": {"parts": ["vae"]}}
+    built = build(OmegaConf.create({"nets": [node, geglu(dim=2, inner=3)], "data": data, "n": 1}))
+    assert built["nets"][0].count == 3
+    assert built["nets"][1].proj.weight.shape == (6, 2)
+    assert built["data"].parts == ("vae",)
     assert built["n"] == 1
 
 
+def test_a_child_is_handed_to_its_parent_as_an_object():
+    tokenizer = {"target": "ldm.tokenizer.Tokenizer", "params": {"merges": 10, "context_length": 8}}
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "layers": 1, "heads": 2, "max_length": 8}
+    node = {"target": "ldm.text.ClipText", "params": {"tokenizer": tokenizer, **sizes}}
+    assert build(node).tokenizer.context_length == 8
+
+
 def test_given_objects_take_the_place_of_a_nodes_own():
-    layer = torch.nn.Linear(2, 3)
-    node = {
-        "target": "torch.optim.lr_scheduler.StepLR",
-        "params": {"optimizer": {"target": "torch.nn.ReLU"}, "step_size": 2},
-    }
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    assert build(node, given={"optimizer": optimizer}).optimizer is optimizer
+    tokenizer = Tokenizer(merges=10, context_length=8)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "layers": 1, "heads": 2, "max_length": 8}
+    node = {"target": "ldm.text.ClipText", "params": {"tokenizer": geglu(dim=2, inner=3), **sizes}}
+    assert build(node, given={"tokenizer": tokenizer}).tokenizer is tokenizer
 
 
 def test_a_node_builds_on_the_meta_device():
     with torch.device("meta"):
-        assert build(linear(in_features=2, out_features=3)).weight.is_meta
+        assert build(geglu(dim=2, inner=3)).proj.weight.is_meta
 
 
 @pytest.mark.parametrize(
     ("node", "message"),
     [
-        (linear(in_feature=2, out_features=3), "^top.params.in_feature: Linear has no .*did you mean `in_features`"),
-        (linear(in_features=2), "^top.params: Linear also needs `out_features`"),
-        ({**linear(in_features=2, out_features=3), "name": 1}, "^top.name: a node has the keys"),
-        (linear(in_features=2, out_features="3"), "^top.params.out_features: Linear wants int here, not '3'"),
-        (linear(in_features=2, out_features=True), "^top.params.out_features: Linear wants int"),
-        (linear(in_features=2, out_features=3, bias=1), "^top.params.bias: Linear wants bool here, not 1"),
-        ({"target": "torch.nn.Linaer"}, "^top.target: `torch.nn` has no class `Linaer`; did you mean `Linear`"),
-        ({"target": "torch.nm.Linear"}, "^top.target: there is no module `torch.nm`"),
+        (geglu(dm=2, inner=3), "^top.params.dm: GEGLU has no .*did you mean `dim`"),
+        (geglu(dim=2), "^top.params: GEGLU also needs `inner`"),
+        ({**geglu(dim=2, inner=3), "name": 1}, "^top.name: a node has the keys"),
+        (geglu(dim=2, inner="3"), "^top.params.inner: GEGLU wants int here, not '3'"),
+        (geglu(dim=2, inner=True), "^top.params.inner: GEGLU wants int"),
+        (geglu(dim=2, inner="x" * 999), "^top.params.inner: GEGLU wants int here, not 'x{76}…$"),
+        ({"target": "infusion.gate.Gate", "params": {"tau": "a"}}, "^top.params.tau: Gate wants float here, not 'a'"),
+        ({"target": "ldm.attention.GEGUL"}, "^top.target: `ldm.attention` has no class `GEGUL`; did you mean `GEGLU`"),
+        ({"target": "ldm.attentoin.GEGLU"}, "^top.target: there is no module `ldm.attentoin`"),
         ({"target": "os.system"}, "^top.target: `os.system` is not a class of ldm, "),
-        ({"target": "torch.load", "params": {"f": "x"}}, "^top.target: `torch` has no class `load`"),
+        ({"target": "ldm.config.load_config"}, "^top.target: `ldm.config` has no class `load_config`"),
         ({"target": "ldm.config.Path"}, "^top.target: `ldm.config` has no class `Path`"),
         ({"target": 3}, "^top.target: `3` is not a class"),
-        ({"target": "torch.nn.Linear", "params": [1]}, "^top.params: a mapping"),
+        ({"target": "ldm.attention.GEGLU", "params": [1]}, "^top.params: a mapping"),
     ],
 )
 def test_mistakes_are_named_by_their_path_before_anything_is_built(node, message):
-    first = {"target": "torch.nn.Linear", "params": {"in_features": 2**40, "out_features": 2**40}}  # cannot be built
+    first = geglu(dim=2**40, inner=2**40)  # cannot be built
     with pytest.raises(ConfigError, match=message):
         check(node, "top")
     with pytest.raises(ConfigError, match=message.replace("^top", "^list.1")):
@@ -133,12 +204,24 @@ def test_mistakes_are_named_by_their_path_before_anything_is_built(node, message
 
 
 def test_an_object_of_another_class_is_refused():
-    node = {
-        "target": "ldm.pipeline.StableDiffusion",
-        "params": dict.fromkeys(("unet", "vae", "text", "schedule"), {"target": "torch.nn.ReLU"}),
-    }
-    with pytest.raises(ConfigError, match="^params.unet: StableDiffusion does not take a ReLU here"):
-        build(node)
+    parts = dict.fromkeys(("unet", "vae", "text", "schedule"), geglu(dim=1, inner=1))
+    with pytest.raises(ConfigError, match="^params.unet: StableDiffusion does not take a GEGLU here"):
+        build({"target": "ldm.pipeline.StableDiffusion", "params": parts})
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (geglu(dim=-1, inner=3), "^top.params: no GEGLU can be built of these .*negative dimension"),
+        (
+            {"target": "transformers.CLIPSegConfig", "params": {"text_config": {"hidden_size": "x"}}},
+            "^top.params: no CLIPSegConfig can be built of these .*hidden_size",
+        ),
+    ],
+)
+def test_parameters_that_a_class_cannot_take_are_a_mistake_in_the_config(node, message):
+    with pytest.raises(ValueError, match=message):
+        build(node, "top")
 
 
 class Annotated:

@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import pickle
+import re
 import subprocess
 import zipfile
 from collections import OrderedDict, defaultdict
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.tensorfile import LEGACY, TensorFile
-from ldm.unpickle import NAMES, Inert, Refused, StoredTensor, unpickle
+from ldm.unpickle import LENGTH, NAMES, Inert, Refused, StoredTensor, unpickle
 
 
 class Call:
@@ -312,3 +313,121 @@ def test_the_machine_reads_plain_values_of_every_protocol():
         assert unpickle(io.BytesIO(pickle.dumps(values, protocol=protocol)))[0] == values
     empty = StoredTensor(None, torch.float32, 0, (2, 0), (1, 1))
     assert empty.extent == 0
+
+
+FLOATS = b"(\x8c\x07storage" + name("torch", "FloatStorage") + b"\x8c\x010\x8c\x03cpuK\x04tQ"  # four, in record 0
+
+
+def tensor(shape: bytes, stride: bytes, storage: bytes = FLOATS) -> bytes:
+    return name("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + b"K\x00" + shape + stride + b"\x89NtR"
+
+
+def integer(value: int) -> bytes:
+    return b"\x8a\x08" + value.to_bytes(8, "little", signed=True)
+
+
+def deep(levels: int) -> bytes:
+    return b")" + b"\x85" * levels  # a tuple in a tuple in …
+
+
+LISTED = b"](" + b"N" * 500_000 + b"e\x94"  # a list of half a million, remembered as 0
+AGAIN = name("torch", "Size") + b"h\x00\x85R0"
+COLLIDING = b"".join(integer(i * (2**61 - 1)) + b"N" for i in range(1, 3))
+EXPENSIVE = {
+    "a list copied again and again": (emit(LISTED, AGAIN * 50, b"N"), "again and again"),
+    "arguments copied again and again": (
+        emit(b"(" + b"N" * 500_000 + b"t\x94", (name("torch.nn", "Module") + b"h\x00R0") * 50, b"N"),
+        "again and again",
+    ),
+    "a key deeper than the stack": (emit(b"}", deep(100_000), b"Ns"), "a key of a dict is a tuple"),
+    "such keys at a time": (emit(b"}(", deep(100_000), b"Nu"), "a key of a dict is a tuple"),
+    "such a key in an old dict": (emit(b"(", deep(100_000), b"Nd"), "a key of a dict is a tuple"),
+    "such a key of a function": (
+        emit(name("collections", "OrderedDict"), b"](", deep(100_000), b"N\x86e\x85R"),
+        "a key of a dict is a tuple",
+    ),
+    "such a member of a set": (emit(b"\x8f(", deep(100_000), b"\x90"), "a key of a dict is a tuple"),
+    "such a member of a frozen set": (emit(b"(", deep(100_000), b"\x91"), "a key of a dict is a tuple"),
+    "a function that calls itself": (
+        emit(b"))" + (name("torch._tensor", "_rebuild_from_type_v2") + b"N\x87") * 3, b"0N"),
+        "not a whole pickle|holds no state dict",
+    ),
+    "a function by way of another": (
+        emit(name("torch._tensor", "_rebuild_from_type_v2"), b"(", name("collections", "OrderedDict"), b"N)NtR"),
+        "something that makes none",
+    ),
+    "keys that collide": (emit(b"}(", COLLIDING, b"u"), "a key of a dict is a int"),
+    "a key that is not finite": (emit(b"}(G\x7f\xf8\x00\x00\x00\x00\x00\x00Nu"), "a key of a dict is a float"),
+    "more bytes than there are": (emit(b"\x96" + (2**40).to_bytes(8, "little")), "reach beyond it"),
+    "a string of 2**40 bytes": (emit(b"\x8d" + (2**40).to_bytes(8, "little")), "not a whole pickle"),
+    "a frame of 2**40 bytes": (emit(b"\x95" + (2**40).to_bytes(8, "little")), "not a whole pickle"),
+    "a number of 5,000 digits": (b"I" + b"9" * 5000 + b"\n.", "not a whole pickle"),
+    "a tensor of many axes": (
+        emit(b"}\x8c\x01a", tensor(b"(" + b"K\x01" * 99 + b"t", b"(" + b"K\x01" * 99 + b"t"), b"s"),
+        "has 99 axes",
+    ),
+    "a view by halves": (
+        emit(FLOATS[:-2], b"(NG?\xe0\x00\x00\x00\x00\x00\x00K\x01ttQ"),
+        "reaches beyond the one it is a view of",
+    ),
+    "a dtype that nothing holds": (
+        emit(
+            *(b"}\x8c\x01a", name("torch._utils", "_rebuild_tensor_v3"), b"(", FLOATS, b"K\x00K\x01\x85K\x01\x85\x89N"),
+            *(name("torch", "quint8"), b"tR", b"s"),
+        ),
+        "unknown dtype torch.quint8",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EXPENSIVE)
+@pytest.mark.parametrize("write", [archive, legacy])
+def test_a_pickle_that_asks_for_much_is_refused(tmp_path, write, case):
+    data, expected = EXPENSIVE[case]
+    records = {"records": {"data/0": bytes(16)}} if write is archive else {}
+    if write is archive:
+        archive(tmp_path / "evil.ckpt", data, **records["records"])
+    else:
+        write(tmp_path / "evil.ckpt", data)
+    assert re.search(expected, reason(tmp_path / "evil.ckpt"))
+
+
+def test_a_pickle_longer_than_any_checkpoints(tmp_path):
+    archive(tmp_path / "evil.ckpt", emit(b"N0" * LENGTH, b"}"))
+    assert "its pickle has more than" in reason(tmp_path / "evil.ckpt")
+
+
+def test_a_record_that_says_it_is_larger_than_the_file(tmp_path):
+    archive(tmp_path / "evil.ckpt", emit(b"}"))
+    content = (tmp_path / "evil.ckpt").read_bytes()
+    start = content.index(b"PK\x01\x02")  # of the list of records: its first is data.pkl
+    for size in (2**31, 2**32 - 2):
+        changed = content[: start + 20] + size.to_bytes(4, "little") * 2 + content[start + 28 :]
+        (tmp_path / "evil.ckpt").write_bytes(changed)
+        assert "cut off" in reason(tmp_path / "evil.ckpt")
+
+
+def test_storages_beyond_the_end_of_any_file(tmp_path):
+    keys = pickle.dumps(["0", "0"], protocol=2)
+    head = [pickle.dumps(part, protocol=2) for part in (LEGACY, 1001, {"little_endian": True})]
+    body = emit(b"}\x8c\x01a", tensor(b"K\x04\x85", b"K\x01\x85"), b"s")
+    (tmp_path / "evil.ckpt").write_bytes(b"".join([*head, body, keys, b"\xff" * 8]))
+    assert "beyond the end of any file" in reason(tmp_path / "evil.ckpt")
+
+
+def test_a_header_of_safetensors_longer_than_any(tmp_path):
+    path = tmp_path / "evil.safetensors"
+    with path.open("wb") as file:
+        file.write((2**25).to_bytes(8, "little") + b"{")
+        file.truncate(2**25 + 8)
+    assert "is it whole" in reason(path)
+
+
+def test_a_tensor_that_repeats_its_numbers_is_not_read(tmp_path):
+    archive(
+        tmp_path / "evil.ckpt",
+        emit(b"}\x8c\x01a", tensor(integer(2**40) + b"\x85", b"K\x00\x85"), b"s"),
+        **{"data/0": bytes(16)},
+    )
+    with TensorFile(tmp_path / "evil.ckpt") as file, pytest.raises(ValueError, match="a repeats its numbers"):
+        file.read("a")

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from tests.reliability.runs import contents, words
 ROOT = Path(__file__).parents[2]
 LIMIT = 120  # seconds, for a process that hangs
 ENTRY = """
-include: [TINY, ROOT/configs/method/infusion.yaml, ROOT/configs/data/photos.yaml]
+include: [tiny.yaml, ROOT/configs/method/infusion.yaml, ROOT/configs/data/photos.yaml]
 superclass: cat
 data_root: PHOTOS
 batch_size: 2
@@ -65,7 +66,8 @@ def launch(server) -> Callable[..., Ended]:
 @pytest.fixture(scope="session")
 def entry(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("entry")
-    text = ENTRY.replace("TINY", str(tiny)).replace("ROOT", str(ROOT))
+    text = ENTRY.replace("ROOT", str(ROOT))
+    shutil.copyfile(tiny, folder / "tiny.yaml")
     path = folder / "entry.yaml"
     path.write_text(text.replace("PHOTOS", str(draw_photos(folder / "photos"))))
     return path

@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 
 import pytest
@@ -82,3 +83,20 @@ def test_one_photo_is_not_enough():
         subject.with_photos(torch.zeros(1, 3, 8, 8), "folder")
     known = subject.with_photos(torch.zeros(2, 3, 8, 8), "folder")
     assert known.about()["photos"] == "folder" and known.about()["training_steps"] == 7
+
+
+@pytest.mark.parametrize("word", ["a\nb", "\x1b[2J", "\udcff", "x" * 5000])
+def test_names_that_no_report_can_show_are_refused_before_anything_is_measured(tmp_path, word):
+    CONCEPT.save(tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match="--labels: a report cannot show the name") as raised:
+        load_subjects([str(tmp_path / "c.safetensors")], [word])
+    assert len(str(raised.value)) < 600 and "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match="--groups: a report cannot show"):
+        load_subjects([str(tmp_path / "c.safetensors")], ["c"], [word])
+
+
+def test_a_file_whose_name_is_no_text(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.safetensors")
+    CONCEPT.save(path)
+    with pytest.raises(ValueError, match="--personalized_ckpt: a report cannot show the name"):
+        load_subjects([path], ["c"])
