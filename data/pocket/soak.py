@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--concepts", type=count, help="how many", default=200)
     parser.add_argument("--out", metavar="FILE", help="gets the figures", default="results/soak.json")
     flags = parser.parse_args(arguments)
-    for name in ("pytorch_lightning", "lightning_fabric", "data.latents"):
+    for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     started = time.monotonic()

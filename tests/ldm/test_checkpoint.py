@@ -1,4 +1,5 @@
 import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -182,7 +183,8 @@ def test_configs_and_callers_may_ask_for_averages(tiny, tmp_path):
     save_file(tensors | averages | {"model_ema.decay": torch.tensor(0.9)}, path)
     plain = StableDiffusion.from_checkpoint(tiny, path)
     averaged = StableDiffusion.from_checkpoint(tiny, path, use_ema=True)
-    (tmp_path / "ema.yaml").write_text(f"include: {tiny}\nuse_ema: true\n")
+    shutil.copyfile(tiny, tmp_path / "tiny.yaml")
+    (tmp_path / "ema.yaml").write_text("include: tiny.yaml\nuse_ema: true\n")
     configured = StableDiffusion.from_checkpoint(tmp_path / "ema.yaml", path)
     assert same(averaged.unet, configured.unet) and same(plain.text, averaged.text)
     assert same(plain.unet, StableDiffusion.from_checkpoint(tmp_path / "ema.yaml", path, use_ema=False).unet)

@@ -4,6 +4,7 @@ import resource
 import stat
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -112,13 +113,15 @@ def test_any_name_that_the_system_takes(tmp_path, name):
     assert (tmp_path / name).read_bytes() == b"words"
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
     """Files of at most 1,000 bytes: what a write beyond that gets is what a full disk gives, but for the number."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 WRITERS = {
@@ -130,10 +133,10 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
-def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, full_disk, writer):
+def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, writer):
     path = tmp_path / "file"
     write(path, b"old")
-    with pytest.raises(OSError, match="File too large") as raised:
+    with pytest.raises(OSError, match="File too large") as raised, full_disk():
         writer(path)
     assert Path(raised.value.filename).parent == tmp_path and raised.value.errno == errno.EFBIG
     assert names(tmp_path) == ["file"] and path.read_bytes() == b"old"
