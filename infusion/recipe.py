@@ -19,6 +19,7 @@ FLAGS = ("prompt", "target_word", "seed", "config", "ckpt", "personalized_ckpt",
 FILES = ("config", "ckpt", "personalized_ckpt", "covariance")  # of these, those that name files to read
 HASHES = ("base_sha256", "personalized_sha256", "covariance_sha256")
 KNOWN = (*FLAGS, *(field.name for field in fields(Settings)), *HASHES)
+SHORT = 2000  # characters of a value that is no prompt
 CHUNKS = 1000  # before the pixels of a picture of ours there are 30
 UNREADABLE = (
     OSError,
@@ -75,8 +76,9 @@ def recall(path: str | Path) -> dict[str, str]:
     if lacking := [name for name in (*FLAGS, *asdict(Settings())) if name not in said]:
         raise ValueError(f"{path}: does not say how it was made ({lacking[0]} is lacking)")
     for name, value in said.items():
-        if len(value) > LONGEST:
-            raise ValueError(f"{path}: its {name} has {len(value):,} characters; at most {LONGEST:,} are taken")
+        most = LONGEST if "prompt" in name else SHORT
+        if len(value) > most:
+            raise ValueError(f"{path}: its {name} has {len(value):,} characters; at most {most:,} are taken")
         if any(not letter.isprintable() and letter != "\n" for letter in value):
             raise ValueError(f"{path}: its {name} has characters that cannot be printed")
         if name in FILES and any(_elsewhere(part) for part in value.split(",")):

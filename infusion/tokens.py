@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from ldm.tokenizer import Tokenizer
 
-LONGEST = 100_000  # characters of a prompt once its placeholders are filled
+LONGEST, WORD = 20_000, 4000  # characters of a filled prompt, and of one word: tokenizing takes the square of it
 PLACEHOLDER = re.compile(r"\{(\d*)\}")  # "{}" for the only concept, "{1}", "{2}" for several
 
 
@@ -115,15 +115,19 @@ def fill(template: str, nouns: Sequence[str]) -> str:
     """The template with each placeholder replaced by its noun.
 
     Raises:
-        ValueError: a placeholder of no concept, or `LONGEST` characters in all.
+        ValueError: a placeholder of no concept, `LONGEST` characters in all, or a word of `WORD`.
     """
     parts, last = [], 0
     for match, concept in _placeholders(template, len(nouns)):
         parts += [template[last : match.start()], nouns[concept]]
         last = match.end()
+    parts.append(template[last:])
     if (length := sum(map(len, parts))) > LONGEST:
         raise ValueError(f"{short(template)} has {length:,} characters once {{}} is filled in; at most {LONGEST:,} are")
-    return "".join([*parts, template[last:]])
+    filled = "".join(parts)
+    if (longest := max(map(len, filled.split()), default=0)) > WORD:
+        raise ValueError(f"{short(template)} has a word of {longest:,} characters; at most {WORD:,} are taken")
+    return filled
 
 
 def _placeholders(template: str, concepts: int) -> Iterator[tuple[re.Match[str], int]]:

@@ -166,7 +166,7 @@ def check_params(cls: type, params: dict, path: str) -> None:
     signature = inspect.signature(cls).parameters
     named = [name for name, p in signature.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values()) and full_name(cls) not in OTHERS
-    unknown = [str(name) for name in params if name not in named]
+    unknown = [str(name)[:100] for name in params if name not in named]
     if unknown and not open_ended:
         hint = suggestion(unknown[0], named)
         raise ConfigError(f"{_join(path, unknown[0])}: {cls.__name__} has no parameter `{unknown[0]}`{hint}")
@@ -268,7 +268,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _join(path: str, key: object) -> str:
-    return f"{path}.{key}" if path else str(key)
+    return f"{path}.{str(key)[:100]}" if path else str(key)[:100]
 
 
 def _short(value: Any) -> str:

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 SIZE = 2**20  # bytes of a file
 NODES = 10_000  # values and keys, each alias counted as what it stands for
 DEPTH = 32  # mappings and lists within each other
-TEXT = 2**14  # characters of one value
+WORD, TEXT = 100, 2**14  # characters of a key, and of a value
 LARGEST = 2**64  # above every number, with all seeds
 # `${key.path[0]}`, which stands for another value of the config; what else begins with `${` would run a resolver
 REFERENCE = re.compile(r"\$\{\s*([A-Za-z_][\w-]*(?:\.[\w-]+|\[\d+\])*)\s*\}", re.ASCII)
@@ -115,7 +115,7 @@ def count(values: Any) -> int:
 
 
 def checked(values: Any) -> Any:
-    """The same values, when every key is a word and every number finite and of a size that something takes.
+    """The same values, when every key is a short word and every number finite and of a size that something takes.
 
     Raises:
         NotPlain: another key or number.
@@ -129,6 +129,8 @@ def checked(values: Any) -> Any:
         for key in values:
             if not isinstance(key, str):
                 raise NotPlain(f"a key is {str(key)[:60]!r}, which YAML does not take for a word: put it into quotes")
+            if len(key) > WORD:
+                raise NotPlain(f"a key has {len(key):,} characters: {key[:60]!r} …")
     return values
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ldm.errors import UserError
 
 SECONDS, MEMORY = 10, 2**30  # that one file may take
-MESSAGE = 700  # characters of a message, beside the file's name
+MESSAGE = 4000  # characters of a message, of which commands show 400
 PACKAGES = {  # that readers import when they are first used
     *("ldm", "infusion", "clipseg", "data", "torch", "torchvision", "pytorch_lightning", "lightning_fabric"),
     *(
@@ -23,7 +23,21 @@ PACKAGES = {  # that readers import when they are first used
         "safetensors",
         "tokenizers",
     ),
-    *("numpy", "scipy", "PIL", "omegaconf", "yaml", "antlr4", "einops", "kornia", "open_clip", "ot", "matplotlib"),
+    *(
+        "numpy",
+        "scipy",
+        "PIL",
+        "omegaconf",
+        "yaml",
+        "antlr4",
+        "ftfy",
+        "wcwidth",
+        "einops",
+        "kornia",
+        "open_clip",
+        "ot",
+        "matplotlib",
+    ),
     *sys.stdlib_module_names,
 }
 DOING = {  # audit events of what no reader does

@@ -155,6 +155,14 @@ def test_the_streams_that_are_changed_are_those_of_a_file(folder):
     assert Concept.load(folder / "same.safetensors").superclass == "cat"
 
 
+def shortly(path: Path) -> InverseCovariance:
+    """As commands show its messages."""
+    try:
+        return InverseCovariance(path)
+    except ValueError as error:
+        raise ValueError(str(error)[:400]) from error
+
+
 @given(data=st.data())
 def test_covariance_files(folder, data):
     save_inverse(folder / "whole.safetensors", torch.eye(3), {"base_architecture": "pocket"})
@@ -162,5 +170,5 @@ def test_covariance_files(folder, data):
     header, tensors = split(content)
     content = data.draw(st.one_of(mutated(content), changed(header).map(lambda value: joined(value, tensors))))
     (folder / "covariance.safetensors").write_bytes(content)
-    inverse = read(InverseCovariance, folder / "covariance.safetensors")
+    inverse = read(shortly, folder / "covariance.safetensors")
     assert inverse is None or inverse.matrix.isfinite().all()

@@ -68,6 +68,7 @@ def test_no_value_names_a_place_to_write_to():
     ("key", "value", "message"),
     [
         ("prompt", "x" * 20_000, "its prompt has 20,000 characters"),
+        ("beta", "[" * 5000, "its beta has 5,000 characters; at most 2,000"),
         ("prompt", "\x1b[2J", "its prompt has characters that cannot be printed"),
         ("sampler", "a\0b", "its sampler has characters"),
         ("config", "//host/share/x.yaml", "its config names no file of this machine"),

@@ -1,6 +1,6 @@
 import pytest
 
-from infusion.tokens import concept_mask, concept_masks
+from infusion.tokens import concept_mask, concept_masks, concept_places
 from ldm.tokenizer import Tokenizer
 
 
@@ -77,3 +77,28 @@ def test_several_concepts(tokenizer):
 def test_unusable_concepts_are_errors(tokenizer, template, nouns, message):
     with pytest.raises(ValueError, match=message):
         concept_masks(tokenizer, template, nouns)
+
+
+@pytest.mark.parametrize(
+    ("template", "noun", "message"),
+    [
+        ("x" * 5000, "cat", "a word of 5,000 characters"),
+        ("{}" * 4000, "cat", "a word of 12,000 characters"),
+        ("{} " * 9000, "cat", "has 36,000 characters once"),
+        ("x " * 15_000, "cat", "has 30,000 characters once"),
+        ("{" + "9" * 5000 + "}", "cat", "names no concept"),
+    ],
+)
+def test_prompts_that_would_take_minutes_are_refused(template, noun, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        concept_places(Tokenizer(merges=100, context_length=16), template, [noun])
+    assert len(str(raised.value)) < 300
+
+
+def test_placeholders_beyond_the_row_cost_nothing():
+    tokenizer = Tokenizer(merges=100, context_length=16)
+    encoded = []
+    encode = tokenizer.encode
+    tokenizer.encode = lambda text: encoded.append(text) or encode(text)
+    _, places = concept_places(tokenizer, "{} " * 3000, ["cat"])
+    assert (places >= 0).sum() == 14 and len(encoded) < 40

@@ -179,6 +179,7 @@ def test_a_node_builds_on_the_meta_device():
 @pytest.mark.parametrize(
     ("node", "message"),
     [
+        (geglu(**{"x" * 5000: 1}), "^top.params.x{100}: GEGLU has no parameter `x{100}`"),
         (geglu(dm=2, inner=3), "^top.params.dm: GEGLU has no .*did you mean `dim`"),
         (geglu(dim=2), "^top.params: GEGLU also needs `inner`"),
         ({**geglu(dim=2, inner=3), "name": 1}, "^top.name: a node has the keys"),

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,8 @@ def bomb(levels: int, width: int = 9) -> str:
         ("a: [{b: .NaN}]", "a number is not finite"),
         ("a: 1e999", "a number is not finite"),
         ("1: a", "a key is '1'"),
+        ("x" * 101 + ": a", "a key has 101 characters: 'xxx"),
+        (json.dumps({"a": {"x" * 900: 1}}), "a key has 900 characters"),
         ("on: a", "a key is 'True'"),
         ("~: a", "a key is 'None'|not a readable"),
         ("[1, 2]: a", "not a readable"),
