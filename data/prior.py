@@ -11,7 +11,7 @@ from tqdm import tqdm
 from data.dataset import ConceptImages, is_image
 from infusion.inject import unedited
 from infusion.pictures import png
-from ldm.files import write
+from ldm.files import create
 from ldm.pipeline import StableDiffusion
 
 COUNT, BATCH = 100_000, 1000  # class images, and how many at a time, at most
@@ -60,7 +60,7 @@ class ClassImages:
         else:
             there = list(filter(is_image, self.root.glob("*")))
             for seed, image in self.draw(sd, range(len(there), self.count)):
-                write(self.root / f"class-{seed:06d}.png", png(image[0]))
+                create(self.root / f"class-{seed:06d}.png", png(image[0]))
             photos = ConceptImages(self.root, sd.image_size, self.prompt, mask="none")
             images = (photos[place][0] for place in range(self.count))
         weight = next(sd.vae.parameters())

@@ -24,6 +24,7 @@ PALETTE = ("#8a63c9", "#2f9e73", "#d4641f", "#2f7fc4", "#b8902a", "#c4497f", "#4
 GREY = "#7a828f"  # of what the others are held against
 STYLE = {
     "font.size": 10,
+    "text.parse_math": False,  # names come from anyone
     "svg.fonttype": "none",
     "svg.hashsalt": "infusion",
     "axes.spines.top": False,

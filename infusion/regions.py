@@ -44,7 +44,7 @@ class Region:
         """The inverse of `str`; raises ValueError for another form."""
         found = re.fullmatch(rf"\s*(\d+)\s*:{','.join([NUMBER] * 4)}", text)
         if not found:
-            raise ValueError(f"write a region as {FORM}; {text!r} is none")
+            raise ValueError(f"write a region as {FORM}; {text[:80]!r} is none")
         concept, *corners = found.groups()
         return cls(int(concept), *map(float, corners))
 
