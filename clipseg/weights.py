@@ -165,7 +165,7 @@ def read_json(file: Path) -> dict:
     """A JSON object; raises ValueError if the file holds none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: a JSON object is wanted, not a {type(content).__name__}")

@@ -6,6 +6,7 @@ places and nearly the same in every caption, are left out. (Perfusion's release 
 """
 
 import math
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from infusion.fields import check_header
 from infusion.gate import fingerprint
 from ldm.checkpoint import write
 from ldm.config import find
@@ -208,6 +210,7 @@ def _read(path: str | Path) -> tuple[Tensor, dict[str, str]]:
     if not file.is_file():
         raise ValueError(f"{path}: there is no such covariance file")
     try:
+        check_header(file)
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}
             if metadata.get("format") != FORMAT:
@@ -215,10 +218,11 @@ def _read(path: str | Path) -> tuple[Tensor, dict[str, str]]:
                     f"{path}: no covariance file: its format is {metadata.get('format')!r}, not {FORMAT!r}"
                 )
             version = metadata.get("format_version", "")
-            if not version.isdigit() or int(version) > VERSION:
-                raise ValueError(f"{path}: the format version is {version!r}; this code reads up to {VERSION}")
+            if not re.fullmatch("[0-9]{1,9}", version) or int(version) > VERSION:
+                raise ValueError(f"{path}: the format version is {version[:20]!r}; this code reads up to {VERSION}")
             if list(content.keys()) != [NAME]:  # noqa: SIM118 (not a mapping)
-                raise ValueError(f"{path}: holds {', '.join(content.keys()) or 'no tensor'} instead of {NAME}")
+                held = ", ".join(name[:80] for name in list(content.keys())[:5]) or "no tensor"
+                raise ValueError(f"{path}: holds {held} instead of {NAME}")
             matrix = content.get_tensor(NAME)
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged, or no safetensors file ({error})") from error

@@ -201,6 +201,6 @@ def _weights(folder: Path) -> Path | None:
 def _scheduler(path: Path) -> dict:
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no JSON ({error})") from error
     return settings if isinstance(settings, dict) else {}

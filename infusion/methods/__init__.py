@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from infusion.methods.base import Method
+from ldm.config import check_params
 
 if TYPE_CHECKING:
     from infusion.concept import Concept
@@ -33,8 +34,10 @@ def method_of(concept: "Concept") -> Method:
     Raises:
         ValueError: there is no such method, or none with these options.
     """
+    method = find_method(concept.method)
+    check_params(method, dict(concept.options), "options")
     try:
-        return find_method(concept.method).of(concept)
+        return method.of(concept)
     except TypeError as error:
         raise ValueError(
             f"{concept.superclass!r}: the options {concept.options} are none of {concept.method}"

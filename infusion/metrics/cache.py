@@ -111,7 +111,7 @@ class Cache:
     def _figures_of(path: Path, stage: str) -> dict:
         try:
             return json.loads(path.read_text(encoding="utf-8"))[stage]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RecursionError) as error:
             raise UserError(f"{path}: is damaged ({error}); delete it, and it is made again") from error
 
     def _read(self, key: str) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def check_folder(out: Path, subjects: Mapping[str, str], settings: Mapping[str, 
         before = json.loads((out / JSON).read_text(encoding="utf-8"))
         old = {label: about["sha256"] for label, about in before["methods"].items()}
         old_settings, old_metrics = before["settings"], set(before["settings"]["metrics"])
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"--out: {out / JSON} is not of this command; name a new folder") from error
     old_settings, kept = ({k: v for k, v in one.items() if k not in FREE} for one in (old_settings, settings))
     if not (old_settings == kept and old.items() <= subjects.items() and old_metrics <= set(settings["metrics"])):
