@@ -211,6 +211,9 @@ def _read(path: str | Path) -> tuple[Tensor, dict[str, str]]:
         raise ValueError(f"{path}: there is no such covariance file")
     try:
         check_header(file)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    try:
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}
             if metadata.get("format") != FORMAT:

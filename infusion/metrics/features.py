@@ -191,7 +191,7 @@ def _network(cls: type[PreTrainedModel], folder: Path, arguments: dict[str, bool
 
 def _processor(folder: Path) -> BaseImageProcessor:
     try:
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"backbone {folder}: has no preprocessor_config.json that can be used") from error
 
