@@ -1,8 +1,8 @@
 """Photos of many concepts, for one training of them all (`infusion.many`)."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from data.dataset import ConceptImages
 from data.latents import ConceptData
 from data.prompts import TEMPLATES
 from ldm.config import check_params
+from ldm.errors import naming
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,9 @@ def entries(concepts: Sequence[Mapping[str, Any]]) -> list[ConceptEntry]:
     return found
 
 
-@contextmanager
-def of_concept(name: str) -> Iterator[None]:
+def of_concept(name: str) -> AbstractContextManager[None]:
     """Names the concept in a ValueError from inside the `with`."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"concepts.{name}: {error}") from error
+    return naming(f"concepts.{name}")
 
 
 class ManyConcepts(pl.LightningDataModule):

@@ -20,6 +20,7 @@ from infusion.fields import check_header
 from infusion.gate import fingerprint
 from ldm.checkpoint import write
 from ldm.config import find
+from ldm.errors import naming
 from ldm.tokenizer import Tokenizer
 
 FORMAT = "infusion-covariance"
@@ -209,10 +210,8 @@ def _read(path: str | Path) -> tuple[Tensor, dict[str, str]]:
     file = find(path)
     if not file.is_file():
         raise ValueError(f"{path}: there is no such covariance file")
-    try:
+    with naming(str(path)):
         check_header(file)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     try:
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}

@@ -2,14 +2,13 @@
 
 import argparse
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from infusion.prompts import Job
 from infusion.settings import LONGEST
 from infusion.tokens import PLACEHOLDER, fill, point
-from ldm.errors import UserError
+from ldm.errors import UserError, naming
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,10 +43,10 @@ def fill_in(flags: argparse.Namespace, jobs: list[Job], concepts: "list[Concept]
             raise UserError(f"--{name}: {len(given)} for {len(concepts)} of --personalized_ckpt; give one for each")
     templates = [job.prompt for job in jobs]
     if flags.target_word:
-        with naming("target_word"):
+        with naming("--target_word"):
             templates = [point(template, flags.target_word) for template in templates]
     if concepts:
-        with naming(source(flags)):
+        with naming(f"--{source(flags)}"):
             for template in templates:
                 fill(template, [concept.superclass for concept in concepts])
         without = [template for template in templates if not PLACEHOLDER.search(template)]
@@ -64,25 +63,13 @@ def source(flags: argparse.Namespace) -> str:
     return "from-file" if flags.from_file else "prompt"
 
 
-@contextmanager
-def naming(flag: str) -> Iterator[None]:
-    """Names the flag in a ValueError from inside the `with`."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"--{flag}: {error}") from error
-
-
 def check_concepts(sd: "StableDiffusion", files: "Mapping[str, Concept]", inverse: "Tensor | None") -> None:
-    """Raises UserError, which names the file, for a concept that this model has no place for."""
+    """Raises ValueError, which names the file, for a concept that this model has no place for."""
     from infusion.sampling import Customised
 
     for file, concept in files.items():
-        try:
-            with Customised(sd, [concept], ["{}"], scale=1.0, inverse_covariance=inverse):
-                pass
-        except ValueError as error:
-            raise UserError(f"{file}: {error}") from error
+        with naming(file), Customised(sd, [concept], ["{}"], scale=1.0, inverse_covariance=inverse):
+            pass
 
 
 def check_sizes(sd: "StableDiffusion", jobs: list[Job]) -> None:

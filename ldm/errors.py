@@ -5,7 +5,8 @@ import errno
 import functools
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import NoReturn
 
@@ -46,6 +47,15 @@ def suggestion(name: str, known: list[str]) -> str:
     if close:
         return f"; did you mean `{close[0]}`?"
     return f"; known: {', '.join(sorted(known))}" if known else ""
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Puts a flag, key or file in front of the message of a ValueError from inside the `with`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def report(main: Callable[..., None]) -> Callable[..., None]:

@@ -35,16 +35,21 @@ class Ranks:
 
     def gather(self, value: Value) -> list[Value]:
         """Every process's value, in the order of the ranks, in all."""
-        if self._fabric is None:
-            return [value]
-        values: list[Value] = [value] * self.world
-        torch.distributed.all_gather_object(values, value)
-        return values
+        return [value] if self._fabric is None else everyone(value)
 
     def share(self, rows: range, batch_size: int) -> range:
         """Which rows of the next `world` batches are this process's."""
         start = min(rows.start + self.rank * batch_size, rows.stop)
         return range(start, min(start + batch_size, rows.stop))
+
+
+def everyone(value: Value) -> list[Value]:
+    """Every process's value, by rank; of one process alone, its own."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def launch(devices: int, num_nodes: int, device: torch.device) -> tuple[Ranks, torch.device]:

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from infusion.prompts import Job, read_jobs
-from infusion.refuse import check_concepts, check_sizes, check_words, fill_in, naming, source
+from infusion.refuse import check_concepts, check_sizes, check_words, fill_in, source
 from infusion.settings import Settings
 from ldm.config import BACKBONES, find
-from ldm.errors import Parser, UserError, report
+from ldm.errors import Parser, UserError, naming, report
 from ldm.flags import MOST, batch, count, find_device, number, numbers, processes, seed, words, writable
 from ldm.schedulers import SAMPLERS
 
@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     sd = StableDiffusion.from_checkpoint(find_config(flags, concepts), flags.ckpt and find(flags.ckpt), device=device)
     check_concepts(sd, files, inverse.matrix)
     check_sizes(sd, jobs)
-    with naming(source(flags)):
+    with naming(f"--{source(flags)}"):
         check_prompts(sd, templates, concepts, settings.replace_word)
     of_files = hashes(sd.hash, list(files), inverse.fingerprint)
     warn_of_change(flags, of_files)

@@ -21,7 +21,7 @@ from infusion.metrics.options import CACHE, METRICS, OF_PHOTOS, Options, Tools, 
 from infusion.metrics.protocol import GROUPS, Protocol, usual_file
 from infusion.refuse import check_concepts
 from ldm.config import find
-from ldm.errors import Parser, UserError, report
+from ldm.errors import Parser, UserError, naming, report
 from ldm.files import locked
 from ldm.flags import batch, count, find_device, number, processes, seed, words, writable
 from ldm.schedulers import SAMPLERS
@@ -147,10 +147,8 @@ def load_tools(flags: argparse.Namespace, options: Options, pocket: bool, device
 
 def named(flag: str, load: Callable[..., Loaded], *arguments: object) -> Loaded:
     """What `load` gives; its complaints name the flag."""
-    try:
+    with naming(f"--{flag}"):
         return load(*arguments)
-    except ValueError as error:
-        raise UserError(f"--{flag}: {error}") from error
 
 
 @report
