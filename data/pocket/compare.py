@@ -26,7 +26,7 @@ from infusion.methods import method_names
 from ldm.config import ROOT, find
 from ldm.errors import Parser, UserError, report, suggestion
 from ldm.files import copy, locked
-from ldm.flags import count, words
+from ldm.flags import count, processes, words
 from ldm.runs import is_run
 
 TUNED_ON = "green_dotted_elephant"
@@ -109,8 +109,12 @@ def mask(concepts: Sequence[str], work: Path) -> None:
             segment_folder(folder, CONCEPTS[name].noun, clipseg)
 
 
-def measure(runs: Sequence[Run], work: Path, out: Path, samples: int) -> None:
-    """Measures runs by scripts/metrics.py, or ends with its exit status."""
+def measure(runs: Sequence[Run], work: Path, out: Path, samples: int, devices: int = 1) -> None:
+    """Measures runs by scripts/metrics.py, or ends with its exit status.
+
+    Args:
+        samples: of each kind, for each run. devices: processes that share the work; the figures are the same.
+    """
     columns = {
         "--personalized_ckpt": [str(run.folder(work)) for run in runs],
         "--labels": [run.label.replace(", ", " · ") for run in runs],
@@ -119,6 +123,7 @@ def measure(runs: Sequence[Run], work: Path, out: Path, samples: int) -> None:
         "--out": [str(out)],
         "--cache": [str(work / "cache")],
         "--samples": [str(samples)],
+        "--devices": [str(devices)],
         "--scale": ["5"],
         "--steps": ["25"],
     }
@@ -154,6 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--seeds", metavar="S[,S]", type=words, help="of the trainings", default=("0", "1", "2"))
     add("--jobs", type=count, help="trainings at a time", default=2)
     add("--samples", type=count, help="of each kind, for each run", default=32)
+    add("--devices", type=processes, help="processes that share the measuring, each with a device", default=1)
     add("--work", metavar="DIR", help="runs, masks and what was measured; kept", default="outputs/compare")
     add(
         "--out",
@@ -188,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure, what has not begun
     for folder, own in reports(runs, Path(flags.out)).items():
-        measure(own, work, folder, flags.samples)
+        measure(own, work, folder, flags.samples, flags.devices)
 
 
 if __name__ == "__main__":

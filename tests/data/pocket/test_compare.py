@@ -120,7 +120,7 @@ def test_photos_are_masked_once(monkeypatch, tmp_path):
 def test_a_report_of_the_methods_and_one_of_the_ablations(calls, monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "mask", lambda concepts, work: None)
     words = ["--methods", "infusion,lora", "--ablations", "hard gate", "--concepts", "zigzag_hat", "--seeds", "0,1"]
-    main([*words, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--jobs", "1"])
+    main([*words, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--jobs", "1", "--devices", "3"])
     assert len(calls) == 2 * 2 + 1 + 2
     methods, ablations = (dict(zip(call[1::2], call[2::2], strict=True)) for call in calls[-2:])
     assert methods["--out"] == str(tmp_path / "out") and ablations["--out"] == str(tmp_path / "out/ablations")
@@ -130,7 +130,7 @@ def test_a_report_of_the_methods_and_one_of_the_ablations(calls, monkeypatch, tm
     assert methods["--groups"] == "infusion,infusion,lora,lora"
     assert ablations["--labels"] == "infusion · zigzag hat · 0,hard gate · zigzag hat · 0"
     assert ablations["--personalized_ckpt"].endswith("runs/hard-gate/zigzag_hat/seed-0")
-    assert methods["--cache"] == ablations["--cache"]
+    assert methods["--cache"] == ablations["--cache"] and methods["--devices"] == ablations["--devices"] == "3"
 
 
 def test_measuring_that_fails_ends_the_comparison(monkeypatch, tmp_path):
