@@ -26,6 +26,7 @@ from ldm.tokenizer import Tokenizer
 FORMAT = "infusion-covariance"
 VERSION = 1
 NAME = "inverse_covariance"  # of the file's only tensor
+WIDEST = 8192  # D that is read: whether a matrix is positive definite takes D³ to see
 MOST = 2e6  # condition number up to which C⁻¹ survives being rounded to float32
 
 
@@ -237,6 +238,8 @@ def _problem(matrix: Tensor) -> str:
     """What keeps a tensor from being an inverse covariance; "" is nothing."""
     if not matrix.is_floating_point() or matrix.ndim != 2 or len(matrix) != matrix.shape[1]:
         return f"{tuple(matrix.shape)} of {matrix.dtype} is no square matrix of floating-point numbers"
+    if len(matrix) > WIDEST:
+        return f"{len(matrix):,} wide; text encodings are at most {WIDEST:,}"
     if not matrix.isfinite().all():
         return "the matrix is not finite (NaN or infinity)"
     if not torch.allclose(matrix, matrix.mT, rtol=1e-5, atol=0):

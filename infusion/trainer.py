@@ -15,6 +15,7 @@ from infusion.attention import Tape, residual_share
 from infusion.concept import Concept
 from infusion.covariance import InverseCovariance
 from infusion.encode import encode
+from infusion.fields import check_words
 from infusion.gate import Gate, fingerprint, training_prompts
 from infusion.inject import inject
 from infusion.learner import Learner
@@ -51,8 +52,8 @@ class ConceptTrainer(Learner):
         inverse_covariance: C^-1, (D, D), of the gate; None is the identity.
 
     Raises:
-        ValueError: templates that `training_prompts` refuses; a method that matches no layer; a covariance of another
-            architecture.
+        ValueError: words that `check_words` or `training_prompts` refuses; a method that matches no layer; a covariance
+            of another architecture.
     """
 
     def __init__(
@@ -89,7 +90,8 @@ class ConceptTrainer(Learner):
         if self.inverse_covariance is not None:
             covariance.check_base(sd.architecture, sd.hash, sd.text.width)
         self.noun = method.noun(superclass)
-        training_prompts(sd.text.tokenizer, self.templates, self.noun)  # refuses what cannot be trained
+        check_words(superclass, self.templates, self.noun)  # what no concept file may say …
+        training_prompts(sd.text.tokenizer, self.templates, self.noun)  # … and what cannot be trained
         self.tensors = method.start(sd, superclass, self.templates)
         self.tokens = method.tokens(self.tensors)
         terms = method.terms(sd, self.tensors, superclass, self.templates)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from infusion import covariance
 from infusion.covariance import (
     MOST,
     Covariance,
@@ -130,6 +131,13 @@ def test_round_trip(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["c.safetensors"]
     identity = InverseCovariance()
     assert identity.matrix is None and identity.fingerprint == "identity"
+
+
+def test_a_matrix_wider_than_any_text_encoding_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path / "c.safetensors", spd(5), "sd15")
+    monkeypatch.setattr(covariance, "WIDEST", 4)
+    with pytest.raises(ValueError, match=r"c\.safetensors: 5 wide; text encodings are at most 4"):
+        InverseCovariance(path)
 
 
 ASYMMETRIC = torch.tensor([[2.0, 1.0], [0.5, 2.0]])

@@ -241,7 +241,9 @@ def test_mixed_precision_trains(sd, tmp_path):
 def test_unusable_templates_are_errors(sd):
     with pytest.raises(ValueError, match="glued"):
         ConceptTrainer(sd, Infusion(), "cat", ["a {}s"])
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="needs its training prompts"):
         ConceptTrainer(sd, Infusion(), "cat", [])
+    with pytest.raises(ValueError, match=r"superclass: has the character '\\x07'"):  # no concept file may say it
+        ConceptTrainer(sd, Infusion(), "cat\a", ["a {}"])
     with pytest.raises(ValueError, match="no {}"):
         ConceptTrainer(sd, Infusion(), "cat", ["a cat"])
