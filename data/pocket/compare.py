@@ -31,6 +31,7 @@ from ldm.runs import is_run
 
 TUNED_ON = "green_dotted_elephant"
 COMPARED = ("blue_striped_dog", "checkered_car", "zigzag_hat", "other_horse", "other_backpack")
+STEPS, SCALE = 25, 5.0  # of sampling
 ABLATIONS = {  # name -> overrides of configs/compare/infusion.yaml
     "own attention": ("model.params.method.params.attention=own",),
     "residual keys": ("model.params.method.params.attention=own", "model.params.method.params.keys=true"),
@@ -124,8 +125,8 @@ def measure(runs: Sequence[Run], work: Path, out: Path, samples: int, devices: i
         "--cache": [str(work / "cache")],
         "--samples": [str(samples)],
         "--devices": [str(devices)],
-        "--scale": ["5"],
-        "--steps": ["25"],
+        "--scale": [str(SCALE)],
+        "--steps": [str(STEPS)],
     }
     listed = [word for flag, values in columns.items() for word in (flag, ",".join(values))]
     status = subprocess.run([sys.executable, str(ROOT / "scripts/metrics.py"), *listed]).returncode
