@@ -18,7 +18,8 @@ def results(*of_lora):
 def test_a_row_for_each_group_and_what_it_is_read_against():
     lines = table(results(0.2, 0.3, 0.7), ["drift"]).splitlines()
     assert lines[0] == "|  | drift ↓ |" and lines[1] == "| --- | --- |"
-    assert lines[2:] == ["| *base model* | 0.5000 ± 0.0058 |", "| infusion | 0.1100 ± 0.0058 |", "| lora | 0.40 ± 0.15 |"]
+    assert lines[2] == "| *base model* | 0.5000 ± 0.0058 |"
+    assert lines[3:] == ["| infusion | 0.1100 ± 0.0058 |", "| lora | 0.40 ± 0.15 |"]
 
 
 def test_an_asterisk_where_the_difference_from_the_first_group_is_beyond_chance():
