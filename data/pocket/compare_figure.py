@@ -7,12 +7,11 @@ The pictures are among those that were measured: the protocol's first prompts, w
 
 from pathlib import Path
 
-from data.pocket.compare import SCALE, STEPS, Run
+from data.pocket.compare import SCALE, STEPS, Run, methods
 from data.pocket.concepts import CONCEPTS
 from data.pocket.evaluate_masks import concept_photos
 from infusion.concept import Concept
 from infusion.generate import Settings, generate
-from infusion.methods import method_names
 from infusion.metrics.protocol import CONTEXT, Protocol, plain
 from infusion.metrics.subject import concept_files
 from infusion.pictures import captioned_grid, png
@@ -39,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"CONCEPT: there is no `{flags.concept}`{suggestion(flags.concept, list(CONCEPTS))}")
     if Path(flags.picture).exists():
         raise UserError(f"{flags.picture}: exists already; name another file, or remove it")
-    runs = {name: Run(name, flags.concept, SEED).folder(Path(flags.work)) for name in method_names()}
+    runs = {name: Run(name, flags.concept, SEED).folder(Path(flags.work)) for name in methods()}
     concepts = {name: Concept.load(concept_files(folder)[-1]) for name, folder in runs.items()}
     sd = StableDiffusion.from_checkpoint("configs/backbone/pocket.yaml", device=find_device(flags.device))
     noun, settings = CONCEPTS[flags.concept].noun, Settings(STEPS, SCALE)

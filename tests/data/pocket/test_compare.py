@@ -99,6 +99,10 @@ def test_a_failure_ends_the_comparison(monkeypatch, capsys, tmp_path):
     assert len(begun) < 8
 
 
+def test_infusion_is_what_the_other_methods_are_held_against():
+    assert compare.methods()[0] == "infusion" and sorted(compare.methods()) == method_names()
+
+
 def test_photos_are_masked_once(monkeypatch, tmp_path):
     loads = []
 

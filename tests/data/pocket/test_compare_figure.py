@@ -21,7 +21,7 @@ def test_the_last_file_of_a_run_is_drawn_beside_the_base_model(tmp_path, monkeyp
         )
     sheets = []
     monkeypatch.setattr(compare_figure, "captioned_grid", lambda *args, **_: sheets.append(args) or torch.ones(3, 4, 4))
-    monkeypatch.setattr(compare_figure, "method_names", lambda: ("infusion",))
+    monkeypatch.setattr(compare_figure, "methods", lambda: ["infusion"])
     monkeypatch.setattr(compare_figure, "STEPS", 2)
     monkeypatch.setattr(compare_figure, "SHOWN", 3)
     main(["zigzag_hat", str(tmp_path / "figure.png"), "--work", str(tmp_path), "--device", "cpu"])
