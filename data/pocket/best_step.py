@@ -1,6 +1,6 @@
 """Is the step that a training marks as its best as good as the best of a full sweep? (docs/best-step.md)
 
-    python -m data.pocket.best_step        # about an hour on two cores; a killed one goes on where it was
+    python -m data.pocket.best_step        # about an hour; a killed one goes on where it was
 
 Each training has `configs/with/best.yaml` and a concept file every 50 steps. Afterwards every file is measured with
 twice the samples, of other seeds, and the pick is compared with the best of these. That best is a maximum of
@@ -32,7 +32,7 @@ from ldm.files import write
 from ldm.flags import count, words
 from ldm.pipeline import StableDiffusion
 
-METHODS, CONCEPTS_SWEPT = ("infusion", "lora", "custom_diffusion"), ("blue_striped_dog", "zigzag_hat", "other_horse")
+METHODS, CONCEPTS_SWEPT = ("infusion", "lora"), ("blue_striped_dog", "zigzag_hat", "other_horse")
 STEPS, EVERY, SCALE, PATIENCE = 400, 50, 5.0, 2
 
 
