@@ -39,6 +39,7 @@ ABLATIONS = {  # name -> overrides of configs/compare/infusion.yaml
     "global gate": ("model.params.gate.params.kind=global",),
     "no mask": ("mask=none",),
     "outer layers": ("model.params.method.params.layers=^(input|output)_blocks",),
+    "150 steps": ("trainer.max_steps=150",),
 }
 
 

@@ -48,7 +48,8 @@ def test_every_run_is_a_config_that_can_be_built(variant, tmp_path):
     method = build(config.model.params.method, "method")
     assert method.name == ("infusion" if variant in ABLATIONS else variant)
     assert config.model.params.seed == config.data.params.seed == 5
-    assert config.data.params.batch_size == 8 and config.trainer.max_steps >= 200
+    assert config.data.params.batch_size == 8  # the budget of docs/comparison.md
+    assert 150 <= config.trainer.max_steps <= (1200 if variant == "textual_inversion" else 400)
 
 
 def test_a_killed_comparison_goes_on(calls, tmp_path):
