@@ -56,8 +56,13 @@ class Run:
     seed: int
 
     @property
+    def kind(self) -> str:
+        """The variant as a reader has it."""
+        return self.variant.replace("_", " ")
+
+    @property
     def label(self) -> str:
-        return f"{self.variant}, {self.concept.replace('_', ' ')}, {self.seed}"
+        return f"{self.kind}, {self.concept.replace('_', ' ')}, {self.seed}"
 
     def folder(self, work: Path) -> Path:
         return work / "runs" / self.variant.replace(" ", "-") / self.concept / f"seed-{self.seed}"
@@ -125,7 +130,7 @@ def measure(runs: Sequence[Run], work: Path, out: Path, samples: int, devices: i
     columns = {
         "--personalized_ckpt": [str(run.folder(work)) for run in runs],
         "--labels": [run.label.replace(", ", " · ") for run in runs],
-        "--groups": [run.variant for run in runs],
+        "--groups": [run.kind for run in runs],
         "--images": [str(work / "photos" / run.concept) for run in runs],
         "--out": [str(out)],
         "--cache": [str(work / "cache")],

@@ -124,15 +124,24 @@ def test_photos_are_masked_once(monkeypatch, tmp_path):
 
 def test_a_report_of_the_methods_and_one_of_the_ablations(calls, monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "mask", lambda concepts, work: None)
-    words = ["--methods", "infusion,lora", "--ablations", "hard gate", "--concepts", "zigzag_hat", "--seeds", "0,1"]
+    words = [
+        "--methods",
+        "infusion,custom_diffusion",
+        "--ablations",
+        "hard gate",
+        "--concepts",
+        "zigzag_hat",
+        "--seeds",
+        "0,1",
+    ]
     main([*words, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--jobs", "1", "--devices", "3"])
     assert len(calls) == 2 * 2 + 1 + 2
     methods, ablations = (dict(zip(call[1::2], call[2::2], strict=True)) for call in calls[-2:])
     assert methods["--out"] == str(tmp_path / "out") and ablations["--out"] == str(tmp_path / "out/ablations")
     assert methods["--labels"].split(",") == [
-        f"{variant} · zigzag hat · {seed}" for variant in ("infusion", "lora") for seed in (0, 1)
+        f"{variant} · zigzag hat · {seed}" for variant in ("infusion", "custom diffusion") for seed in (0, 1)
     ]
-    assert methods["--groups"] == "infusion,infusion,lora,lora"
+    assert methods["--groups"] == "infusion,infusion,custom diffusion,custom diffusion"
     assert ablations["--labels"] == "infusion · zigzag hat · 0,hard gate · zigzag hat · 0"
     assert ablations["--personalized_ckpt"].endswith("runs/hard-gate/zigzag_hat/seed-0")
     assert methods["--cache"] == ablations["--cache"] and methods["--devices"] == ablations["--devices"] == "3"
