@@ -76,12 +76,13 @@ class Bench:
         words = [word.replace("FOLDER", str(self.folder)).replace("CONCEPT", str(self.concept)) for word in words]
         out, err, status = io.StringIO(), io.StringIO(), 0
         with fresh_process([command, *words]), redirect_stdout(out), redirect_stderr(err), watched():
-            started = time.monotonic()
+            clocks = time.monotonic, time.process_time  # in the second, other work on the machine does not count
+            started = [clock() for clock in clocks]
             try:
                 main()
             except SystemExit as stop:
                 status = stop.code
-            seconds = time.monotonic() - started
+            seconds = min(clock() - start for clock, start in zip(clocks, started, strict=True))
         return Outcome(status, out.getvalue(), err.getvalue(), seconds)
 
     def refuse(self, command: str, *arguments: object, says: str, warns: tuple[str, ...] = ()) -> str:
