@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm import checkpoint as files
 from ldm.autoencoder import AutoencoderKL
-from ldm.config import ConfigError, build, load_config
+from ldm.config import ConfigError, build, find, load_config
 from ldm.recognise import guess
 from ldm.sampler import Denoiser, Guided, initial_noise, sample
 from ldm.schedule import Schedule
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from infusion.concept import Concept
     from infusion.regions import Region
 
-ROOT = Path(__file__).resolve().parents[1]
 PLACEHOLDER = re.compile(r"\{\d*\}")  # where a concept goes in a prompt: {} or {1}, {2}, …
 DECODED = 4  # images at a time: more are no faster, and the decoder needs a gigabyte for one of 512 × 512
 
@@ -303,8 +302,7 @@ class StableDiffusion(nn.Module):
         """The usual weights' file; `source` says where to get it when it is not there."""
         if self.checkpoint is None:
             raise ValueError(f"the model {self.architecture!r} has no usual checkpoint file: name one")
-        for path in (Path(self.checkpoint), ROOT / self.checkpoint):
-            if path.exists():
-                return path
+        if (path := find(self.checkpoint)).exists():
+            return path
         hint = f"get it from {source}, or " if source else ""
         raise ValueError(f"{self.checkpoint}: no such file; {hint}name another checkpoint of {self.architecture}")

@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from ldm.includes import ROOT
+
 OWN = ("ldm", "infusion", "clipseg", "data")
 KINDS = {  # classes of these kinds hold what they are given: none opens a file or starts a process when it is built
     "torch.nn.modules.module.Module",

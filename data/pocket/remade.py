@@ -8,35 +8,28 @@ Prints, for each figure of each run that both files have, how many standard erro
 apart; ends with exit code 1 where that is more than `WIDTH` for any.
 """
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
+from infusion.metrics.aggregate import Result
+from infusion.metrics.markdown import read
 from ldm.errors import Parser, UserError, report
 
 WIDTH = 1.96  # of a 95 % interval, in standard errors
 ROUNDING = 1e-6  # of figures that have no error, such as zeros by construction
 
 
-def read(path: str) -> dict[str, dict]:
-    """Runs of a `metrics.json`, label -> what it says; UserError for another file."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))["methods"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: is no metrics.json ({error})") from error
-
-
-def apart(before: dict[str, dict], again: dict[str, dict]) -> Iterator[tuple[str, str, float, float, float]]:
+def apart(before: Sequence[Result], again: Sequence[Result]) -> Iterator[tuple[str, str, float, float, float]]:
     """Label, metric, both values and their distance in standard errors, of what both have.
 
     Raises:
         UserError: no run is in both.
     """
-    labels = [label for label in before if label in again]
+    ours, theirs = ({run["label"]: run["figures"] for run in runs} for runs in (before, again))
+    labels = [label for label in ours if label in theirs]
     if not labels:
-        raise UserError(f"no run is in both files; there are {', '.join(before)} and {', '.join(again)}")
+        raise UserError(f"no run is in both files; there are {', '.join(ours)} and {', '.join(theirs)}")
     for label in labels:
-        first, second = before[label]["figures"], again[label]["figures"]
+        first, second = ours[label], theirs[label]
         for metric in (name for name in first if name in second):
             old, new = first[metric], second[metric]
             error = max(old["stderr"] or 0.0, ROUNDING)

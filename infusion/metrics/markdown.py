@@ -25,7 +25,7 @@ def read(path: str | Path) -> list[Result]:
     """The results in a `metrics.json`; raises UserError for another file."""
     try:
         methods = json.loads(find(path).read_text(encoding="utf-8"))["methods"]
-        return [{"label": label, **about} for label, about in methods.items()]
+        return [{"label": label, **about, "figures": about["figures"]} for label, about in methods.items()]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: is no metrics.json ({error})") from error
 
@@ -35,10 +35,7 @@ def table(results: Sequence[Result], metrics: Sequence[str]) -> str:
     everything, groups = figures_of(results), groups_of(results)
     if unknown := [name for name in metrics if name not in everything]:
         raise ValueError(f"--metrics: nothing has `{unknown[0]}`{suggestion(unknown[0], list(everything))}")
-    titles = [
-        FAMILY.get(name.split("_")[0], "") + METRICS[name].title + ARROWS[METRICS[name].better] for name in metrics
-    ]
-    lines = [["", *titles], ["---"] * (len(metrics) + 1)]
+    lines = [["", *map(title, metrics)], ["---"] * (len(metrics) + 1)]
     for row in against_rows(everything, metrics):
         lines.append([f"*{row['label']}*", *(_cell(cell) for cell in row["cells"])])
     for group, row in zip(groups, group_rows(groups, metrics), strict=True):

@@ -5,9 +5,13 @@ import pytest
 from data.pocket.remade import main
 
 
+def said(**runs):
+    return json.dumps({"methods": runs})
+
+
 def write(path, **figures):
-    said = {name: {"value": value, "stderr": error} for name, (value, error) in figures.items()}
-    path.write_text(json.dumps({"methods": {"infusion · hat · 1": {"figures": said}}}))
+    estimates = {name: {"value": value, "stderr": error} for name, (value, error) in figures.items()}
+    path.write_text(said(**{"infusion · hat · 1": {"figures": estimates}}))
     return str(path)
 
 
@@ -33,7 +37,8 @@ def test_a_zero_by_construction_has_to_stay_one(tmp_path):
 def test_files_of_something_else(tmp_path, capsys):
     before = write(tmp_path / "before.json", clip_i=(0.5, 0.02))
     other = tmp_path / "other.json"
-    for text, complaint in (("{", "is no metrics.json"), ('{"methods": {"x": {}}}', "no run is in both")):
+    none, nothing = "is no metrics.json", "no run is in both"
+    for text, complaint in (("{", none), (said(x={}), none), (said(x={"figures": {}}), nothing)):
         other.write_text(text)
         with pytest.raises(SystemExit) as stop:
             main([before, str(other)])
