@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.attention import normalise, pixels, tokens
+from ldm.unet import Upsample
 
 
 class ResnetBlock(nn.Module):
@@ -54,17 +55,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """(B, C, h, w) -> (B, C, 2h, 2w) by repetition and a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 def level(channels: int, out_channels: int, blocks: int, **resample: nn.Module) -> nn.Sequential:
