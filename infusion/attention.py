@@ -4,7 +4,7 @@ Legend for shapes: B batch, N image tokens, L text tokens, K concepts, H heads, 
 
 The customised stream is `A_F (V + g rᵀ)`, with the foundation's attention map A_F. Both streams read the same text, so
 `A_F V` is the foundation's own output and the edit is a rank-one addition: `out_F + a ⊗ r` with the attention mass
-`a = A_F g` (DESIGN section 2).
+`a = A_F g` (README, Method).
 """
 
 from dataclasses import dataclass

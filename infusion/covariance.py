@@ -1,4 +1,4 @@
-"""The covariance of text encodings, C, whose inverse weighs the gate (DESIGN section 2; Perfusion, arXiv 2305.01644).
+"""The covariance of text encodings, C, whose inverse weighs the gate (README, Method; Perfusion, arXiv 2305.01644).
 
 C = (1 / n) Σ_j e_j e_jᵀ, uncentred, over the n word tokens of many captions. The gate compares the encodings of words
 with the concept's, so C is that of words too: the begin token, the end token and the padding, which are most of the 77

@@ -1,4 +1,4 @@
-"""The gate: how strongly a concept is blended at each text token (DESIGN section 2; sigmoid gate of Perfusion)."""
+"""The gate: how strongly a concept is blended at each text token (README, Method; sigmoid of Perfusion, 2305.01644)."""
 
 import hashlib
 import math

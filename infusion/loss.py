@@ -1,4 +1,4 @@
-"""The denoising loss under a soft mask (DESIGN section 2)."""
+"""The denoising loss under a soft mask (README, Method)."""
 
 import torch
 from torch import Tensor

@@ -27,7 +27,7 @@ from ldm.pipeline import StableDiffusion
 
 
 class ConceptTrainer(Learner):
-    """One concept on one base model (DESIGN section 2). Injects the method's edits into the UNet for good.
+    """One concept on one base model (README, Method). Injects the method's edits into the UNet for good.
 
     A batch is a dict: latents (B, 4, h, w), scaled; template, a list of B prompts with {} for the concept; mask
     (B, 1, h, w) in [0, 1], or no such key for a loss over the whole image; prior, where there are images of the

@@ -28,7 +28,7 @@ def recomputing(unet: nn.Module, on: bool) -> Iterator[None]:
 
 
 class ReleasedDesign:
-    """An optimiser step as the released code's design does it (DESIGN section 3), by this repository's own parts.
+    """An optimiser step as the released code's design does it (docs/performance.md), by this repository's own parts.
 
     - Every step encodes the images by the autoencoder and the prompts by the text encoder.
     - Both streams are one batch of twice the size: the customised rows, whose gate is 1 on the concept's tokens, then

@@ -1,4 +1,4 @@
-"""Infusion: a residual value embedding per cross-attention layer, on the foundation's attention (DESIGN section 2)."""
+"""Infusion: a residual value embedding per cross-attention layer, on the foundation's attention (README, Method)."""
 
 import re
 from collections.abc import Sequence
