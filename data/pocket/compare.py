@@ -173,12 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--samples", type=count, help="of each kind, for each run", default=32)
     add("--devices", type=processes, help="processes that share the measuring, each with a device", default=1)
     add("--work", metavar="DIR", help="runs, masks and what was measured; kept", default="outputs/compare")
-    add(
-        "--out",
-        metavar="DIR",
-        help="gets metrics.json and report.html, and ablations/ the same",
-        default="results/pocket",
-    )
+    about = "gets metrics.json and report.html, and ablations/ the same; None: report/ in --work"
+    add("--out", metavar="DIR", help=about, default=None)
     flags = parser.parse_args(arguments)
     work = Path(flags.work)
     variants = list(methods() if flags.methods is None else flags.methods)
@@ -205,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
                 training.result()
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure, what has not begun
-    for folder, own in reports(runs, Path(flags.out)).items():
+    for folder, own in reports(runs, Path(flags.out or work / "report")).items():
         measure(own, work, folder, flags.samples, flags.devices)
 
 

@@ -122,7 +122,8 @@ def test_photos_are_masked_once(monkeypatch, tmp_path):
     assert loads == ["pocket"]
 
 
-def test_a_report_of_the_methods_and_one_of_the_ablations(calls, monkeypatch, tmp_path):
+@pytest.mark.parametrize("given", ["out", None])
+def test_a_report_of_the_methods_and_one_of_the_ablations(given, calls, monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "mask", lambda concepts, work: None)
     words = [
         "--methods",
@@ -134,10 +135,12 @@ def test_a_report_of_the_methods_and_one_of_the_ablations(calls, monkeypatch, tm
         "--seeds",
         "0,1",
     ]
-    main([*words, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--jobs", "1", "--devices", "3"])
+    out = tmp_path / (given or "work/report")
+    words += ["--out", str(out)] if given else []
+    main([*words, "--work", str(tmp_path / "work"), "--jobs", "1", "--devices", "3"])
     assert len(calls) == 2 * 2 + 1 + 2
     methods, ablations = (dict(zip(call[1::2], call[2::2], strict=True)) for call in calls[-2:])
-    assert methods["--out"] == str(tmp_path / "out") and ablations["--out"] == str(tmp_path / "out/ablations")
+    assert methods["--out"] == str(out) and ablations["--out"] == str(out / "ablations")
     assert methods["--labels"].split(",") == [
         f"{variant} · zigzag hat · {seed}" for variant in ("infusion", "custom diffusion") for seed in (0, 1)
     ]
