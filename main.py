@@ -9,6 +9,7 @@ number of optimiser steps between two resume states, `models/last.ckpt`; `keep` 
 `non_finite` is what a loss or gradient does that is not: stop, or skip the step.
 """
 
+import atexit
 import json
 import logging
 import os
@@ -290,8 +291,10 @@ def main() -> None:
         return
     import pytorch_lightning as pl
 
+    from ldm.ranks import leave
     from ldm.signals import Signals, Stopped
 
+    atexit.register(leave)
     name = flags.name or (Path(flags.base[-1]).stem if flags.base else "")
     folder = folder_of(flags.resume) if flags.resume else new_folder(flags.logdir, flags.basedir, name)
     state, step = resume_state(flags.resume) if flags.resume else (None, 0)

@@ -1,5 +1,6 @@
 """Several processes, on one machine or many, that share the rows of one piece of work."""
 
+import atexit
 import logging
 from typing import TYPE_CHECKING, TypeVar
 
@@ -45,11 +46,20 @@ class Ranks:
 
 def everyone(value: Value) -> list[Value]:
     """Every process's value, by rank; of one process alone, its own."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _connected():
         return [value]
     values = [value] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def leave() -> None:
+    """Ends the connection to the other processes, if there is one.
+
+    To be done before the interpreter ends: gloo's threads abort a process that ends around them (pytorch#179291).
+    """
+    if _connected():
+        torch.distributed.destroy_process_group()
 
 
 def launch(devices: int, num_nodes: int, device: torch.device) -> tuple[Ranks, torch.device]:
@@ -70,6 +80,11 @@ def launch(devices: int, num_nodes: int, device: torch.device) -> tuple[Ranks, t
 
     fabric = Fabric(accelerator=device.type, strategy="ddp", devices=devices, num_nodes=num_nodes)
     fabric.launch()
+    atexit.register(leave)
     if fabric.global_rank:
         logging.disable(logging.WARNING)  # one process speaks for all
     return Ranks(fabric), fabric.device
+
+
+def _connected() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

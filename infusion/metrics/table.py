@@ -11,6 +11,7 @@ from pathlib import Path
 from infusion.metrics.aggregate import READ_AGAINST, Group, groups_of
 from infusion.metrics.options import CACHE
 from ldm.errors import UserError
+from ldm.files import holds_work
 
 FORMAT, VERSION = "infusion-metrics", 1
 JSON, CSV, REPORT, PLOTS = "metrics.json", "metrics.csv", "report.html", "plots"
@@ -72,10 +73,9 @@ def check_folder(out: Path, subjects: Mapping[str, str], settings: Mapping[str, 
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; name a folder")
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if names and not names & {JSON, CACHE}:
+    if holds_work(out) and not any((out / name).exists() for name in (JSON, CACHE)):
         raise UserError(f"--out: {out} holds other files; name a new folder")
-    if JSON not in names:
+    if not (out / JSON).exists():
         return
     try:
         before = json.loads((out / JSON).read_text(encoding="utf-8"))

@@ -43,14 +43,17 @@ def test_two_processes_make_the_rows_of_one(tmp_path):
     program.write_text(
         textwrap.dedent(
             """
-            import json, sys
+            import atexit, json, sys
             from pathlib import Path
             import torch
             from infusion.metrics.cache import Cache
             from ldm.ranks import launch
 
             folder = Path(sys.argv[1])
+            connected = lambda: str(torch.distributed.is_initialized())
+            atexit.register(lambda: (folder / f"{ranks.rank}.end").write_text(connected()))  # the last of all
             ranks, device = launch(2, 1, torch.device("cpu"))
+            assert connected() == "True"
             made = []
 
             def make(rows):
@@ -75,3 +78,4 @@ def test_two_processes_make_the_rows_of_one(tmp_path):
     assert first["figures"] == second["figures"] == {"rank": 0}
     assert second["first"] == 0 and second["device"] == "cpu"
     assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert [(tmp_path / f"{rank}.end").read_text() for rank in range(2)] == ["False"] * 2

@@ -7,6 +7,7 @@ import pytest
 from infusion.metrics.output import write
 from infusion.metrics.table import Measured, check_folder, table
 from ldm.errors import UserError
+from ldm.files import locked
 from tests.infusion.metrics.test_page import figure, result
 
 SETTINGS = {"metrics": ["lfd"], "samples": 4}
@@ -100,3 +101,5 @@ def test_folders_of_something_else(tmp_path):
         check_folder(tmp_path, {}, SETTINGS)
     (tmp_path / "killed/cache").mkdir(parents=True)
     check_folder(tmp_path / "killed", {}, SETTINGS)
+    with locked(tmp_path / "begun"):  # by a first process, or by a command whose cache is elsewhere
+        check_folder(tmp_path / "begun", {}, SETTINGS)
