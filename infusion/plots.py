@@ -142,6 +142,7 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     figure = Figure(SIZE, dpi=DPI, layout="constrained")
     axes = figure.subplots()
     axes.grid(True)
+    axes.locator_params(axis="x", nbins=5)  # labels as long as 0.0025 stand apart
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     return figure, axes

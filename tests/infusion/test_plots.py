@@ -1,4 +1,7 @@
 import re
+from itertools import pairwise
+
+import pytest
 
 from infusion.methods import method_names
 from infusion.plots import GREY, PALETTE, Point, Series, colours, curves, inline, plane
@@ -29,6 +32,15 @@ def test_a_plane_names_its_points_and_levels():
     texts = re.findall(r">([^<>]+)</text>", svg)
     assert {"lora", "base &lt;model&gt;", "photos", "LFD", "likeness"} <= set(texts)
     assert svg == plane(POINTS, "LFD", "likeness", {"photos": 0.8})
+
+
+@pytest.mark.parametrize("high", [0.018, 0.0019, 0.0014, 0.7, 17_000])
+def test_the_labels_of_an_axis_stand_apart(high):
+    svg = plane([Series("lora", "#2f7fc4", (Point(high, 0.5, high / 9, 0.1),))], "LFD", "likeness")
+    labels = re.findall(r'anchor: middle; fill: #23262c" x="([\d.]+)" [^>]*>([\d.]+)</text>', svg)
+    assert len(labels) >= 3
+    for (place, text), (next_place, next_text) in pairwise((float(x), text) for x, text in labels):
+        assert next_place - place > 6.4 * (len(text) + len(next_text)) / 2 + 8  # 6.4: a digit of DejaVu Sans at 10 pt
 
 
 def test_names_do_not_cover_each_other():
