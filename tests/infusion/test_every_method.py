@@ -85,9 +85,10 @@ def test_an_untrained_concept_is_the_base_model(sd, name, latents):
     with torch.no_grad():
         prediction = module.method.predict(sd.unet, latents, torch.tensor([400, 400]), text, gates, {})
     release(sd)
-    prompts = [fill(template, [concept.noun]) for template in TEMPLATES]
-    assert torch.equal(prediction, base(sd, prompts, latents))
-    assert torch.equal(predict(sd, [concept], TEMPLATES, latents), base(sd, prompts, latents))
+    expected = base(sd, [fill(template, [concept.noun]) for template in TEMPLATES], latents)
+    assert torch.equal(prediction, expected)
+    # sampling has both streams in one batch, whose size may change the rounding
+    torch.testing.assert_close(predict(sd, [concept], TEMPLATES, latents), expected, atol=1e-5, rtol=1e-5)
 
 
 @every
