@@ -13,9 +13,10 @@ demo: .venv
 compare: .venv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m data.pocket.compare
 
-# FAST=1 leaves out the tests marked slow
+# side by side, one process a core; then those marked slow, which take cores and memory for themselves; not with FAST=1
 test: .venv
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(if $(FAST),-m "not slow")
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 8 --dist loadfile
+	$(if $(FAST),,HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow)
 
 lint: .venv
 	$(BIN)/ruff check .
