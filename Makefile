@@ -11,7 +11,7 @@ demo: .venv
 
 # hours; goes on where it was killed
 compare: .venv
-	HF_HUB_OFFLINE=1 $(BIN)/python -m data.pocket.compare
+	HF_HUB_OFFLINE=1 $(BIN)/python -m scripts.pocket.compare
 
 # side by side, one process a core; then those marked slow, which take cores and memory for themselves; not with FAST=1
 test: .venv

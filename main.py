@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ldm.config import ConfigError, build, check, check_params, find, load_config, override, refuse_unused, resolve
-from ldm.errors import Parser, UserError, report, suggestion
-from ldm.runs import at_work, folder_of, is_run, new_folder, rank, resume_state
+from ldm.util.config import ConfigError, build, check, check_params, find, load_config, override, refuse_unused, resolve
+from ldm.util.errors import Parser, UserError, report, suggestion
+from ldm.util.runs import at_work, folder_of, is_run, new_folder, rank, resume_state
 
 if TYPE_CHECKING:  # what takes seconds to import is imported where it works, after the flags have been read
     import pytorch_lightning as pl
 
     from ldm.pipeline import StableDiffusion
-    from ldm.signals import Signals
+    from ldm.util.signals import Signals
 
 DEFAULTS = {"trainer": {}, "callbacks": {}, "parts": {}, "use_ema": False, "weights": "float32", "seed": 23,
             "save_every": 500, "keep": 1, "non_finite": "stop"}  # fmt: skip
@@ -181,7 +181,7 @@ def summarise(config: DictConfig) -> str:
 
 def weight_files(config: DictConfig) -> dict[str, Path]:
     """Config key (`ckpt`, `parts.vae`, …) -> file of weights, here or in the repository; UserError if there is none."""
-    from ldm.layout import PREFIXES
+    from ldm.weights.names import PREFIXES
 
     parts = OmegaConf.to_container(config.parts) or {}
     for component in parts:
@@ -202,7 +202,7 @@ def weight_files(config: DictConfig) -> dict[str, Path]:
 
 def load_weights(sd: "StableDiffusion", files: dict[str, Path], use_ema: bool = False) -> None:
     """Loads the checkpoint, then single components, whose tensors may be named as there or as in the module."""
-    from ldm.checkpoint import PREFIXES, TensorFile, load_into
+    from ldm.weights.checkpoint import PREFIXES, TensorFile, load_into
 
     for key, file in files.items():
         component = key.removeprefix("parts.")
@@ -238,9 +238,9 @@ def make_trainer(folder: Path, config: DictConfig, params: dict, signals: "Signa
     from pytorch_lightning.callbacks import LambdaCallback, TQDMProgressBar
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-    from ldm.finite import Finite
-    from ldm.logs import Log
-    from ldm.resume import ResumeState, StateFile
+    from ldm.util.finite import Finite
+    from ldm.util.logs import Log
+    from ldm.util.resume import ResumeState, StateFile
 
     params = build(params, "trainer")
     if params.get("max_steps", -1) > 0:  # one epoch of known length, so that the progress bar can tell the time left
@@ -291,8 +291,8 @@ def main() -> None:
         return
     import pytorch_lightning as pl
 
-    from ldm.ranks import leave
-    from ldm.signals import Signals, Stopped
+    from ldm.util.dist import leave
+    from ldm.util.signals import Signals, Stopped
 
     atexit.register(leave)
     name = flags.name or (Path(flags.base[-1]).stem if flags.base else "")

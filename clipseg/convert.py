@@ -2,8 +2,8 @@
 
 The original decoder file (`rd64-uni-refined.pth`) holds 54 tensors: the decoder of `CLIPDensePredT` and a linear layer
 `reduce` that it never uses. CLIP ViT-B/16, which it does not hold, comes in OpenAI's layout (open_clip's files too) or
-as transformers' `CLIPModel`, and pocket's as `ldm.clip.Clip`. Tables map an original name to the new ones; where there
-are three, the tensor holds queries, keys and values one above the other.
+as transformers' `CLIPModel`, and pocket's as `ldm.models.clip.Clip`. Tables map an original name to the new ones; where
+there are three, the tensor holds queries, keys and values one above the other.
 """
 
 from collections.abc import Mapping
@@ -107,7 +107,7 @@ def convert_decoder(tensors: Mapping[str, Tensor], config: CLIPSegConfig) -> dic
 
 
 def own_name(name: str) -> str:
-    """A tensor of `CLIPSegForImageSegmentation.clip` -> its name in `ldm.clip.Clip`."""
+    """A tensor of `CLIPSegForImageSegmentation.clip` -> its name in `ldm.models.clip.Clip`."""
     name = name.removeprefix("clip.")
     if name.startswith("text_model."):
         return f"text.transformer.{name}"
@@ -115,7 +115,7 @@ def own_name(name: str) -> str:
 
 
 def convert_clip(tensors: Mapping[str, Tensor], config: CLIPSegConfig) -> dict[str, Tensor]:
-    """CLIP's tensors in OpenAI's layout, transformers', or that of `ldm.clip.Clip` -> `clip.*`.
+    """CLIP's tensors in OpenAI's layout, transformers', or that of `ldm.models.clip.Clip` -> `clip.*`.
 
     Raises:
         ValueError: none of these layouts, or as `rename` does.

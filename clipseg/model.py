@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
-from ldm.tokenizer import Tokenizer
+from ldm.models.tokenizer import Tokenizer
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which CLIPSeg was trained with
 LEGACY_END = 2  # configs from before transformers 4.31 say this, and mean the highest id of a text

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clipseg.model import ClipSeg
 from clipseg.weights import on_clip
-from ldm.optimise import adamw
+from ldm.training.optimise import adamw
 
 
 class ClipSegTraining(pl.LightningModule):

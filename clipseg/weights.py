@@ -10,12 +10,12 @@ from transformers import CLIPSegConfig
 
 from clipseg.convert import SHOWN, convert_clip, convert_decoder, refined_config
 from clipseg.model import ClipSeg
-from ldm.checkpoint import TensorFile
-from ldm.config import ConfigError, build, find, load_config, resolve
-from ldm.tokenizer import Tokenizer
-from ldm.usual import CLIPSEG as USUAL
-from ldm.usual import POCKET
-from ldm.usual import POCKET_CLIPSEG as POCKET_WEIGHTS
+from ldm.models.tokenizer import Tokenizer
+from ldm.util.config import ConfigError, build, find, load_config, resolve
+from ldm.util.defaults import CLIPSEG as USUAL
+from ldm.util.defaults import POCKET
+from ldm.util.defaults import POCKET_CLIPSEG as POCKET_WEIGHTS
+from ldm.weights.checkpoint import TensorFile
 
 SOURCE = (
     "copy the files of `CIDAS/clipseg-rd64-refined` (Hugging Face) into that folder, or name the original "

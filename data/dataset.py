@@ -15,8 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from data.photos import MASK_LABEL, SUFFIXES, first_file, is_image
-from infusion.settings import PIXELS
-from ldm.config import find
+from infusion.sampling.settings import PIXELS
+from ldm.util.config import find
 
 ENLARGED = 2.0  # times; a photo enlarged more than this is blurred, and its blur is learned
 CAPTIONS = 100_000  # bytes of a photo's captions, at most

@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from ldm.config import ROOT, ConfigError, build, find, load_config
-from ldm.errors import Parser, UserError, report
-from ldm.flags import count, find_device, number, written
+from ldm.util.config import ROOT, ConfigError, build, find, load_config
+from ldm.util.errors import Parser, UserError, report
+from ldm.util.flags import count, find_device, number, written
 
 if TYPE_CHECKING:
-    from ldm.text import ClipText, OpenClipText
+    from ldm.models.text import ClipText, OpenClipText
 
 TYPES = {"clip": "sd15", "openclip": "sd21"}  # text encoder -> its usual backbone
 
@@ -71,8 +71,8 @@ def find_weights(flags: argparse.Namespace, config: DictConfig) -> Path:
 def load_text_encoder(flags: argparse.Namespace, config: DictConfig, weights: Path) -> "ClipText | OpenClipText":
     import torch  # after the flags: it takes seconds
 
-    from ldm.checkpoint import PREFIXES, load_into
-    from ldm.text import ClipText, OpenClipText
+    from ldm.models.text import ClipText, OpenClipText
+    from ldm.weights.checkpoint import PREFIXES, load_into
 
     with torch.device("meta"):
         text = build(OmegaConf.to_container(config.sd.params.text, resolve=True), "sd.params.text")
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     flags = parse(arguments)
     from infusion.covariance import InverseCovariance, estimate, invert, read_captions, save_inverse
-    from ldm.checkpoint import sha256
+    from ldm.weights.checkpoint import sha256
 
     if not Path(flags.caption).is_file():
         raise UserError(f"--caption: there is no file {flags.caption}")

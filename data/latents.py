@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data.dataset import ConceptImages
 from data.prior import ClassImages
 from data.prompts import TEMPLATES
-from ldm.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import AutoencoderKL
 
 BATCH = 1000  # photos, at most
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Photos of many concepts, for one training of them all (`infusion.many`)."""
+"""Photos of many concepts, for one training of them all (`infusion.training.many`)."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from data.dataset import ConceptImages
 from data.latents import ConceptData
 from data.prompts import TEMPLATES
-from ldm.config import check_params
-from ldm.errors import naming
+from ldm.util.config import check_params
+from ldm.util.errors import naming
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from data.dataset import ConceptImages, is_image
 from infusion.inject import unedited
-from infusion.pictures import png
-from ldm.files import create
+from infusion.sampling.pictures import png
 from ldm.pipeline import StableDiffusion
+from ldm.util.files import create
 
 COUNT, BATCH = 100_000, 1000  # class images, and how many at a time, at most
 

@@ -29,9 +29,9 @@ from tqdm import tqdm
 from data.photos import MASK_LABEL, first_file, is_image
 from data.prompts import TEMPLATES
 from infusion.tokens import fill
-from ldm.errors import Parser, report
-from ldm.flags import batch, find_device
-from ldm.usual import CLIPSEG
+from ldm.util.defaults import CLIPSEG
+from ldm.util.errors import Parser, report
+from ldm.util.flags import batch, find_device
 
 if TYPE_CHECKING:  # what takes seconds to import is imported where it works, after the flags have been read
     from torch import Tensor
@@ -147,8 +147,8 @@ def segment_folder(
     import torch
 
     from data.dataset import read_image
-    from infusion.pictures import png
-    from ldm.files import write
+    from infusion.sampling.pictures import png
+    from ldm.util.files import write
 
     photos, prompts = find_photos(image_dir, overwrite), fill_templates(super_class, templates)
     rows = {photo.path: measure(photo.path, photo.kept, read_kept(photo.kept), False) for photo in photos if photo.kept}

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infusion.regions import shrink
-from infusion.weights import kept
-from ldm.attention import Context, CrossAttention
+from infusion.deltas import kept
+from infusion.sampling.regions import shrink
+from ldm.models.attention import Context, CrossAttention
 
 Tape = dict[str, tuple[Tensor, Tensor]]  # layer name -> attention output before to_out (B, N, C), mass (B, K, H, N)
 
@@ -40,7 +40,7 @@ class CustomisedPass(Context):
     Attributes:
         tape: as a foundation pass of the same text, latents and timesteps left it.
         strengths: (K,), the factor on each concept's residual.
-        chosen: (B,), which residual of a bank each row has, where the edits are banks (`infusion.many`).
+        chosen: (B,), which residual of a bank each row has, where the edits are banks (`infusion.training.many`).
     """
 
     tape: Tape
@@ -100,7 +100,7 @@ class ResidualValue(nn.Module):
     The key is heeded by an `OwnPass` only.
 
     Args:
-        residual, key: see `infusion.weights.kept`; no residual key with None.
+        residual, key: see `infusion.deltas.kept`; no residual key with None.
     """
 
     def __init__(self, residual: Tensor, key: Tensor | None = None):

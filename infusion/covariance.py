@@ -16,12 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from infusion.fields import check_header
+from infusion.concepts.fields import check_header
 from infusion.gate import fingerprint
-from ldm.checkpoint import write
-from ldm.config import find
-from ldm.errors import naming
-from ldm.tokenizer import Tokenizer
+from ldm.models.tokenizer import Tokenizer
+from ldm.util.config import find
+from ldm.util.errors import naming
+from ldm.weights.checkpoint import write
 
 FORMAT = "infusion-covariance"
 VERSION = 1
@@ -78,7 +78,7 @@ def estimate(text_encoder: nn.Module, captions: Iterable[str], batch_size: int =
     """The covariance of the word tokens of captions, which are read and encoded a batch at a time.
 
     Args:
-        text_encoder: as in `ldm.text`, with `encode_tokens`, `tokenizer` and `width`.
+        text_encoder: as in `ldm.models.text`, with `encode_tokens`, `tokenizer` and `width`.
         captions: any number of strings.
         batch_size: captions encoded at a time; does not change the result.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infusion.tokens import concept_mask
-from ldm.tokenizer import Tokenizer
+from ldm.models.tokenizer import Tokenizer
 
 IDENTITY = "identity"  # the fingerprint of having no covariance file
 
@@ -93,7 +93,7 @@ def target_input(text_encoder: torch.nn.Module, templates: Sequence[str], noun: 
     Each prompt counts the same, whatever the number of its concept tokens.
 
     Args:
-        text_encoder: as in `ldm.text`: a list of B strings to (B, L, D), with a `tokenizer`.
+        text_encoder: as in `ldm.models.text`: a list of B strings to (B, L, D), with a `tokenizer`.
         templates: training prompts, each with a placeholder for the concept.
         noun: the superclass word.
 

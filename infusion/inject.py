@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from infusion.attention import EditedCrossAttention, ResidualValue
-from infusion.weights import weights_edited
-from ldm.attention import CrossAttention
+from infusion.deltas import weights_edited
+from ldm.models.attention import CrossAttention
 
 
 def cross_attention_layers(unet: nn.Module) -> dict[str, CrossAttention]:

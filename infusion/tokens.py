@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ldm.tokenizer import Tokenizer
+    from ldm.models.tokenizer import Tokenizer
 
 LONGEST, WORD = 20_000, 4000  # characters of a filled prompt, and of one word: tokenizing takes the square of it
 PLACEHOLDER = re.compile(r"\{(\d*)\}")  # "{}" for the only concept, "{1}", "{2}" for several
@@ -37,7 +37,7 @@ def concept_places(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) 
     may be several tokens. A placeholder that is cut off at the tokenizer's length keeps what remains.
 
     Args:
-        tokenizer: as in `ldm.tokenizer`; L is its context length, counting the begin and the end token.
+        tokenizer: as in `ldm.models.tokenizer`; L is its context length, counting the begin and the end token.
         template: "{}" stands for the only concept; "{1}", "{2}" … for several.
         nouns: what stands in a prompt for each of K concepts.
 

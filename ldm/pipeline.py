@@ -12,18 +12,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from ldm import checkpoint as files
-from ldm.autoencoder import AutoencoderKL
-from ldm.config import ConfigError, build, find, load_config
-from ldm.recognise import guess
-from ldm.sampler import Denoiser, Guided, initial_noise, sample
-from ldm.schedule import Schedule
-from ldm.text import ClipText, OpenClipText
-from ldm.unet import UNet
+from ldm.diffusion.sampler import Denoiser, Guided, initial_noise, sample
+from ldm.diffusion.schedule import Schedule
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.text import ClipText, OpenClipText
+from ldm.models.unet import UNet
+from ldm.util.config import ConfigError, build, find, load_config
+from ldm.weights import checkpoint as files
+from ldm.weights.recognise import guess
 
 if TYPE_CHECKING:
-    from infusion.concept import Concept
-    from infusion.regions import Region
+    from infusion.concepts.concept import Concept
+    from infusion.sampling.regions import Region
 
 PLACEHOLDER = re.compile(r"\{\d*\}")  # where a concept goes in a prompt: {} or {1}, {2}, …
 DECODED = 4  # images at a time: more are no faster, and the decoder needs a gigabyte for one of 512 × 512
@@ -222,14 +222,14 @@ class StableDiffusion(nn.Module):
             seed: of the first image.
             negative_prompt: what to guide away from.
             eta: share of DDIM's noise, in [0, 1]; for the ddim sampler only.
-            sampler: a key of `ldm.schedulers.SAMPLERS`.
+            sampler: a key of `ldm.diffusion.schedulers.SAMPLERS`.
             height, width: in pixels; None is the size of training.
             batch_size: images at a time; None is all of them.
             progress: show a progress bar.
             beta, tau: the concepts' gates, one value or one per concept; None is the default for sampling.
             strengths: factors on the concepts' residuals, one value or one per concept; None is 1.
             gate: "sigmoid", "hard" or "global", one or one per concept; None is as each concept was trained.
-            regions: boxes that concepts keep to (`infusion.regions.Region`).
+            regions: boxes that concepts keep to (`infusion.sampling.regions.Region`).
             inverse_covariance: C⁻¹, (D, D), when the concepts were trained with one; None is the identity.
 
         Returns:
@@ -261,9 +261,11 @@ class StableDiffusion(nn.Module):
     def denoiser(
         self, prompts: list[str], concepts: Sequence["Concept"], negative_prompt: str, scale: float, **options: Any
     ) -> AbstractContextManager[Denoiser]:
-        """Guidance towards B prompts, within a `with`; `options` are those of `infusion.sampling.Customised`."""
+        """Guidance towards B prompts, within a `with`; `options`: see `infusion.sampling.customised.Customised`."""
         if concepts:
-            from infusion.sampling import Customised  # the method builds on this package, not the other way round
+            from infusion.sampling.customised import (
+                Customised,  # the method builds on this package, not the other way round
+            )
 
             return Customised(self, concepts, prompts, [negative_prompt] * len(prompts), scale, **options)
         text, negative = (self.text(words).to(self.device, self.dtype) for words in (prompts, [negative_prompt]))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from infusion.benchmark.settings import MEANS, MEMORY, PRECISIONS, RATIOS, SIZES, TIMED, Settings, choose
-from ldm.errors import Parser, UserError, report
-from ldm.flags import batch, count, find_device, words
+from ldm.util.errors import Parser, UserError, report
+from ldm.util.flags import batch, count, find_device, words
+from scripts.benchmarks.settings import MEANS, MEMORY, PRECISIONS, RATIOS, SIZES, TIMED, Settings, choose
 
 LATENT = 32  # on a CPU
 REPEATS = {"cpu": 5, "cuda": 20}
@@ -50,7 +50,7 @@ def settle(flags: argparse.Namespace) -> Settings:
     Raises:
         UserError: a device that cannot be used, or latents that the UNet cannot halve as often as it needs.
     """
-    from infusion.benchmark.model import sides  # after the flags: it takes seconds
+    from scripts.benchmarks.model import sides  # after the flags: it takes seconds
 
     device = find_device(flags.device)
     if device.type not in REPEATS:
@@ -76,10 +76,10 @@ def check_target(path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     flags = parse(arguments)
     settings = settle(flags)
-    from infusion.benchmark.memory import measurable  # after the flags: these take seconds
-    from infusion.benchmark.run import benchmark, check_compiler
-    from infusion.benchmark.table import table
-    from ldm.files import write
+    from ldm.util.files import write
+    from scripts.benchmarks.memory import measurable  # after the flags: these take seconds
+    from scripts.benchmarks.run import benchmark, check_compiler
+    from scripts.benchmarks.table import table
 
     device = find_device(settings.device)
     chosen = measurable(flags.chosen, flags.only is not None, device)

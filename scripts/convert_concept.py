@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from infusion.forms import FORMS
-from ldm.config import backbones
-from ldm.errors import Parser, UserError, report
+from infusion.concepts.forms import FORMS
+from ldm.util.config import backbones
+from ldm.util.errors import Parser, UserError, report
 
 if TYPE_CHECKING:
-    from infusion.concept import Concept
+    from infusion.concepts.concept import Concept
 
 UNSAID = ("superclass", "templates", "architecture", "gate", "attention", "values_only")  # by a released .ckpt
 
@@ -40,9 +40,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def read(flags: argparse.Namespace) -> "Concept":
-    from infusion import released  # after the flags: it takes seconds
-    from infusion.concept import Concept
-    from ldm.tensorfile import TensorFile
+    from infusion.concepts import released  # after the flags: it takes seconds
+    from infusion.concepts.concept import Concept
+    from ldm.weights.files import TensorFile
 
     said = {name: getattr(flags, name) for name in UNSAID if getattr(flags, name)}
     with TensorFile(flags.source) as file:
@@ -70,7 +70,7 @@ def write(concept: "Concept", path: Path, form: str) -> None:
 @report
 def main(arguments: list[str] | None = None) -> None:
     flags = parse(arguments)
-    from infusion.concept import Concept
+    from infusion.concepts.concept import Concept
 
     concept, path = read(flags), Path(flags.target)
     write(concept, path, flags.form)

@@ -15,11 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.pocket.scene import CONCEPTS
-from infusion.settings import Settings
-from ldm.config import find, load_config
-from ldm.errors import Parser, report, suggestion
-from ldm.flags import number, seed, writable
-from ldm.usual import POCKET_CLASSIFIER, POCKET_CLIP, POCKET_CLIPSEG
+from infusion.sampling.settings import Settings
+from ldm.util.config import find, load_config
+from ldm.util.defaults import POCKET_CLASSIFIER, POCKET_CLIP, POCKET_CLIPSEG
+from ldm.util.errors import Parser, report, suggestion
+from ldm.util.flags import number, seed, writable
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     flags, started = parse(arguments), time.monotonic()
     from clipseg.weights import POCKET_CONFIG, load  # after the flags: it takes seconds
-    from data.pocket.demo import Plan, free_folder, learn, write_report
-    from data.pocket.judge import Judge
     from ldm.pipeline import StableDiffusion
+    from scripts.pocket.demo import Plan, free_folder, learn, write_report
+    from scripts.pocket.judge import Judge
 
     judge = Judge.load(clip_weights=flags.clip, classifier_weights=flags.classifier)
     clipseg = load(flags.clipseg, config=POCKET_CONFIG) if flags.masks == "clipseg" else None

@@ -16,16 +16,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from infusion.prompts import Job, read_jobs
-from infusion.refuse import check_concepts, check_sizes, check_words, fill_in, source
-from infusion.settings import Settings
-from ldm.config import BACKBONES, find
-from ldm.errors import Parser, UserError, naming, report
-from ldm.flags import MOST, batch, count, find_device, number, numbers, processes, seed, words, writable
-from ldm.schedulers import SAMPLERS
+from infusion.sampling.prompts import Job, read_jobs
+from infusion.sampling.settings import Settings
+from infusion.sampling.validate import check_concepts, check_sizes, check_words, fill_in, source
+from ldm.diffusion.schedulers import SAMPLERS
+from ldm.util.config import BACKBONES, find
+from ldm.util.errors import Parser, UserError, naming, report
+from ldm.util.flags import MOST, batch, count, find_device, number, numbers, processes, seed, words, writable
 
 if TYPE_CHECKING:
-    from infusion.concept import Concept
+    from infusion.concepts.concept import Concept
 
 FILE = 2_000_000  # bytes of a file of prompts, at most
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     flags.said = {}
     if flags.from_png:
-        from infusion.recipe import defaults, recall  # after the flags: it takes seconds
+        from infusion.sampling.png import defaults, recall  # after the flags: it takes seconds
 
         if not Path(flags.from_png).is_file():
             raise UserError(f"{flags.from_png}: cannot be read as a picture (there is no such file)")
@@ -111,7 +111,7 @@ def read_prompts(flags: argparse.Namespace, settings: Settings) -> list[Job]:
 
 def read_concepts(flags: argparse.Namespace) -> "dict[str, Concept]":
     """Concepts by their files' names as given."""
-    from infusion.concept import Concept
+    from infusion.concepts.concept import Concept
 
     files = [name for name in (flags.personalized_ckpt or "").split(",") if name]
     return {name: Concept.load(find(name)) for name in files}
@@ -154,13 +154,13 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     flags = parse(arguments)
     from infusion.covariance import InverseCovariance  # after the flags: these take seconds
-    from infusion.generate import check_prompts, generate
-    from infusion.pictures import Numbered, grid, png
-    from infusion.recipe import describe, hashes
-    from infusion.regions import regions
-    from infusion.sampling import check_covariance
+    from infusion.sampling.customised import check_covariance
+    from infusion.sampling.generate import check_prompts, generate
+    from infusion.sampling.pictures import Numbered, grid, png
+    from infusion.sampling.png import describe, hashes
+    from infusion.sampling.regions import regions
     from ldm.pipeline import StableDiffusion
-    from ldm.ranks import launch
+    from ldm.util.dist import launch
 
     boxes = flags.region or ""
     flags.region = regions(boxes if isinstance(boxes, str) else " ".join(boxes))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.errors import Parser, report
+from ldm.util.errors import Parser, report
 
 
 @report
@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(description="Prints what a file of tensors, or a diffusers folder, holds as JSON.")
     parser.add_argument("file", metavar="FILE", help="a .safetensors or .ckpt file, or a diffusers folder")
     flags = parser.parse_args(arguments)
-    from ldm.inspection import inspect_file  # after the flags: it takes seconds
+    from ldm.weights.inspection import inspect_file  # after the flags: it takes seconds
 
     print(json.dumps(inspect_file(flags.file), indent=2, ensure_ascii=False))
 

@@ -17,21 +17,21 @@ from typing import TYPE_CHECKING, TypeVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.prompts import TEMPLATES
-from infusion.metrics.options import CACHE, METRICS, OF_PHOTOS, Options, Tools, identity
-from infusion.metrics.protocol import GROUPS, Protocol, usual_file
-from infusion.refuse import check_concepts
-from ldm.config import find
-from ldm.errors import Parser, UserError, naming, report
-from ldm.files import locked
-from ldm.flags import batch, count, find_device, number, processes, seed, words, writable
-from ldm.schedulers import SAMPLERS
-from ldm.usual import CLIPSEG, POCKET, POCKET_CLASSIFIER, POCKET_CLIPSEG
+from infusion.metrics.run.options import CACHE, METRICS, OF_PHOTOS, Options, Tools, identity
+from infusion.metrics.run.protocol import GROUPS, Protocol, usual_file
+from infusion.sampling.validate import check_concepts
+from ldm.diffusion.schedulers import SAMPLERS
+from ldm.util.config import find
+from ldm.util.defaults import CLIPSEG, POCKET, POCKET_CLASSIFIER, POCKET_CLIPSEG
+from ldm.util.errors import Parser, UserError, naming, report
+from ldm.util.files import locked
+from ldm.util.flags import batch, count, find_device, number, processes, seed, words, writable
 from scripts.infusion_txt2img import find_config
 
 if TYPE_CHECKING:
     import torch
 
-    from infusion.metrics.subject import Subject
+    from infusion.metrics.run.subject import Subject
 
 Loaded = TypeVar("Loaded")
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def describe(flags: argparse.Namespace, subjects: "list[Subject]") -> "list[Subject]":
     """The subjects with their photos' folders and, on the pocket world, what is known exactly."""
-    from data.pocket.exact import Exact, recognise  # after the flags: it takes seconds
+    from scripts.pocket.exact import Exact, recognise  # after the flags: it takes seconds
 
     folders = one_each(flags.images, len(subjects), "images")
     names = one_each(flags.concept, len(subjects), "concept")
@@ -123,7 +123,7 @@ def load_tools(flags: argparse.Namespace, options: Options, pocket: bool, device
     from clipseg.weights import POCKET_CONFIG
     from clipseg.weights import load as load_clipseg
     from infusion.covariance import InverseCovariance
-    from infusion.metrics.features import load_backbone
+    from infusion.metrics.run.features import load_backbone
 
     clip, clipseg = flags.clip or (POCKET if pocket else None), flags.clipseg or (POCKET if pocket else CLIPSEG)
     inverse, files, loaded = InverseCovariance(flags.covariance), {}, {}
@@ -158,16 +158,16 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     flags = parse(arguments)
     from data.dataset import ConceptImages  # after the flags: these take seconds
-    from data.pocket.exact import Exact
-    from data.pocket.judge import load_classifier
-    from infusion.metrics.cache import Cache
-    from infusion.metrics.evaluate import check, evaluate
-    from infusion.metrics.output import write
-    from infusion.metrics.subject import load_subjects
-    from infusion.metrics.table import Measured, check_folder
-    from infusion.sampling import check_covariance
+    from infusion.metrics.report.output import write
+    from infusion.metrics.report.table import Measured, check_folder
+    from infusion.metrics.run.cache import Cache
+    from infusion.metrics.run.evaluate import check, evaluate
+    from infusion.metrics.run.subject import load_subjects
+    from infusion.sampling.customised import check_covariance
     from ldm.pipeline import StableDiffusion
-    from ldm.ranks import launch
+    from ldm.util.dist import launch
+    from scripts.pocket.exact import Exact
+    from scripts.pocket.judge import load_classifier
 
     subjects = describe(flags, load_subjects(flags.personalized_ckpt, flags.labels, flags.groups))
     for subject in subjects:

@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from omegaconf import OmegaConf
 
-from data.subjects import BenchmarkSubject, read
-from infusion.metrics.protocol import KEYS
-from ldm.errors import Parser, UserError, report
-from ldm.flags import words, writable
+from infusion.metrics.run.protocol import KEYS
+from infusion.metrics.run.subjects import BenchmarkSubject, read
+from ldm.util.errors import Parser, UserError, report
+from ldm.util.flags import words, writable
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -37,7 +37,7 @@ def protocol_file(subject: BenchmarkSubject, folder: str | None) -> str:
         raise UserError(
             f"--protocols: name a folder for the protocols; none that is shipped has {subject.name}'s prompts"
         )
-    from ldm.files import write  # after the flags: it takes seconds
+    from ldm.util.files import write  # after the flags: it takes seconds
 
     content, path = subject.as_protocol().as_dict(), Path(folder) / f"{subject.name}.yaml"
     text = OmegaConf.to_yaml({key: content[key] for key in KEYS})

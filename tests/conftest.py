@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ldm.checkpoint import PREFIXES, save
 from ldm.pipeline import StableDiffusion
+from ldm.weights.checkpoint import PREFIXES, save
 
 TINY = """
 sd:
@@ -26,22 +26,22 @@ sd:
     image_size: 16
     checkpoint: ${ckpt}
     unet:
-      target: ldm.unet.UNet
+      target: ldm.models.unet.UNet
       params: {model_channels: 32, channel_mult: [1, 2], num_res_blocks: 1, attention_resolutions: [2], num_heads: 2,
                context_dim: 24}
     vae:
-      target: ldm.autoencoder.AutoencoderKL
+      target: ldm.models.autoencoder.AutoencoderKL
       params: {ch: 32, ch_mult: [1, 2], num_res_blocks: 1}
     text:
-      target: ldm.text.ClipText
+      target: ldm.models.text.ClipText
       params:
-        tokenizer: {target: ldm.tokenizer.Tokenizer, params: {context_length: 16}}
+        tokenizer: {target: ldm.models.tokenizer.Tokenizer, params: {context_length: 16}}
         hidden_size: 24
         intermediate_size: 48
         layers: 1
         heads: 2
         max_length: 16
-    schedule: {target: ldm.schedule.Schedule}
+    schedule: {target: ldm.diffusion.schedule.Schedule}
 ckpt: CKPT
 ckpt_source: the shelf
 """

@@ -5,8 +5,8 @@ import torch
 
 import main
 from data.prompts import TEMPLATES
-from ldm.config import ConfigError, load_config
 from ldm.pipeline import StableDiffusion
+from ldm.util.config import ConfigError, load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ENTRIES = sorted(CONFIGS.glob("*.yaml"))

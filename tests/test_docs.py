@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import infusion.methods
-from infusion.concept import Concept
+from infusion.concepts.concept import Concept
 from infusion.inject import cross_attention_layers
-from ldm import targets
-from ldm.config import ROOT
 from ldm.pipeline import StableDiffusion
+from ldm.util import targets
+from ldm.util.config import ROOT
 
 
 def test_the_python_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

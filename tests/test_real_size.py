@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infusion.concept import Concept
-from ldm.checkpoint import sha256
+from infusion.concepts.concept import Concept
+from ldm.weights.checkpoint import sha256
 
 ROOT = Path(__file__).parents[1]
 SMALL = (

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.pocket.world import CHOICES
-from ldm.optimise import adamw
+from ldm.training.optimise import adamw
 
 
 class SceneClassifier(nn.Module):

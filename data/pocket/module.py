@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from data.pocket.world import CHOICES, PLACE_WORDS, Scene, World, caption, draw_scene, draw_sibling
-from ldm.checkpoint import write
+from ldm.weights.checkpoint import write
 
 
 def labels(scenes: list[Scene]) -> Tensor:

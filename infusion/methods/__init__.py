@@ -5,10 +5,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from infusion.methods.base import Method
-from ldm.config import check_params
+from ldm.util.config import check_params
 
 if TYPE_CHECKING:
-    from infusion.concept import Concept
+    from infusion.concepts.concept import Concept
 
 
 def method_names() -> list[str]:

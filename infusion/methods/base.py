@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from infusion.attention import OwnPass, Tape
+from infusion.deltas import Difference
 from infusion.gate import Gate, target_input
-from infusion.weights import Difference
 from ldm.pipeline import StableDiffusion
 
 if TYPE_CHECKING:
-    from infusion.concept import Concept
+    from infusion.concepts.concept import Concept
 
 Tensors = Mapping[str, Tensor]  # name -> tensor: all that a concept consists of, as its file holds it
 TOKENS = "tokens"  # of learned input embeddings
@@ -53,7 +53,7 @@ class Method:
         return tensors.get(TOKENS)
 
     def differences(self, tensors: Tensors, strength: float = 1.0) -> dict[str, nn.Module]:
-        """The UNet's tensor -> what changes it, see `infusion.weights`. Parameters are kept as they are.
+        """The UNet's tensor -> what changes it, see `infusion.deltas`. Parameters are kept as they are.
 
         Unless a method says otherwise, everything but the tokens is a difference to the UNet's tensor of that name.
         """

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from infusion.encode import own_embeddings
 from infusion.inject import cross_attention_layers
 from infusion.methods.base import TOKENS, RareWord
+from infusion.sampling.encode import own_embeddings
 from ldm.pipeline import StableDiffusion
 
 

@@ -14,7 +14,7 @@ from infusion.methods.base import Method, Tensors, check_names
 from ldm.pipeline import StableDiffusion
 
 if TYPE_CHECKING:
-    from infusion.concept import Concept
+    from infusion.concepts.concept import Concept
 
 ATTENTIONS = ("foundation", "own")
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from infusion.deltas import LowRank
 from infusion.inject import cross_attention_layers
 from infusion.methods.base import RareWord, Tensors
-from infusion.weights import LowRank
 from ldm.pipeline import StableDiffusion
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")

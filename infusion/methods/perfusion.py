@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from infusion.attention import ResidualValue
-from infusion.encode import own_embeddings
 from infusion.gate import Gate, similarity, target_input
 from infusion.inject import cross_attention_layers
 from infusion.methods.base import TOKENS, Method, Tensors, check_names
-from ldm.attention import CrossAttention
+from infusion.sampling.encode import own_embeddings
+from ldm.models.attention import CrossAttention
 from ldm.pipeline import StableDiffusion
 
 TARGET = "target_input"  # i*

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from infusion.encode import own_embeddings
 from infusion.methods.base import TOKENS, Method
+from infusion.sampling.encode import own_embeddings
 from ldm.pipeline import StableDiffusion
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ldm.config import ROOT
+from ldm.util.config import ROOT
 
 SECONDS, HANGS, LONGEST = 5.0, 20, 420  # of a mistake; of any command; characters of a mistake's line
 POCKET = str(ROOT / "configs/backbone/pocket.yaml")

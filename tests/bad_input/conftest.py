@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from infusion.concept import Concept
+from infusion.concepts.concept import Concept
 from infusion.inject import cross_attention_layers
 from ldm.pipeline import StableDiffusion
 from tests.bad_input.bench import POCKET, Bench

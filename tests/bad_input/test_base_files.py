@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.config import ROOT
+from ldm.util.config import ROOT
 from tests.bad_input.bench import LONGEST, POCKET
 from tests.bad_input.test_concept_files import Program, cut, header, sparse
 

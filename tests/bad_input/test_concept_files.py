@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ldm.config import ROOT
+from ldm.util.config import ROOT
 
 READERS: dict[str, list[str]] = {  # command -> its flags; FILE is the concept file
     "txt2img": ["--personalized_ckpt", "FILE", "--outdir", "FOLDER/out", "--device", "cpu", "--steps", "1"],

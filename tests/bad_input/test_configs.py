@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.config import ROOT
+from ldm.util.config import ROOT
 
 PHOTOS = f"data_root={ROOT}/data/pocket/concepts/blue_striped_dog"
 QUICK = ["callbacks.samples=null", "trainer.max_steps=1", "trainer.enable_progress_bar=false", PHOTOS]
@@ -67,11 +67,14 @@ FILES: dict[str, tuple[str | bytes | None, str]] = {  # what the file holds (Non
     "a program": (MODEL.replace("TARGET", "os.system"), "model.target"),
     "a program through torch": (MODEL.replace("TARGET", "torch.hub.load"), "model.target"),
     "a program through a module": (MODEL.replace("TARGET", "torch.serialization.os.system"), "model.target"),
-    "no class": (MODEL.replace("TARGET", "infusion.trainer.train"), "model.target"),
+    "no class": (MODEL.replace("TARGET", "infusion.training.trainer.train"), "model.target"),
     "no module": (MODEL.replace("TARGET", "infusion.nothing.Trainer"), "model.target"),
-    "a private name": (MODEL.replace("TARGET", "infusion.trainer.__builtins__"), "model.target"),
+    "a private name": (MODEL.replace("TARGET", "infusion.training.trainer.__builtins__"), "model.target"),
     "target of a list": (MODEL.replace("TARGET", "[a, b]"), "model.target"),
-    "params of a list": ("model: {target: infusion.trainer.ConceptTrainer, params: [1]}\ndata: {}\n", "model.params"),
+    "params of a list": (
+        "model: {target: infusion.training.trainer.ConceptTrainer, params: [1]}\ndata: {}\n",
+        "model.params",
+    ),
     "superclass of a number": (DEMO + "superclass: 3\n", "superclass"),
     "superclass of nothing": (DEMO + "superclass: ''\n", "superclass"),
     "superclass of blanks": (DEMO + "superclass: '  '\n", "superclass"),

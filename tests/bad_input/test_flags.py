@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from ldm.config import ROOT
+from ldm.util.config import ROOT
 from tests.bad_input.bench import POCKET, nobody
 
 DRAW = ["--personalized_ckpt", "CONCEPT", "--outdir", "FOLDER/out", "--device", "cpu", "--steps", "1"]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from data.dataset import ConceptImages
-from ldm.config import ROOT
+from ldm.util.config import ROOT
 from tests.bad_input.bench import Bench, nobody
 
 RED = (230, 20, 10)

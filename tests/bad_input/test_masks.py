@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data.dataset import ConceptImages
-from ldm.config import ROOT
+from ldm.util.config import ROOT
 
 TRAIN = [
     *("--base", ROOT / "configs/pocket_demo.yaml", "-t", "--logdir", "FOLDER/run", "data_root=FOLDER/photos"),

@@ -5,7 +5,7 @@ import os
 import pytest
 from PIL import Image
 
-from infusion.settings import LONGEST
+from infusion.sampling.settings import LONGEST
 from tests.bad_input.bench import POCKET
 
 DRAW = [
@@ -123,9 +123,9 @@ def test_a_prompt_file_of_windows_is_read(bench):
 
 def forged(bench, **text: str) -> None:
     """A picture that says of itself what a picture of ours does, but for some of it."""
-    from infusion.pictures import png
-    from infusion.recipe import describe
-    from infusion.settings import Settings
+    from infusion.sampling.pictures import png
+    from infusion.sampling.png import describe
+    from infusion.sampling.settings import Settings
 
     said = describe(Settings(steps=1), {"prompt": "a {}", "seed": 1, "personalized_ckpt": str(bench.concept)}, {})
     (bench.folder / "made.png").write_bytes(png(Image.new("RGB", (64, 64)), said | text))

@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPSegConfig
 
 from clipseg.model import ClipSeg
-from ldm.tokenizer import Tokenizer
+from ldm.models.tokenizer import Tokenizer
 
 
 def _small_config(vocab_size: int, end: int, context: int = 16) -> CLIPSegConfig:

@@ -20,9 +20,9 @@ from transformers import CLIPSegConfig
 from clipseg.convert import clip_table, convert_clip, convert_decoder, decoder_table, refined_config
 from clipseg.model import MEAN, STD
 from clipseg.weights import empty, fill
-from ldm.clip import Clip
-from ldm.text import ClipText
-from ldm.tokenizer import Tokenizer
+from ldm.models.clip import Clip
+from ldm.models.text import ClipText
+from ldm.models.tokenizer import Tokenizer
 
 VOCABULARY = 49408  # CLIP's own
 

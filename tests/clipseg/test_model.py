@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from clipseg.model import MEAN, STD, ClipSeg
-from ldm.tokenizer import Tokenizer
+from ldm.models.tokenizer import Tokenizer
 
 PROMPTS = ["cat", "a photo of a dog", "a cropped photo of the red car"]
 

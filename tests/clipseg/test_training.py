@@ -11,8 +11,8 @@ from clipseg.training import ClipSegTraining
 from clipseg.weights import POCKET_CONFIG
 from data.pocket.prompted import draw_batch
 from data.pocket.world import World
-from ldm.config import build, find, load_config, resolve
-from ldm.tokenizer import Tokenizer
+from ldm.models.tokenizer import Tokenizer
+from ldm.util.config import build, find, load_config, resolve
 
 
 @pytest.fixture

@@ -175,7 +175,10 @@ def clip_config(config):
 
 
 def test_a_config_gives_the_network_of_a_file(network, tmp_path):
-    nodes = {"tokenizer": {"target": "ldm.tokenizer.Tokenizer", "params": {"context_length": 16}}, "image_size": 64}
+    nodes = {
+        "tokenizer": {"target": "ldm.models.tokenizer.Tokenizer", "params": {"context_length": 16}},
+        "image_size": 64,
+    }
     nodes["config"] = {"target": "transformers.CLIPSegConfig", "params": own_keys(network.config)}
     node = {"clipseg": {"target": "clipseg.model.ClipSeg", "params": nodes}}
     (tmp_path / "net.yaml").write_text(json.dumps(node))
@@ -188,7 +191,10 @@ def test_a_config_gives_the_network_of_a_file(network, tmp_path):
 
 
 def test_a_config_may_take_its_clip_from_a_file_of_its_own(network, tmp_path):
-    nodes = {"tokenizer": {"target": "ldm.tokenizer.Tokenizer", "params": {"context_length": 16}}, "image_size": 64}
+    nodes = {
+        "tokenizer": {"target": "ldm.models.tokenizer.Tokenizer", "params": {"context_length": 16}},
+        "image_size": 64,
+    }
     nodes["config"] = {"target": "transformers.CLIPSegConfig", "params": own_keys(network.config)}
     node = {"clip": str(tmp_path / "clip.safetensors"), "clipseg": {"target": "clipseg.model.ClipSeg", "params": nodes}}
     (tmp_path / "net.yaml").write_text(json.dumps(node))

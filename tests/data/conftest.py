@@ -6,7 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from ldm.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import AutoencoderKL
 
 
 @pytest.fixture(scope="module")

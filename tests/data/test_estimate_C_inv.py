@@ -6,8 +6,8 @@ from safetensors import safe_open
 
 from data.estimate_C_inv import main
 from infusion.covariance import InverseCovariance, estimate, invert
-from ldm.checkpoint import sha256
 from ldm.pipeline import StableDiffusion
+from ldm.weights.checkpoint import sha256
 
 CAPTIONS = [f"a photo of {number} {noun}" for number in ("one", "two", "three") for noun in ("cats", "hats", "teapots")]
 

@@ -6,7 +6,7 @@ from PIL import Image
 from data.latents import ConceptBatches, LatentCache
 from data.prior import ClassImages
 from infusion.methods.dreambooth import DreamBooth
-from infusion.trainer import ConceptTrainer
+from infusion.training.trainer import ConceptTrainer
 from ldm.pipeline import StableDiffusion
 
 

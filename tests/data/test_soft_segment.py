@@ -10,7 +10,7 @@ from data import soft_segment
 from data.dataset import ConceptImages
 from data.prompts import TEMPLATES
 from data.soft_segment import Coverage, fill_templates, find_photos, overlay, segment_folder, table
-from ldm.config import ROOT, load_config
+from ldm.util.config import ROOT, load_config
 
 
 class Redness(ClipSeg):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ldm.errors import UserError
+from ldm.util.errors import UserError
 
 SECONDS, MEMORY = 10, 2**30  # that one file may take
 MESSAGE = 4000  # characters of a message, of which commands show 400

@@ -39,7 +39,7 @@ ODD_TEXT = st.one_of(
             *(
                 "__class__",
                 "os.system",
-                "ldm.unet.UNet",
+                "ldm.models.unet.UNet",
                 "infusion",
                 "a" * 20_000,
                 "\u202e",

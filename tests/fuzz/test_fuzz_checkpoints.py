@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from infusion.released import ReleasedFile
-from ldm.recognise import recognise
-from ldm.tensorfile import LEGACY, TensorFile
+from infusion.concepts.released import ReleasedFile
+from ldm.weights.files import LEGACY, TensorFile
+from ldm.weights.recognise import recognise
 
 TENSORS = {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 3), "b": torch.arange(4), "c": torch.zeros(0)}
 RELEASED = {

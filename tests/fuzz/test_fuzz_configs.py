@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 
-from ldm.config import check, load_config, refuse_unused, resolve
-from ldm.targets import OTHERS, OWN, PLAIN, ROOT, UnknownTarget, find_class
+from ldm.util.config import check, load_config, refuse_unused, resolve
+from ldm.util.targets import OTHERS, OWN, PLAIN, ROOT, UnknownTarget, find_class
 
 SHIPPED = sorted([*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "data" / "dreambooth").glob("*.yaml")])
 SECRET = "a-word-of-the-environment"

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from infusion.prompts import read_jobs
-from infusion.recipe import KNOWN, defaults, describe, recall
-from infusion.regions import regions
-from infusion.settings import Settings
+from infusion.sampling.png import KNOWN, defaults, describe, recall
+from infusion.sampling.prompts import read_jobs
+from infusion.sampling.regions import regions
+from infusion.sampling.settings import Settings
 from infusion.tokens import concept_places, fill, point
-from ldm import flags
-from ldm.tokenizer import Tokenizer
+from ldm.models.tokenizer import Tokenizer
+from ldm.util import flags
 
 SAID = describe(Settings(), {"prompt": "a {}", "seed": 3, "config": "c.yaml"}, {"base_sha256": "ab"})
 PIECE = st.one_of(

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from infusion.attention import ResidualValue
 from infusion.methods.infusion import Infusion
-from ldm.autoencoder import AutoencoderKL
+from ldm.diffusion.schedule import Schedule
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.text import ClipText
+from ldm.models.tokenizer import Tokenizer
+from ldm.models.unet import UNet
 from ldm.pipeline import StableDiffusion
-from ldm.schedule import Schedule
-from ldm.text import ClipText
-from ldm.tokenizer import Tokenizer
-from ldm.unet import UNet
 
 WIDTH = 32  # of the text encodings
 

@@ -16,8 +16,8 @@ from infusion.attention import (
     residual_share,
 )
 from infusion.inject import cross_attention_layers, inject
-from ldm.attention import Context, CrossAttention
-from ldm.unet import UNet
+from ldm.models.attention import Context, CrossAttention
+from ldm.models.unet import UNet
 from tests.infusion.conftest import inputs, random_residuals, tiny_unet
 
 

@@ -18,11 +18,11 @@ from infusion.covariance import (
 from infusion.gate import Gate, fingerprint
 from infusion.inject import remove
 from infusion.methods.infusion import Infusion
-from infusion.sampling import Customised, check_covariance
-from infusion.trainer import ConceptTrainer
-from ldm.tokenizer import Tokenizer
+from infusion.sampling.customised import Customised, check_covariance
+from infusion.training.trainer import ConceptTrainer
+from ldm.models.tokenizer import Tokenizer
 from tests.infusion.conftest import WIDTH
-from tests.infusion.test_sampling import make_concept
+from tests.infusion.sampling.test_customised import make_concept
 
 CAPTIONS = [
     "a cat",

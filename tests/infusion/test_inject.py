@@ -4,7 +4,7 @@ from torch import nn
 
 from infusion.attention import EditedCrossAttention, ResidualValue
 from infusion.inject import cross_attention_layers, edited, inject, remove
-from ldm.unet import UNet
+from ldm.models.unet import UNet
 from tests.infusion.conftest import infusion_edits, inputs, random_residuals, tiny_unet
 
 LAYERS = [

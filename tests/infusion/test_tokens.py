@@ -1,7 +1,7 @@
 import pytest
 
 from infusion.tokens import concept_mask, concept_masks, concept_places
-from ldm.tokenizer import Tokenizer
+from ldm.models.tokenizer import Tokenizer
 
 
 def words(tokenizer, template, noun):

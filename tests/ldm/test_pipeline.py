@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import PREFIXES, save, sha256
 from ldm.pipeline import StableDiffusion
+from ldm.weights.checkpoint import PREFIXES, save, sha256
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = Path(__file__).parent / "manifests"
@@ -19,22 +19,22 @@ sd:
     image_size: 16
     checkpoint: ${ckpt}
     unet:
-      target: ldm.unet.UNet
+      target: ldm.models.unet.UNet
       params: {model_channels: 32, channel_mult: [1, 2], num_res_blocks: 1, attention_resolutions: [2], num_heads: 4,
                context_dim: 24}
     vae:
-      target: ldm.autoencoder.AutoencoderKL
+      target: ldm.models.autoencoder.AutoencoderKL
       params: {ch: 8, ch_mult: [1, 2], num_res_blocks: 1, scale_factor: 0.5}
     text:
-      target: ldm.text.ClipText
+      target: ldm.models.text.ClipText
       params:
-        tokenizer: {target: ldm.tokenizer.Tokenizer, params: {merges: 300, context_length: 12}}
+        tokenizer: {target: ldm.models.tokenizer.Tokenizer, params: {merges: 300, context_length: 12}}
         hidden_size: 24
         intermediate_size: 48
         layers: 2
         heads: 2
         max_length: 12
-    schedule: {target: ldm.schedule.Schedule}
+    schedule: {target: ldm.diffusion.schedule.Schedule}
 ckpt: TINY
 ckpt_source: https://example.org/tiny
 """
@@ -163,7 +163,7 @@ def test_autocast_does_not_reach_the_autoencoder(sd):
 
 
 class Recorder:
-    """Stands in for `infusion.sampling.Customised`."""
+    """Stands in for `infusion.sampling.customised.Customised`."""
 
     calls: list["Recorder"] = []
 
@@ -186,7 +186,7 @@ class Recorder:
 
 
 def test_concepts_are_sampled_by_the_method(sd, monkeypatch):
-    monkeypatch.setitem(sys.modules, "infusion.sampling", SimpleNamespace(Customised=Recorder))
+    monkeypatch.setitem(sys.modules, "infusion.sampling.customised", SimpleNamespace(Customised=Recorder))
     monkeypatch.setattr(Recorder, "calls", [])
     concept = SimpleNamespace(superclass="cat")
     prompts = ["a {}", "the {} on a hill", "{}"]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ldm.diffusers_export import export_diffusers
+from ldm.diffusion.sampler import initial_noise
+from ldm.diffusion.schedule import SAMPLERS, Schedule
 from ldm.pipeline import StableDiffusion
-from ldm.sampler import initial_noise
-from ldm.schedule import SAMPLERS, Schedule
+from ldm.weights.export import export_diffusers
 
 pytestmark = pytest.mark.slow
 

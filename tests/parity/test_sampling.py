@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from ldm.diffusion.sampler import initial_noise
 from ldm.pipeline import StableDiffusion
-from ldm.sampler import initial_noise
 
 pytestmark = pytest.mark.slow
 

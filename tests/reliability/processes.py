@@ -11,7 +11,13 @@ from typing import Any
 
 PRELOADED = (
     *("torch", "pytorch_lightning", "tensorboard", "main", "scripts.metrics", "data.soft_segment"),
-    *("infusion.trainer", "infusion.samples", "infusion.metrics.evaluate", "data.latents", "data.pocket.compare"),
+    *(
+        "infusion.training.trainer",
+        "infusion.training.callbacks",
+        "infusion.metrics.run.evaluate",
+        "data.latents",
+        "scripts.pocket.compare",
+    ),
 )
 DATE = "1700000000"
 
@@ -66,7 +72,7 @@ def die_at(number: int) -> None:
 def send(signals: Sequence[tuple[int, int]]) -> None:
     """Sends signals to this process while the optimiser steps are made."""
     from data.latents import ConceptData
-    from infusion.trainer import ConceptTrainer
+    from infusion.training.trainer import ConceptTrainer
 
     pending = list(signals)
 

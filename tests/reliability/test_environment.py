@@ -91,7 +91,7 @@ def give_up_privileges() -> None:
 
 def at_step(number: int, event: Callable[[], None]) -> None:
     """Has something happen when so many optimiser steps are made."""
-    from infusion.trainer import ConceptTrainer
+    from infusion.training.trainer import ConceptTrainer
 
     training_step = ConceptTrainer.training_step
 
@@ -171,14 +171,14 @@ def test_runs_of_one_second_have_folders_of_their_own(launch, entry, tmp_path):
 def stopped_clock() -> None:
     from datetime import datetime
 
-    import ldm.runs
+    import ldm.util.runs
 
     class Stopped(datetime):
         @classmethod
         def now(cls, *_: object) -> datetime:
             return datetime(2026, 1, 2, 3, 4, 5)
 
-    ldm.runs.datetime = Stopped
+    ldm.util.runs.datetime = Stopped
 
 
 @pytest.mark.slow

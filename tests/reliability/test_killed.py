@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.files import locked
+from ldm.util.files import locked
 from tests.reliability.runs import assert_same, contents, losses, words
 
 

@@ -102,7 +102,7 @@ def test_measurements(launch, tiny, whole, measured, tmp_path, places):
 
 def shortened(entry: Path) -> None:
     """A comparison of trainings of a few steps, one of which measures little."""
-    import data.pocket.compare as compare
+    import scripts.pocket.compare as compare
 
     start, run = compare.Run.start, subprocess.run
 
@@ -118,7 +118,7 @@ def shortened(entry: Path) -> None:
 
 def comparing(entry: Path, folder: Path) -> list[object]:
     flags = ["--methods", "infusion", "--ablations", "hard gate", "--concepts", "zigzag_hat", "--seeds", "0"]
-    return ["data.pocket.compare", *flags, "--samples", "4", "--work", folder / "work", "--out", folder / "out"]
+    return ["scripts.pocket.compare", *flags, "--samples", "4", "--work", folder / "work", "--out", folder / "out"]
 
 
 @pytest.mark.slow

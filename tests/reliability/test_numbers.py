@@ -4,13 +4,13 @@ from functools import partial
 
 import torch
 
-from infusion.concept import Concept
+from infusion.concepts.concept import Concept
 from tests.reliability.runs import contents, words
 
 
 def spoil(number: int) -> None:
     """Makes the loss of one optimiser step NaN."""
-    from infusion.trainer import ConceptTrainer
+    from infusion.training.trainer import ConceptTrainer
 
     denoising_loss = ConceptTrainer.denoising_loss
 

@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from infusion.benchmark import run, timing
 from scripts import benchmark
 from scripts.benchmark import main
+from scripts.benchmarks import run, timing
 
 SMALL = ["--size", "pocket", "--latent", "8", "--device", "cpu"]
 

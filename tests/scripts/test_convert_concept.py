@@ -3,10 +3,10 @@ import pickle
 import pytest
 import torch
 
-from infusion.concept import Concept
+from infusion.concepts.concept import Concept
 from infusion.inject import cross_attention_layers
-from ldm.config import build
-from ldm.recognise import backbones
+from ldm.util.config import build
+from ldm.weights.recognise import backbones
 from scripts.convert_concept import main
 
 
@@ -169,7 +169,7 @@ def test_released_files_that_are_refused(widths, tmp_path, fails):
         ({"target_output": good["target_output"]}, "--architecture"),
         (good | {"target_input": torch.tensor(1.0)}, "--architecture"),
         ({"target_output": {}, "target_input": torch.ones(768)}, "no concept of the released code"),
-        (good | {"target_output": Concept}, "infusion.concept.Concept"),
+        (good | {"target_output": Concept}, "infusion.concepts.concept.Concept"),
         (learned(**{first: torch.ones(5)}), "320 wide"),
         (learned(**{first: torch.ones(1).expand(2**40)}), "no residual has as many"),
         (learned(**{first: torch.full((320,), float("nan"))}), "not finite"),

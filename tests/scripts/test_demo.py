@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 
 from clipseg.training import ClipSegTraining
 from clipseg.weights import POCKET_CONFIG
-from data.pocket import demo
 from data.pocket.classifier import SceneClassifier
-from data.pocket.judge import CLIP_CONFIG, CLIP_WEIGHTS
-from infusion.concept import Concept
-from ldm.config import ROOT, build, load_config, resolve
+from infusion.concepts.concept import Concept
+from ldm.util.config import ROOT, build, load_config, resolve
 from scripts.demo import main
 from scripts.infusion_txt2img import main as txt2img
+from scripts.pocket import demo
+from scripts.pocket.judge import CLIP_CONFIG, CLIP_WEIGHTS
 
 ENTRY = """
 include: [WIDE, ROOT/configs/method/infusion.yaml, ROOT/configs/data/photos.yaml]

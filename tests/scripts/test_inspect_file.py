@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infusion.concept import Concept
-from ldm.checkpoint import save, sha256
-from ldm.diffusers_export import export_diffusers
+from infusion.concepts.concept import Concept
 from ldm.pipeline import StableDiffusion
-from ldm.recognise import backbones
+from ldm.weights.checkpoint import save, sha256
+from ldm.weights.export import export_diffusers
+from ldm.weights.recognise import backbones
 from scripts.inspect_file import main
 
 
@@ -30,11 +30,11 @@ def known(tiny, monkeypatch) -> StableDiffusion:
     sd = StableDiffusion.from_checkpoint(tiny)
     from omegaconf import OmegaConf
 
-    from ldm.config import load_config
+    from ldm.util.config import load_config
 
     own = OmegaConf.to_container(load_config(tiny).sd, resolve=True)
     own["params"]["schedule"] = {"target": node["params"]["schedule"]["target"], "params": {}}
-    for module in ("ldm.recognise", "ldm.inspection"):
+    for module in ("ldm.weights.recognise", "ldm.weights.inspection"):
         monkeypatch.setattr(f"{module}.backbones", lambda: {"tiny": own})
     return sd
 

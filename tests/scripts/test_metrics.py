@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infusion.concept import Concept
+from infusion.concepts.concept import Concept
 from infusion.inject import cross_attention_layers
 from infusion.methods import find_method
-from ldm.config import ROOT
 from ldm.pipeline import StableDiffusion
+from ldm.util.config import ROOT
 from scripts.metrics import main
 
 PHOTOS = "data/pocket/concepts/green_dotted_elephant"

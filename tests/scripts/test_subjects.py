@@ -12,9 +12,9 @@ import pytest
 import data.soft_segment
 import scripts.metrics
 import scripts.subjects
-from data.subjects import dreambooth_prompts
-from infusion.metrics.protocol import Protocol
-from ldm.config import ROOT
+from infusion.metrics.run.protocol import Protocol
+from infusion.metrics.run.subjects import dreambooth_prompts
+from ldm.util.config import ROOT
 from scripts.subjects import main
 
 STUB = """#!/bin/bash

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from infusion.concept import Concept
+from infusion.concepts.concept import Concept
 from infusion.covariance import InverseCovariance, save_inverse
-from infusion.generate import Settings, generate
 from infusion.inject import cross_attention_layers
-from ldm.config import ROOT
+from infusion.sampling.generate import Settings, generate
 from ldm.pipeline import StableDiffusion
+from ldm.util.config import ROOT
 from scripts.infusion_txt2img import main
 
 FAST = ["--steps", "2", "--device", "cpu"]

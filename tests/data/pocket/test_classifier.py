@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from data.pocket.classifier import ClassifierTraining, SceneClassifier
-from data.pocket.evaluate import rates
 from data.pocket.module import labels
 from data.pocket.world import CHOICES, World, draw_scene
+from scripts.pocket.evaluate import rates
 
 
 @pytest.fixture

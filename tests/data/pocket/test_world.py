@@ -21,7 +21,7 @@ from data.pocket.world import (
     draw_scene,
     untrained,
 )
-from ldm.tokenizer import Tokenizer
+from ldm.models.tokenizer import Tokenizer
 
 CENTRE = {
     "noun": "cat",

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from infusion.deltas import detach
 from infusion.inject import remove
 from infusion.methods import find_method
-from infusion.metrics.options import Options, Tools
-from infusion.metrics.protocol import Protocol
-from infusion.metrics.subject import Checkpoint, Subject
-from infusion.trainer import ConceptTrainer
-from infusion.weights import detach
+from infusion.metrics.run.options import Options, Tools
+from infusion.metrics.run.protocol import Protocol
+from infusion.metrics.run.subject import Checkpoint, Subject
+from infusion.training.trainer import ConceptTrainer
 
 ROUNDING = 1e-11  # of LFD, between a row in one batch and the same row in another
 TEMPLATES = ["a photo of a {}", "the {} in a box"]

@@ -1,0 +1,1 @@
+"""A learned concept, its file and the forms of that."""

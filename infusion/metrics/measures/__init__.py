@@ -1,0 +1,8 @@
+"""Measures of overfitting, fidelity and alignment: pure functions of predictions and of features.
+
+fisher       latent Fisher divergence: how far the customised model's predictions are from the base model's
+wasserstein  distance between two clouds of features
+fidelity     CLIP-I, DINO, CLIP-T, PRES, DIV, drift
+estimate     a figure with its standard error
+balance      likeness against overfitting
+"""

@@ -1,0 +1,1 @@
+"""Results as JSON, CSV, plots and a page: table, output, page, rows, charts, gallery, words, markdown, html."""

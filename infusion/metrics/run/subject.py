@@ -1,0 +1,174 @@
+"""What is measured: a concept, and all that is known about where it came from."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from infusion.concepts.concept import Concept
+from infusion.gate import IDENTITY
+from infusion.methods import method_of
+from infusion.sampling.png import hashes
+from ldm.util.config import find
+
+LONGEST = 4096  # characters of a name in a report
+RUN = "step=*.safetensors"  # in a run folder's models/
+
+
+class ExactMeasures(Protocol):
+    """Measures of a concept of which everything is known, such as one of the pocket world."""
+
+    name: str
+
+    def measure(self, templates: Sequence[str], superclass: str, ours: Tensor, base: Tensor) -> dict[str, dict]:
+        """Figures by name, for images (N, 3, H, W) in [0, 1] of N prompts: ours with the concept, base without."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A concept at one moment of its training; `sha256` is of its file, or of its contents."""
+
+    concept: Concept
+    sha256: str
+    file: str = ""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """A concept file; raises ValueError as `Concept.load`."""
+        concept = Concept.load(path)
+        return cls(concept, hashes(None, [str(path)], IDENTITY)["personalized_sha256"], str(path))
+
+    @classmethod
+    def of(cls, concept: Concept) -> Self:
+        """A concept that lies in no file."""
+        digest = hashlib.sha256()
+        said = {key: value for key, value in concept.metadata().items() if "date" not in key}
+        digest.update(json.dumps(said, sort_keys=True).encode())
+        for name in sorted(concept.tensors):
+            digest.update(name.encode())
+            digest.update(concept.tensors[name].contiguous().numpy().tobytes())
+        return cls(concept, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One row of the results.
+
+    Attributes:
+        label: its name there.
+        checkpoints: in the order of training; the last is measured, the others are for LFD over training steps.
+        photos: of the concept, (P, 3, H, W) in [0, 1]; None where there are none.
+        photos_from: the folder of these.
+        exact: what can be said exactly; None where nothing can.
+        group: the results that it is gathered with; "" is its method's.
+    """
+
+    label: str
+    checkpoints: tuple[Checkpoint, ...]
+    photos: Tensor | None = None
+    photos_from: str = ""
+    exact: ExactMeasures | None = None
+    group: str = ""
+
+    @property
+    def last(self) -> Checkpoint:
+        return self.checkpoints[-1]
+
+    @property
+    def concept(self) -> Concept:
+        return self.last.concept
+
+    @property
+    def anchored(self) -> bool:
+        """Whether prompts without the concept give the base model's prediction, whatever was learned.
+
+        So it is where no weight changes and the gate is closed outside the concept's own tokens.
+        """
+        changes = method_of(self.concept).differences(self.concept.tensors)
+        return not changes and self.concept.gate.kind != "global"
+
+    def about(self) -> dict[str, object]:
+        """For JSON."""
+        concept = self.concept
+        return {
+            "method": concept.method,
+            "group": self.group or concept.method,
+            "superclass": concept.superclass,
+            "noun": concept.noun,
+            "training_steps": concept.steps,
+            "learning_rate": concept.learning_rate,
+            "training_seed": concept.seed,
+            "numbers": concept.numbers,
+            "file": self.last.file,
+            "sha256": self.last.sha256,
+            "anchored": self.anchored,
+            "photos": self.photos_from,
+            "world_concept": self.exact.name if self.exact else "",
+        }
+
+    def with_photos(self, photos: Tensor, folder: str = "") -> Self:
+        """The same with photos (P, 3, H, W) in [0, 1]; raises ValueError for fewer than 2."""
+        if len(photos) < 2:
+            raise ValueError(f"--images: {folder or 'these'} are fewer than 2 photos, too few for a ceiling")
+        return replace(self, photos=photos, photos_from=folder)
+
+
+def concept_files(path: str | Path) -> list[Path]:
+    """A concept file itself, or those of a run folder of main.py in the order of training.
+
+    Raises:
+        ValueError: there is no such file, or the folder has none.
+    """
+    found = find(path)
+    if not found.is_dir():
+        return [found]
+    files = sorted((found / "models").glob(RUN))
+    if not files:
+        raise ValueError(f"--personalized_ckpt: {path} is a folder without models/{RUN}, so no run of main.py")
+    return files
+
+
+def load_subjects(
+    paths: Sequence[str], labels: Sequence[str] | None = None, groups: Sequence[str] | None = None
+) -> list[Subject]:
+    """Concept files and run folders; a label is by default the name of the run folder or of the file.
+
+    Raises:
+        ValueError: a file that `Concept.load` refuses, not one label or group for each, one label twice, or a label,
+            group or path that no report can show.
+    """
+    for flag, given in (("labels", labels), ("groups", groups)):
+        if given is not None and len(given) != len(paths):
+            raise ValueError(f"--{flag}: {len(given)} for {len(paths)} of --personalized_ckpt; give one for each")
+    names = [_name(find(path)) for path in paths] if labels is None else list(labels)
+    if double := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--labels: two are called {double[0]!r}; give each a name of its own")
+    groups = [""] * len(paths) if groups is None else groups
+    for flag, words in {"personalized_ckpt": paths, "labels": names, "groups": groups}.items():
+        for word in words:
+            if not word.isprintable() or len(word) > LONGEST:
+                advice = "give it another by --labels" if flag == "labels" else "name it otherwise"
+                raise ValueError(f"--{flag}: a report cannot show the name {word[:80]!a}: {advice}")
+    return [
+        Subject(name, tuple(Checkpoint.load(file) for file in concept_files(path)), group=group)
+        for name, path, group in zip(names, paths, groups, strict=True)
+    ]
+
+
+def _name(path: Path) -> str:
+    """A run folder and the files of its models/ are called after the run, any other file after itself."""
+    if path.is_dir():
+        return path.absolute().name
+    return path.absolute().parent.parent.name if path.absolute().parent.name == "models" else path.stem
+
+
+def fingerprint(images: Tensor) -> str:
+    """SHA-256 of images, as 8-bit pixels."""
+    pixels = images.mul(255).round().clamp(0, 255).to(torch.uint8).contiguous()
+    return hashlib.sha256(pixels.numpy().tobytes()).hexdigest()

@@ -1,0 +1,1 @@
+"""Sampling with concepts: settings, regions, prompts, pictures."""

@@ -1,0 +1,108 @@
+"""What a PNG says of how it was made, and how to make it again."""
+
+import io
+import struct
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+from infusion.sampling.regions import Region
+from infusion.sampling.settings import LONGEST, Settings
+from ldm.util.config import find
+from ldm.weights.checkpoint import sha256
+
+FLAGS = ("prompt", "target_word", "seed", "config", "ckpt", "personalized_ckpt", "covariance")  # beside the settings
+FILES = ("config", "ckpt", "personalized_ckpt", "covariance")  # of these, those that name files to read
+HASHES = ("base_sha256", "personalized_sha256", "covariance_sha256")
+KNOWN = (*FLAGS, *(field.name for field in fields(Settings)), *HASHES)
+SHORT = 2000  # characters of a value that is no prompt
+CHUNKS = 1000  # before the pixels of a picture of ours there are 30
+UNREADABLE = (
+    OSError,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+)
+ONE_EACH = {"n_samples": "1", "n_iter": "1"}
+
+
+def describe(settings: Settings, flags: Mapping[str, object], hashes: Mapping[str, str]) -> dict[str, str]:
+    """The text of a PNG: every flag that its pixels depend on, and hashes of the files that they name."""
+    values = {name: flags.get(name) for name in FLAGS} | asdict(settings) | {"region": settings.region}
+    return {name: joined(value) for name, value in values.items()} | dict(hashes)
+
+
+def joined(value: object) -> str:
+    """A flag's value as the flag takes it; "" for None."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, Sequence):
+        return str(value)
+    return (" " if any(isinstance(part, Region) for part in value) else ",").join(map(str, value))
+
+
+def hashes(base: str | None, concepts: Sequence[str], covariance: str) -> dict[str, str]:
+    """SHA-256 of what a picture is made from; `concepts` are files."""
+    personalized = ",".join(sha256(find(file)) for file in concepts)
+    return dict(zip(HASHES, (base or "", personalized, covariance), strict=True))
+
+
+def recall(path: str | Path) -> dict[str, str]:
+    """The text of a PNG of ours: what `describe` writes, and nothing else that may stand there.
+
+    Only its head is read, up to the pixels. Four values name files, which are read as if they had been named by flags:
+    config, ckpt, personalized_ckpt and covariance. None names a file or folder to write to.
+
+    Raises:
+        ValueError: the file cannot be read, does not say how it was made, or says it in what is no text for a flag.
+    """
+    try:
+        with open(path, "rb") as file:
+            _check_head(file)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of many pixels, which are not read
+                with Image.open(file, formats=["PNG"]) as image:
+                    said = {name: image.info[name] for name in KNOWN if isinstance(image.info.get(name), str)}
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: cannot be read as a picture ({reason})") from error
+    if lacking := [name for name in (*FLAGS, *asdict(Settings())) if name not in said]:
+        raise ValueError(f"{path}: does not say how it was made ({lacking[0]} is lacking)")
+    for name, value in said.items():
+        most = LONGEST if "prompt" in name else SHORT
+        if len(value) > most:
+            raise ValueError(f"{path}: its {name} has {len(value):,} characters; at most {most:,} are taken")
+        if any(not letter.isprintable() and letter != "\n" for letter in value):
+            raise ValueError(f"{path}: its {name} has characters that cannot be printed")
+        if name in FILES and any(_elsewhere(part) for part in value.split(",")):
+            raise ValueError(f"{path}: its {name} names no file of this machine: {value[:80]!r}")
+    return {name: str(value) for name, value in said.items()}
+
+
+def _check_head(file: BinaryIO) -> None:
+    """Raises ValueError for a PNG with more chunks before its pixels than any has."""
+    file.seek(8)
+    for _ in range(CHUNKS):
+        head = file.read(8)
+        if len(head) < 8 or head[4:] in (b"IDAT", b"IEND"):
+            file.seek(0)
+            return
+        file.seek(int.from_bytes(head[:4], "big") + 4, io.SEEK_CUR)
+    raise ValueError(f"it has more than {CHUNKS} chunks before its pixels")
+
+
+def _elsewhere(name: str) -> bool:
+    """Whether a name is none of a plain file: an address, another machine's folder, several lines."""
+    return "\n" in name or "://" in name or name.startswith(("//", "\\\\"))
+
+
+def defaults(text: Mapping[str, str]) -> dict[str, str]:
+    """What `recall` gives, as defaults of the sampling command's flags; what is empty has the usual default."""
+    return {name: text[name] for name in (*FLAGS, *asdict(Settings())) if text[name]} | ONE_EACH

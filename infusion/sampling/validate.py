@@ -1,0 +1,85 @@
+"""What cannot be drawn is said with its flag or file, before anything is."""
+
+import argparse
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from infusion.sampling.prompts import Job
+from infusion.sampling.settings import LONGEST
+from infusion.tokens import PLACEHOLDER, fill, point
+from ldm.util.errors import UserError, naming
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from infusion.concepts.concept import Concept
+    from ldm.pipeline import StableDiffusion
+
+logger = logging.getLogger(__name__)
+
+
+def check_words(flags: argparse.Namespace, jobs: list[Job]) -> None:
+    """Raises UserError for words too long to be meant, or that are no text, and for a prompt without the concept."""
+    said = [("prompt", job.prompt) for job in jobs]
+    said += [("negative_prompt", job.settings.negative_prompt) for job in jobs]
+    said += [(name, word) for name in ("target_word", "replace_word") for word in getattr(flags, name) or ()]
+    for flag, text in said:
+        if len(text) > LONGEST:
+            raise UserError(f"--{flag}: has {len(text):,} characters; at most {LONGEST:,} are read: {text[:20]!r} …")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"--{flag}: {text[:80]!r} is no text in UTF-8")
+
+
+def fill_in(flags: argparse.Namespace, jobs: list[Job], concepts: "list[Concept]") -> list[str]:
+    """Each job's prompt with a placeholder for every concept.
+
+    Raises:
+        UserError: no prompt has one, or one has a placeholder or a word of no concept.
+    """
+    for name in ("target_word", "replace_word"):
+        given = getattr(flags, name)
+        if given and len(given) != len(concepts):
+            raise UserError(f"--{name}: {len(given)} for {len(concepts)} of --personalized_ckpt; give one for each")
+    templates = [job.prompt for job in jobs]
+    if flags.target_word:
+        with naming("--target_word"):
+            templates = [point(template, flags.target_word) for template in templates]
+    if concepts:
+        with naming(f"--{source(flags)}"):
+            for template in templates:
+                fill(template, [concept.superclass for concept in concepts])
+        without = [template for template in templates if not PLACEHOLDER.search(template)]
+        first = repr(without[0][:80]) if without else ""
+        if len(without) == len(templates):
+            raise UserError(f"--prompt: {first} has no {{}} for the concept; write it, or name its --target_word")
+        if without:
+            logger.warning("warning: the concept is not in %s, which has no {}", first)
+    return templates
+
+
+def source(flags: argparse.Namespace) -> str:
+    """The flag that the prompts came by."""
+    return "from-file" if flags.from_file else "prompt"
+
+
+def check_concepts(sd: "StableDiffusion", files: "Mapping[str, Concept]", inverse: "Tensor | None") -> None:
+    """Raises ValueError, which names the file, for a concept that this model has no place for."""
+    from infusion.sampling.customised import Customised
+
+    for file, concept in files.items():
+        with naming(file), Customised(sd, [concept], ["{}"], scale=1.0, inverse_covariance=inverse):
+            pass
+
+
+def check_sizes(sd: "StableDiffusion", jobs: list[Job]) -> None:
+    """Raises UserError for what this model cannot draw, in any of the jobs."""
+    for settings in {(job.settings.H, job.settings.W, job.settings.steps): job.settings for job in jobs}.values():
+        for flag, size in (("H", (settings.H, None)), ("W", (None, settings.W))):
+            try:
+                sd.latent_shape(*size)
+            except ValueError as error:
+                raise UserError(f"{error} (--{flag})") from error
+        if settings.steps >= sd.schedule.timesteps:
+            most = sd.schedule.timesteps - 1
+            raise UserError(f"--steps: steps must lie between 1 and {most}, not {settings.steps}")

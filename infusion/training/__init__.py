@@ -1,0 +1,1 @@
+"""Trains one concept, or many at once; callbacks."""

@@ -1,0 +1,277 @@
+"""Trains a concept by any method: the base model is frozen, and what is learned is edited into it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+from infusion.attention import Tape, residual_share
+from infusion.concepts.concept import Concept
+from infusion.concepts.fields import check_words
+from infusion.covariance import InverseCovariance
+from infusion.deltas import attach
+from infusion.gate import Gate, fingerprint, training_prompts
+from infusion.inject import inject
+from infusion.loss import masked_loss
+from infusion.methods.base import Method, by_layer
+from infusion.sampling.encode import encode
+from infusion.training.learner import Learner
+from ldm.pipeline import StableDiffusion
+from ldm.util.finite import NonFinite
+
+
+class ConceptTrainer(Learner):
+    """One concept on one base model (README, Method). Injects the method's edits into the UNet for good.
+
+    A batch is a dict: latents (B, 4, h, w), scaled; template, a list of B prompts with {} for the concept; mask
+    (B, 1, h, w) in [0, 1], or no such key for a loss over the whole image; prior, where there are images of the
+    superclass to keep, another such dict without placeholders. Timesteps and noise depend on seed, step and batch
+    alone: a resumed run draws the same, and of several processes each takes its part of what one would draw.
+
+    Args:
+        sd: the base model, which is frozen.
+        method: what is learned.
+        superclass: the noun in place of {}.
+        templates: the training prompts, over which the gate's target input is averaged.
+        gate: its beta and tau are for training.
+        learning_rate: of AdamW, where the method has none of its own.
+        weight_decay: of AdamW.
+        prior_weight: of the loss on the images of the superclass.
+        normalise_loss: divide each image's loss by its mask's area.
+        seed: of timesteps and noise.
+        covariance: of the gate; None is the identity.
+
+    Attributes:
+        tensors: what the concept consists of, by name; those that require gradients are learned.
+        inverse_covariance: C^-1, (D, D), of the gate; None is the identity.
+
+    Raises:
+        ValueError: words that `check_words` or `training_prompts` refuses; a method that matches no layer; a covariance
+            of another architecture.
+    """
+
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        method: Method,
+        superclass: str,
+        templates: Sequence[str],
+        gate: Gate | None = None,
+        learning_rate: float = 0.01,
+        weight_decay: float = 0.01,
+        prior_weight: float = 1.0,
+        normalise_loss: bool = False,
+        seed: int = 0,
+        covariance: InverseCovariance | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 < learning_rate <= 1000:
+            raise ValueError(f"learning_rate: must be above 0 and at most 1,000, not {learning_rate}")
+        for name, value in (("weight_decay", weight_decay), ("prior_weight", prior_weight)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}: must be at least 0 and finite, not {value}")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed: must be from 0 to 2**32 - 1, not {seed}")
+        self.sd = sd.requires_grad_(False).eval()
+        self.method = method
+        self.superclass = superclass
+        self.templates = tuple(templates)
+        self.gate = Gate() if gate is None else gate
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.prior_weight, self.normalise_loss = prior_weight, normalise_loss
+        self.seed = seed
+        self.inverse_covariance = None if covariance is None else covariance.matrix
+        if self.inverse_covariance is not None:
+            covariance.check_base(sd.architecture, sd.hash, sd.text.width)
+        self.noun = method.noun(superclass)
+        check_words(superclass, self.templates, self.noun)  # what no concept file may say …
+        training_prompts(sd.text.tokenizer, self.templates, self.noun)  # … and what cannot be trained
+        self.tensors = method.start(sd, superclass, self.templates)
+        self.tokens = method.tokens(self.tensors)
+        terms = method.terms(sd, self.tensors, superclass, self.templates)
+        attach(sd.unet, {name: [edit] for name, edit in method.differences(self.tensors).items()})
+        self.edits = by_layer(terms)  # layer name -> terms; registered by inject() as parts of the UNet
+        if self.edits:
+            inject(sd.unet, self.edits)
+        self._texts: dict[str, tuple[Tensor, Tensor]] = {}  # template -> encoding (L, D), gates (R, L)
+        self._target_input: Tensor | None = None
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        tape: Tape = {}
+        loss = self.denoising_loss(batch, self.generator(batch_idx), tape)
+        size = len(batch["latents"])
+        if "prior" in batch:
+            prior = self.denoising_loss(batch["prior"], self.generator(batch_idx, 1), {})
+            self.log_dict({"train/concept": loss, "train/prior": prior}, batch_size=size)
+            loss = loss + self.prior_weight * prior
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        if self.logs_now:
+            self.log_dict({f"share/{name}": s for name, s in self.shares(tape).items()}, batch_size=size)
+        return loss
+
+    def generator(self, batch_idx: int, *which: int) -> torch.Generator:
+        """What a batch's timesteps and noise are drawn by; `which` tells batches of one step apart."""
+        if self._trainer is not None:  # of the whole run, not of a resumed one
+            together = self.trainer.accumulate_grad_batches
+            batch_idx = self.global_step * together + batch_idx % together
+        entropy = (self.seed, self.global_step, batch_idx, 0, *which)
+        return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+    def draw(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Timesteps (B,) and noise for latents (B, 4, h, w): this process's part of what is drawn for all."""
+        rows, world = len(latents), 1 if self._trainer is None else self._trainer.world_size
+        own = slice(self.global_rank * rows, (self.global_rank + 1) * rows)
+        timesteps = torch.randint(self.sd.schedule.timesteps, (world * rows,), generator=generator)[own]
+        noise = torch.randn((world * rows, *latents.shape[1:]), generator=generator)[own]
+        return timesteps.to(latents.device), noise.to(latents)
+
+    def denoising_loss(self, batch: Mapping[str, Any], generator: torch.Generator, tape: Tape) -> Tensor:
+        """The masked loss of a batch, with timesteps and noise by the generator; fills the tape."""
+        latents, schedule = batch["latents"], self.sd.schedule
+        timesteps, noise = self.draw(latents, generator)
+        text, gates = self.encode(batch["template"])
+        noisy = schedule.add_noise(latents, noise, timesteps).to(text.dtype)
+        prediction = self.method.predict(self.sd.unet, noisy, timesteps, text, gates, tape)
+        target = schedule.target(latents, noise, timesteps)
+        return masked_loss(prediction, target, batch.get("mask"), self.normalise_loss)
+
+    def encode(self, templates: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Text encodings (B, L, D) and gates (B, R, L).
+
+        The text encoder runs once for each template, unless the concept's own word is learned.
+
+        Raises:
+            ValueError: whatever `concept_places` refuses.
+        """
+        if self.tokens is not None:
+            text, gates = self._encode(templates)
+            return text.to(self.device), gates.to(self.device)
+        for template in templates:
+            if template not in self._texts:
+                with torch.no_grad():
+                    text, gates = self._encode([template])
+                self._texts[template] = text[0], gates[0]
+        text, gates = zip(*(self._texts[template] for template in templates), strict=True)
+        return torch.stack(text).to(self.device), torch.stack(gates).to(self.device)
+
+    @property
+    def logs_now(self) -> bool:
+        """Whether Lightning writes to the logger at the end of this optimiser step."""
+        return self._trainer is not None and (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+
+    def shares(self, tape: Tape) -> dict[str, Tensor]:
+        """Norm of what the terms add to the values' sum as a share of that sum, by layer, averaged over the rows."""
+        shares = {}
+        for name, terms in self.edits.items():
+            if name in tape and name in self.tensors:
+                residuals = torch.stack([term.residual for term in terms])  # (R, C)
+                shares[name] = residual_share(*tape[name], residuals).mean()
+        return shares
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = self.method.groups(self.tensors)
+        return torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+    def concept(self) -> Concept:
+        """What has been learned so far.
+
+        Raises:
+            ValueError: the residuals are not finite.
+        """
+        return Concept(
+            tensors=dict(self.tensors),
+            superclass=self.superclass,
+            templates=self.templates,
+            architecture=self.sd.architecture,
+            base_hash=self.sd.hash,
+            gate=self.gate,
+            covariance=fingerprint(self.inverse_covariance),
+            method=self.method.name,
+            attention=self.method.attention,
+            options=self.method.options,
+            noun=self.noun,
+            steps=self.global_step,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+        )
+
+    def train(self, mode: bool = True) -> "ConceptTrainer":
+        """Sets the mode of this module; the base model stays in evaluation mode."""
+        super().train(mode)
+        self.sd.eval()
+        return self
+
+    def check_state(self, state_dict: Mapping[str, Tensor]) -> None:
+        if odd := sorted(set(self.tensors) ^ set(state_dict)):
+            raise ValueError(f"the resume state does not fit the method: {odd[0]} is in one of them only")
+        for name, parameter in self.tensors.items():
+            if parameter.shape != state_dict[name].shape:
+                found = tuple(state_dict[name].shape)
+                raise ValueError(f"the resume state does not fit: {name} is {found}, not {tuple(parameter.shape)}")
+
+    def _encode(self, templates: Sequence[str]) -> tuple[Tensor, Tensor]:
+        text, masks = encode(self.sd.text, templates, [self.noun], [self.tokens])  # (B, L, D), (B, 1, L)
+        mask = masks[:, 0].to(text.device)
+        self.method.observe(self.tensors, *(self._everyone(rows) for rows in (text.detach(), mask)))
+        if self.edits and (self._target_input is None or self.tokens is not None):
+            self._target_input = self.method.target(self.sd, self.tensors, self.superclass, self.templates)
+        gates = self.method.gates(self.gate, text, mask, self._target_input, self.inverse_covariance)
+        return text.to(self.sd.dtype), gates
+
+    def _everyone(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, where every process encodes at every step: (B, …) -> (world · B, …)."""
+        together = self.tokens is not None and self._trainer is not None and self._trainer.world_size > 1
+        return self.all_gather(rows).flatten(0, 1) if together else rows
+
+
+class SaveConcept(pl.Callback):
+    """Writes `step=000500.safetensors` every so many optimiser steps, and when training ends or fails by a number.
+
+    Args:
+        every: optimiser steps between two files.
+        dirpath: folder; None is `models/` in the trainer's root folder.
+
+    Raises:
+        ValueError: `every` is below 1.
+    """
+
+    def __init__(self, every: int = 100, dirpath: str | Path | None = None) -> None:
+        if every < 1:
+            raise ValueError(f"every: save a concept every 1 or more steps, not {every}")
+        self.every = every
+        self.dirpath = dirpath
+        self._saved = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: ConceptTrainer) -> None:
+        self._saved = trainer.global_step  # of the run that this one resumes, or 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: ConceptTrainer, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every == 0:
+            self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: ConceptTrainer) -> None:
+        self._save(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: ConceptTrainer, exception: BaseException) -> None:
+        if isinstance(exception, NonFinite) and exception.intact:
+            self._save(trainer, pl_module)
+
+    @rank_zero_only
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        step = trainer.global_step
+        if step == self._saved:  # between the micro-batches of one optimiser step
+            return
+        folder = Path(trainer.default_root_dir) / "models" if self.dirpath is None else Path(self.dirpath)
+        self._write(pl_module, folder, f"step={step:06d}.safetensors")
+        self._saved = step
+
+    def _write(self, module: ConceptTrainer, folder: Path, name: str) -> None:
+        module.concept().save(folder / name)

@@ -1,0 +1,1 @@
+"""The networks: UNet, autoencoder, text encoders, CLIP."""

@@ -1,0 +1,210 @@
+"""Stable Diffusion's UNet (Rombach et al. 2022, arXiv 2112.10752), under the tensor names of its checkpoints."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from ldm.models.attention import Context, SpatialTransformer, normalise, zeroed
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoids of the timestep, cosines first: (B,) -> float32 (B, dim), dim even (Vaswani et al. 2017)."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponents)  # (B, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Downsample(nn.Module):
+    """(B, C, h, w) -> (B, C, ⌈h/2⌉, ⌈w/2⌉) by a strided convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """(B, C, h, w) -> (B, C, 2h, 2w) by repetition and a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with the timestep added in between; the residual branch starts at zero."""
+
+    def __init__(self, channels: int, time_dim: int, out_channels: int):
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            normalise(channels, eps=1e-5), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, out_channels))
+        self.out_layers = nn.Sequential(
+            normalise(out_channels, eps=1e-5),
+            nn.SiLU(),
+            nn.Dropout(0.0),
+            zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """(B, C, h, w) and (B, time_dim) -> (B, out_channels, h, w)."""
+        h = self.in_layers(x) + self.emb_layers(time)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Block(nn.Sequential):
+    """Layers in a row, each given what it takes besides the feature map: the timestep, the context, or nothing."""
+
+    def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, time)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or v) in latents from a timestep and a text.
+
+    Args:
+        in_channels, out_channels: latent channels in and out.
+        model_channels: width at the finest level.
+        channel_mult: width of each level as a multiple of `model_channels`; every level but the last halves the size.
+        num_res_blocks: residual blocks a level on the way down (one more on the way up).
+        attention_resolutions: the downsampling factors (1, 2, 4, …) at which there is a transformer;
+            the middle block always has one.
+        num_heads: heads of every attention layer (SD 1); exclusive with `num_head_channels`.
+        num_head_channels: width of every head (SD 2).
+        context_dim: width of the text encodings.
+        transformer_depth: transformer blocks in each transformer.
+        use_linear: linear projections around the transformers (SD 2) instead of 1×1 convolutions (SD 1).
+        upcast_attention: attention in float32 (SD 2.1 768).
+        checkpoint: recompute each block in the backward pass instead of storing its activations; an attribute of
+            the same name switches it later.
+
+    Attributes:
+        factor: the ratio of the finest level's size to the coarsest's; sides of latents must be divisible by it.
+
+    Raises:
+        ValueError: unless exactly one of `num_heads` and `num_head_channels` is given and divides every width.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        model_channels: int = 320,
+        channel_mult: Sequence[int] = (1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (4, 2, 1),
+        num_heads: int | None = None,
+        num_head_channels: int | None = None,
+        context_dim: int = 768,
+        transformer_depth: int = 1,
+        use_linear: bool = False,
+        upcast_attention: bool = False,
+        checkpoint: bool = False,
+    ):
+        super().__init__()
+        divisor = num_head_channels if num_heads is None else num_heads
+        if (num_heads is None) == (num_head_channels is None) or divisor < 1:
+            raise ValueError(f"give exactly one of num_heads and num_head_channels: {num_heads=}, {num_head_channels=}")
+        self.model_channels = model_channels
+        self.context_dim = context_dim
+        self.factor = 2 ** (len(channel_mult) - 1)
+        self.checkpoint = checkpoint
+        time_dim = 4 * model_channels
+
+        def transformer(channels: int) -> SpatialTransformer:
+            if channels % divisor:
+                raise ValueError(f"{channels} channels do not divide into heads: {num_heads=}, {num_head_channels=}")
+            heads = num_heads or channels // divisor
+            return SpatialTransformer(
+                channels, heads, channels // heads, context_dim, transformer_depth, use_linear, upcast_attention
+            )
+
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+
+        channels = model_channels
+        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        skips = [channels]  # widths of the feature maps that the way up takes back
+        for level, multiple in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers = [ResBlock(channels, time_dim, multiple * model_channels)]
+                channels = multiple * model_channels
+                if 2**level in attention_resolutions:
+                    layers.append(transformer(channels))
+                self.input_blocks.append(Block(*layers))
+                skips.append(channels)
+            if level < len(channel_mult) - 1:
+                self.input_blocks.append(Block(Downsample(channels)))
+                skips.append(channels)
+
+        self.middle_block = Block(
+            ResBlock(channels, time_dim, channels), transformer(channels), ResBlock(channels, time_dim, channels)
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, multiple in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                layers = [ResBlock(channels + skips.pop(), time_dim, multiple * model_channels)]
+                channels = multiple * model_channels
+                if 2**level in attention_resolutions:
+                    layers.append(transformer(channels))
+                if level > 0 and i == num_res_blocks:
+                    layers.append(Upsample(channels))
+                self.output_blocks.append(Block(*layers))
+
+        self.out = nn.Sequential(
+            normalise(channels, eps=1e-5), nn.SiLU(), zeroed(nn.Conv2d(channels, out_channels, 3, padding=1))
+        )
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | Context) -> Tensor:
+        """The model's prediction for noisy latents.
+
+        Args:
+            latents: (B, in_channels, h, w), h and w divisible by `self.factor`.
+            timesteps: (B,), in [0, 1000).
+            context: text encodings (B, L, context_dim), or a `Context` that holds them; it reaches every
+                cross-attention layer as it is.
+
+        Returns:
+            (B, out_channels, h, w).
+
+        Raises:
+            ValueError: if h or w is not divisible by `self.factor`.
+        """
+        if latents.shape[2] % self.factor or latents.shape[3] % self.factor:
+            raise ValueError(f"latents of shape {tuple(latents.shape)}: sides must be divisible by {self.factor}")
+        if not isinstance(context, Context):
+            context = Context(context)
+        time = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(latents.dtype))  # (B, time_dim)
+        h, skips = latents, []
+        for block in self.input_blocks:
+            h = self._run(block, h, time, context)
+            skips.append(h)
+        h = self._run(self.middle_block, h, time, context)
+        for block in self.output_blocks:
+            h = self._run(block, torch.cat([h, skips.pop()], dim=1), time, context)
+        return self.out(h)
+
+    def _run(self, block: Block, x: Tensor, time: Tensor, context: Context) -> Tensor:
+        if self.checkpoint and torch.is_grad_enabled():
+            return recompute(block, x, time, context, use_reentrant=False)
+        return block(x, time, context)

@@ -1,0 +1,1 @@
+"""What trains a base model, and its callbacks."""

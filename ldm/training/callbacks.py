@@ -1,0 +1,108 @@
+"""What training writes beside its resume state."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from ldm.util.files import replacing
+from ldm.weights.checkpoint import write
+
+logger = logging.getLogger(__name__)
+
+
+class ExportWeights(pl.Callback):
+    """Writes the module's `weights()` to `<run>/models/weights.safetensors` when training ends, in float16.
+
+    Listed behind a weight-averaging callback it writes the averaged weights.
+    """
+
+    @rank_zero_only
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        path = Path(trainer.default_root_dir) / "models" / "weights.safetensors"
+        half = {name: t.half() if t.is_floating_point() else t for name, t in module.weights().items()}
+        write(path, half)
+
+
+class Offload(pl.Callback):
+    """Moves parts of a concept's frozen base model to the CPU when training starts, so that a small card has room.
+
+    The autoencoder has done its work by then: latents are cached. So has the text encoder soon, since each prompt is
+    encoded once, unless the method learns a word.
+
+    Args:
+        parts: of the module's `sd`: "vae", "text".
+        device: where to.
+
+    Raises:
+        ValueError: another part.
+    """
+
+    def __init__(self, parts: Sequence[str] = ("vae", "text"), device: str = "cpu") -> None:
+        if odd := [part for part in parts if part not in ("vae", "text")]:
+            raise ValueError(f"parts: training does without vae and text, not without {odd[0]!r}")
+        self.parts, self.device = tuple(parts), device
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        for part in self.parts:
+            getattr(module.sd, part).to(self.device)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def write_grid(trainer: pl.Trainer, images: Tensor, columns: int) -> Tensor | None:
+    """Writes `<run>/images/step=000500.png` and returns the grid (3, H', W'); warns of images that are not finite.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1], B a multiple of `columns`.
+    """
+    path = Path(trainer.default_root_dir) / "images" / f"step={trainer.global_step:06d}.png"
+    if not images.isfinite().all():
+        logger.warning("warning: samples at step %d are not finite: %s is not written", trainer.global_step, path)
+        return None
+    grid = make_grid(images, columns)
+    with replacing(path) as partial:
+        save_image(grid, partial)
+    return grid
+
+
+class Reconstructions(pl.Callback):
+    """Every `every` steps, images above their reconstructions, in `<run>/images/`."""
+
+    def __init__(self, every: int = 500):
+        self.every = every
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch: dict, index: int
+    ) -> None:
+        if trainer.global_step % self.every:
+            return
+        images = batch["images"][:8]
+        with torch.no_grad():
+            decoded = module.vae.decode(module.vae.encode(images)).float().clamp(-1, 1)
+        write_grid(trainer, torch.cat([images, decoded]) / 2 + 0.5, len(images))
+
+
+class Samples(pl.Callback):
+    """Every `every` steps, a grid of samples in `<run>/images/`: a column per prompt, `rows` seeds, always the same.
+
+    The module's current weights are sampled, not averaged ones.
+    """
+
+    def __init__(self, prompts: list[str], every: int = 1000, rows: int = 2, steps: int = 25, scale: float = 5.0):
+        self.prompts, self.every, self.rows, self.steps, self.scale = prompts, every, rows, steps, scale
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch: dict, index: int
+    ) -> None:
+        if trainer.global_step % self.every or trainer.global_step == 0:
+            return
+        images = module.sd.sample(self.prompts * self.rows, steps=self.steps, scale=self.scale)
+        write_grid(trainer, images, len(self.prompts))

@@ -1,0 +1,74 @@
+"""Trains a text-conditional latent diffusion model."""
+
+from contextlib import nullcontext
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ldm.pipeline import StableDiffusion
+from ldm.training.optimise import adamw
+from ldm.weights.checkpoint import PREFIXES
+
+
+class LatentDiffusion(pl.LightningModule):
+    """The denoising loss of Ho et al. 2020 (eq. 14) on latents (Rombach et al. 2022, eq. 3).
+
+    UNet and text tower are trained, the autoencoder is not. A share of the captions is emptied, for classifier-free
+    guidance. `min_snr` is γ of Hang et al. 2023 (eq. 7): the loss on ε is weighted by min(SNR, γ) / SNR, so that steps
+    with little noise do not take most of the capacity. `clean_weight` adds so much of the loss on the clean latents,
+    which is the one on ε by the SNR, and `layout_share` of the timesteps come from the last fifth alone: where things
+    stand is decided there, and ε hardly depends on it. Batches: {"latents": (B, C, h, w), "captions": list of B}.
+    """
+
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        learning_rate: float = 6e-4,
+        caption_dropout: float = 0.1,
+        min_snr: float = 5.0,
+        clean_weight: float = 0.0,
+        layout_share: float = 0.0,
+    ):
+        super().__init__()
+        if sd.schedule.prediction_type != "epsilon":
+            raise ValueError(f"min_snr weights an ε-prediction, and this model predicts {sd.schedule.prediction_type}")
+        self.sd, self.learning_rate, self.caption_dropout = sd, learning_rate, caption_dropout
+        self.min_snr, self.clean_weight, self.layout_share = min_snr, clean_weight, layout_share
+        self.sd.vae.requires_grad_(False)
+
+    def training_step(self, batch: dict, index: int) -> Tensor:
+        latents = batch["latents"]
+        dropped = torch.rand(len(latents)) < self.caption_dropout
+        text = self.sd.text(["" if drop else caption for drop, caption in zip(dropped, batch["captions"], strict=True)])
+        timesteps = self.timesteps(len(latents)).to(latents.device)
+        noise = torch.randn_like(latents)
+        noisy = self.sd.schedule.add_noise(latents, noise, timesteps)
+        # the backward pass of the fused CPU kernel takes a third of a step at these sizes
+        with sdpa_kernel(SDPBackend.MATH) if latents.device.type == "cpu" else nullcontext():
+            prediction = self.sd.unet(noisy, timesteps, text)
+        errors = F.mse_loss(prediction.float(), noise, reduction="none").mean((1, 2, 3))  # (B,)
+        signal = self.sd.schedule.alphas_cumprod.to(latents.device)[timesteps]
+        snr = signal / (1 - signal)
+        loss = (errors * (snr.clamp(max=self.min_snr) + self.clean_weight) / snr).mean()
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def timesteps(self, count: int) -> Tensor:
+        """Random timesteps (count,) int64: uniform, but for `layout_share` of them, which lie in the last fifth."""
+        last = self.sd.schedule.timesteps
+        first = torch.where(torch.rand(count) < self.layout_share, last - last // 5, 0)
+        return first + (torch.rand(count) * (last - first)).long()
+
+    def configure_optimizers(self) -> dict:
+        trained = [*self.sd.unet.parameters(), *self.sd.text.parameters()]
+        return adamw(trained, self.learning_rate, self.trainer.max_steps)
+
+    def weights(self) -> dict[str, Tensor]:
+        return {
+            prefix + name: tensor
+            for part, prefix in PREFIXES.items()
+            for name, tensor in getattr(self.sd, part).state_dict().items()
+        }

@@ -1,0 +1,1 @@
+"""Configs, flags, errors, files, runs and processes."""

@@ -1,0 +1,1 @@
+"""Experiments on the pocket world: `python -m scripts.pocket.X`."""

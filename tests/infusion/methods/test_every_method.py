@@ -1,0 +1,233 @@
+"""What every customisation method has to be true to, whatever it learns."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from infusion.concepts.concept import Concept
+from infusion.deltas import detach
+from infusion.gate import Gate
+from infusion.inject import remove
+from infusion.methods import find_method, method_names
+from infusion.methods.lora import LoRA
+from infusion.sampling.customised import Customised
+from infusion.tokens import fill
+from infusion.training.trainer import ConceptTrainer
+
+METHODS = method_names()
+TEMPLATES = ["a photo of a {}", "the {} in a box"]
+STARTS_AS_BASE = [name for name in METHODS if name != "perfusion"]  # whose gate is not fully open
+ANCHORED = ["infusion", "perfusion", "textual_inversion"]  # which leave prompts without the concept alone
+
+every = pytest.mark.parametrize("name", METHODS)
+
+
+def make(sd, name, **options):
+    return ConceptTrainer(sd, find_method(name)(), "cat", TEMPLATES, **options)
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(3)
+    return {"latents": torch.randn(2, 4, 8, 8), "template": TEMPLATES, "mask": torch.rand(2, 1, 8, 8)}
+
+
+@pytest.fixture
+def latents():
+    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+def train(module, batch, steps=2):
+    optimizer = module.configure_optimizers()
+    for step in range(steps):
+        optimizer.zero_grad()
+        module.denoising_loss(batch, torch.Generator().manual_seed(step), {}).backward()
+        optimizer.step()
+    return module
+
+
+def predict(sd, concepts, templates, latents, **options):
+    """Without guidance, with the gates of training."""
+    gates = {"beta": Gate().beta, "tau": Gate().tau} | options
+    with torch.no_grad(), Customised(sd, concepts, templates, scale=1.0, **gates) as denoise:
+        return denoise(latents, torch.tensor(400))
+
+
+def base(sd, prompts, latents):
+    with torch.no_grad():
+        return sd.unet(latents, torch.tensor([400, 400]), sd.text(prompts))
+
+
+def trained(sd, name, batch, **options):
+    """A concept after two steps at a high learning rate; the base model is left as it was."""
+    unet = {key: value.clone() for key, value in sd.unet.state_dict().items()}
+    concept = train(make(sd, name, learning_rate=0.05), batch).concept()
+    predict(sd, [concept], TEMPLATES, torch.zeros(2, 4, 8, 8))
+    release(sd)
+    assert {key: torch.equal(value, unet[key]) for key, value in sd.unet.state_dict().items()} == dict.fromkeys(
+        unet, True
+    )
+    return replace(concept, **options)
+
+
+def release(sd):
+    """Takes off what a trainer has put into the UNet for good."""
+    detach(sd.unet)
+    remove(sd.unet)
+
+
+@pytest.mark.parametrize("name", STARTS_AS_BASE)
+def test_an_untrained_concept_is_the_base_model(sd, name, latents):
+    module = make(sd, name)
+    concept = module.concept()
+    text, gates = module.encode(TEMPLATES)
+    with torch.no_grad():
+        prediction = module.method.predict(sd.unet, latents, torch.tensor([400, 400]), text, gates, {})
+    release(sd)
+    expected = base(sd, [fill(template, [concept.noun]) for template in TEMPLATES], latents)
+    assert torch.equal(prediction, expected)
+    # sampling has both streams in one batch, whose size may change the rounding
+    torch.testing.assert_close(predict(sd, [concept], TEMPLATES, latents), expected, atol=1e-5, rtol=1e-5)
+
+
+@every
+def test_training_changes_what_is_learned_and_nothing_else(sd, name, batch):
+    before = {key: value.clone() for key, value in sd.state_dict().items()}
+    module = make(sd, name, learning_rate=0.05)
+    start = {key: value.clone() for key, value in module.tensors.items()}
+    train(module, batch)
+    learned = {key for key, value in module.tensors.items() if value.requires_grad}
+    moved = {key for key, value in module.tensors.items() if not torch.equal(value, start[key])}
+    assert learned and learned <= moved
+    assert {id(p) for p in module.parameters() if p.requires_grad} == {id(module.tensors[key]) for key in learned}
+    release(sd)
+    after = sd.state_dict()
+    assert set(after) == set(before) and all(torch.equal(after[key], before[key]) for key in before)
+
+
+@every
+def test_training_and_sampling_are_the_same_model(sd, name, batch, latents):
+    module = train(make(sd, name, learning_rate=0.05), batch)
+    text, gates = module.encode(TEMPLATES)
+    concept = module.concept()  # after encoding, which Perfusion's running mean watches
+    if name == "perfusion":
+        text, gates = module.encode(TEMPLATES)
+        module.tensors["target_input"].data.copy_(concept.tensors["target_input"])
+        gates = module.method.gates(module.gate, text, gates[:, 0] > 0, concept.tensors["target_input"], None)
+    with torch.no_grad():
+        expected = module.method.predict(sd.unet, latents, torch.tensor([400, 400]), text, gates, {})
+    torch.testing.assert_close(predict(sd, [concept], TEMPLATES, latents), expected, atol=1e-5, rtol=1e-5)
+    release(sd)
+    torch.testing.assert_close(predict(sd, [concept], TEMPLATES, latents), expected, atol=1e-5, rtol=1e-5)
+    plain = base(sd, [fill(template, [concept.noun]) for template in TEMPLATES], latents)
+    assert (expected - plain).abs().max() > 1e-4
+
+
+@every
+def test_strength_zero_is_the_base_model_on_the_same_words(sd, name, batch, latents):
+    concept = trained(sd, name, batch)
+    prompts = [fill(template, [concept.noun]) for template in TEMPLATES]
+    assert torch.equal(predict(sd, [concept], TEMPLATES, latents, strengths=0.0), base(sd, prompts, latents))
+
+
+@every
+def test_prompts_without_the_concept(sd, name, batch, latents):
+    concept, prompts = trained(sd, name, batch), ["a cat in a box", "grass"]
+    same = torch.equal(predict(sd, [concept], prompts, latents), base(sd, prompts, latents))
+    assert same == (name in ANCHORED)
+
+
+@every
+def test_a_file_brings_it_all_back(sd, name, batch, latents, tmp_path):
+    concept = trained(sd, name, batch)
+    concept.save(tmp_path / "concept.safetensors")
+    loaded = Concept.load(tmp_path / "concept.safetensors")
+    assert loaded.noun == concept.noun and dict(loaded.options) == dict(concept.options)
+    assert torch.equal(predict(sd, [loaded], TEMPLATES, latents), predict(sd, [concept], TEMPLATES, latents))
+    concept.save(tmp_path / "half.safetensors", "half")
+    half = predict(sd, [Concept.load(tmp_path / "half.safetensors")], TEMPLATES, latents)
+    torch.testing.assert_close(half, predict(sd, [concept], TEMPLATES, latents), atol=0.02, rtol=0.02)
+
+
+@every
+def test_a_resumed_run_learns_on(sd, name, batch):
+    module = train(make(sd, name, learning_rate=0.05), batch)
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    release(sd)
+    other = make(sd, name)
+    other.load_state_dict(state)
+    assert all(torch.equal(other.tensors[key], value) for key, value in state.items())
+    with pytest.raises(ValueError, match="in one of them only"):
+        other.load_state_dict({**state, "more": torch.zeros(1)})
+
+
+@every
+def test_two_concepts_of_which_one_is_silent(sd, name, batch, latents):
+    concept = trained(sd, name, batch)
+    other = replace(concept, tensors={key: value + 0.1 for key, value in concept.tensors.items()})
+    templates = [template.replace("{}", "{1}") for template in TEMPLATES]
+    both = predict(sd, [concept, other], templates, latents, strengths=[1.0, 0.0])
+    torch.testing.assert_close(both, predict(sd, [concept], TEMPLATES, latents), atol=1e-5, rtol=1e-5)
+
+
+@every
+def test_a_tensor_that_has_no_place_is_refused(sd, name, batch):
+    concept = trained(sd, name, batch)
+    learned = (
+        next(key for key in concept.tensors if key not in ("tokens", "target_input"))
+        if name != ("textual_inversion")
+        else "tokens"
+    )
+    odd = {**concept.tensors, "elsewhere.weight.up": torch.zeros(3, 3), "elsewhere.weight.down": torch.zeros(3, 3)}
+    with pytest.raises(ValueError, match="elsewhere"):
+        predict(sd, [replace(concept, tensors=odd)], TEMPLATES, torch.zeros(2, 4, 8, 8))
+    odd = {**concept.tensors, learned: torch.zeros(5, 3)}
+    with pytest.raises(ValueError, match="wide|is \\("):
+        predict(sd, [replace(concept, tensors=odd)], TEMPLATES, torch.zeros(2, 4, 8, 8))
+
+
+@every
+def test_images_of_the_superclass_pull_towards_it(sd, name, batch):
+    module = make(sd, name, prior_weight=0.5)
+    prior = {"latents": torch.randn(1, 4, 8, 8), "template": ["a photo of a cat"]}
+    module.log = module.log_dict = lambda *_, **__: None
+    whole = module.training_step(batch | {"prior": prior}, 0)
+    own = module.denoising_loss(batch, module.generator(0), {})
+    alone = module.denoising_loss(prior, module.generator(0, 1), {})
+    torch.testing.assert_close(whole, own + 0.5 * alone, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_that_a_low_rank_reaches(sd, batch):
+    concept = trained(sd, "lora", batch)
+    method = LoRA(**concept.options)
+    changes = method.differences(concept.tensors)
+    assert len(changes) == 4 * 7
+    for change in changes.values():
+        assert torch.linalg.matrix_rank(change(torch.zeros(change.shape)), rtol=1e-4) <= 4
+    with pytest.raises(ValueError, match="lacks"):
+        method.differences({key: value for key, value in concept.tensors.items() if not key.endswith(".up")})
+
+
+def test_perfusion_locks_its_keys_to_the_superclass(sd, batch, latents):
+    """A token that is the target input exactly has, with its gate open, the superclass's key."""
+    concept = trained(sd, "perfusion", batch)
+    method = find_method("perfusion")()
+    (put_in, removed) = method.terms(sd, concept.tensors, "cat", TEMPLATES)
+    target = concept.tensors["target_input"]
+    for name, term in put_in.items():
+        layer = removed[name].layer[0]
+        projected = layer.to_k.weight @ target
+        torch.testing.assert_close(projected + removed[name].key, torch.zeros_like(projected), atol=1e-5, rtol=1e-5)
+        assert torch.equal(term.residual, concept.tensors[name])
+    assert (target - method.start(sd, "cat", TEMPLATES)["target_input"]).abs().max() > 1e-6  # the mean has moved
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 0}, {"rank": "many"}, {"alpha": "much"}, {"alpha": float("nan")}, {"layers": "all"}]
+)
+def test_a_file_with_options_that_will_not_do_is_refused(sd, options):
+    concept = make(sd, "lora").concept()
+    release(sd)
+    with pytest.raises(ValueError):
+        Customised(sd, [replace(concept, options={**concept.options, **options})], TEMPLATES)

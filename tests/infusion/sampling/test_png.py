@@ -1,0 +1,115 @@
+import struct
+import warnings
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from PIL import Image, PngImagePlugin
+
+from infusion.sampling.png import CHUNKS, FILES, FLAGS, KNOWN, defaults, describe, recall
+from infusion.sampling.settings import Settings
+
+SAID = describe(Settings(), {"prompt": "a {}", "seed": 3, "config": "c.yaml"}, {"base_sha256": "ab"})
+
+
+def save(path: Path, said: dict[str, str], size: tuple[int, int] = (2, 2), **options: object) -> Path:
+    info = PngImagePlugin.PngInfo()
+    for key, value in said.items():
+        info.add_text(key, value, **options)
+    Image.new("RGB", size).save(path, pnginfo=info)
+    return path
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def handmade(path: Path, *chunks: bytes, size: tuple[int, int] = (2, 2)) -> Path:
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks))
+    return path
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(ValueError) as error:
+        recall(path)
+    said = str(error.value)
+    assert said.startswith(f"{path}: ") and "\n" not in said and len(said) < len(str(path)) + 300
+    return said
+
+
+def test_what_is_described_is_recalled(tmp_path):
+    assert recall(save(tmp_path / "a.png", SAID)) == SAID
+    assert recall(save(tmp_path / "a.png", SAID, zip=True)) == SAID
+
+
+def test_keys_of_others_are_passed_over(tmp_path):
+    others = {
+        "outdir": "/tmp/x",
+        "from_png": "b.png",
+        "skip_save": "1",
+        "device": "cuda",
+        "__class__": "x",
+        "x" * 79: "y",
+    }
+    text = recall(save(tmp_path / "a.png", SAID | others))
+    assert text == SAID
+    assert not set(others) & set(defaults(text))
+
+
+def test_no_value_names_a_place_to_write_to():
+    """Of all flags, those that a picture may set: files are read only."""
+    assert set(defaults(dict.fromkeys(KNOWN, "1"))) == {*FLAGS, *asdict(Settings()), "n_samples", "n_iter"}
+    assert set(FILES) == {"config", "ckpt", "personalized_ckpt", "covariance"} <= set(FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("prompt", "x" * 20_000, "its prompt has 20,000 characters"),
+        ("beta", "[" * 5000, "its beta has 5,000 characters; at most 2,000"),
+        ("prompt", "\x1b[2J", "its prompt has characters that cannot be printed"),
+        ("sampler", "a\0b", "its sampler has characters"),
+        ("config", "//host/share/x.yaml", "its config names no file of this machine"),
+        ("ckpt", "\\\\host\\share\\x", "its ckpt names no file of this machine"),
+        ("personalized_ckpt", "a.safetensors,https://x.org/b", "its personalized_ckpt names no file"),
+        ("covariance", "a\nb", "its covariance names no file"),
+    ],
+)
+def test_values_that_no_flag_has(tmp_path, key, value, message):
+    info = PngImagePlugin.PngInfo()
+    for name, said in (SAID | {key: value}).items():
+        info.add_itxt(name, said)
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png", pnginfo=info)
+    assert message in refused(tmp_path / "a.png")
+
+
+def test_text_that_is_packed_a_thousand_times_smaller(tmp_path):
+    bomb = chunk(b"zTXt", b"prompt\0\0" + zlib.compress(bytes(50_000_000)))
+    assert "cannot be read as a picture" in refused(handmade(tmp_path / "a.png", bomb, chunk(b"IDAT", b"")))
+
+
+def test_chunks_without_an_end(tmp_path):
+    assert f"more than {CHUNKS} chunks" in refused(handmade(tmp_path / "a.png", chunk(b"prIv", b"") * (CHUNKS + 1)))
+
+
+def test_pixels_are_not_read(tmp_path):
+    texts = [chunk(b"tEXt", f"{key}\0{value}".encode()) for key, value in SAID.items()]
+    huge = handmade(tmp_path / "a.png", *texts, chunk(b"IDAT", b"no pixels"), size=(12_000, 10_000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert recall(huge) == SAID
+    assert "cannot be read" in refused(handmade(tmp_path / "b.png", *texts, chunk(b"IDAT", b""), size=(2**30, 2**30)))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a" + bytes(99), b"P6 2 2 255\n" + bytes(99)])
+def test_other_files(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    assert "cannot be read as a picture" in refused(tmp_path / "a.png")
+
+
+def test_other_pictures(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    assert "does not say how it was made (prompt is lacking)" in refused(tmp_path / "a.png")
+    assert "cannot be read" in refused(tmp_path / "missing.png")

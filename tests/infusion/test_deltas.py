@@ -1,0 +1,62 @@
+import pytest
+import torch
+from torch import nn
+
+from infusion.deltas import Difference, LowRank, attach, detach, weights_edited
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.GroupNorm(1, 3))
+
+
+def test_edits_add_up_and_come_off(model):
+    base, x = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.randn(2, 4)
+    before = model(x)
+    difference, down, up = torch.randn(3, 4), torch.randn(2, 4), torch.randn(3, 2)
+    with weights_edited(model, {"0.weight": [Difference(difference, 0.5), LowRank(down, up, alpha=6.0, strength=2.0)]}):
+        expected = base["0.weight"] + 0.5 * difference + 2.0 * 6.0 / 2 * up @ down
+        torch.testing.assert_close(model[0].weight, expected)
+    assert torch.equal(model(x), before) and type(model[0]) is nn.Linear
+    assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
+
+
+def test_strength_zero_is_the_base_to_the_bit(model):
+    weight = model[0].weight.clone()
+    with weights_edited(model, {"0.weight": [Difference(torch.randn(3, 4), 0.0)]}):
+        assert torch.equal(model[0].weight, weight)
+
+
+def test_gradients_reach_parameters_and_not_the_base(model):
+    learned = nn.Parameter(torch.zeros(3, 4))
+    model.requires_grad_(False)
+    attach(model, {"0.weight": [Difference(learned)]})
+    model(torch.randn(2, 4)).square().sum().backward()
+    assert learned.grad.abs().max() > 0
+    assert [p for p in model.parameters() if p.requires_grad] == [learned]
+
+
+def test_other_edits_are_set_aside_and_put_back(model):
+    outer, inner = Difference(torch.ones(3, 4)), Difference(torch.full((3,), 2.0))
+    weight, bias = model[0].weight.clone(), model[1].bias.clone()
+    attach(model, {"0.weight": [outer]})
+    with pytest.raises(KeyError), weights_edited(model, {"1.bias": [inner]}):
+        assert torch.equal(model[0].weight, weight) and torch.equal(model[1].bias, bias + 2)
+        raise KeyError
+    assert torch.equal(model[0].weight, weight + 1) and torch.equal(model[1].bias, bias)
+    assert detach(model) == {"0.weight": [outer]} and torch.equal(model[0].weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("2.weight", (3, 4), "no tensor '2.weight'"),
+        ("0.wait", (3, 4), "no tensor"),
+        ("0.weight", (4, 3), r"is \(3, 4\)"),
+    ],
+)
+def test_what_has_no_place_is_refused_and_changes_nothing(model, name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        attach(model, {"0.bias": [Difference(torch.ones(3))], name: [Difference(torch.ones(shape))]})
+    assert detach(model) == {}
