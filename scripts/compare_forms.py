@@ -1,16 +1,19 @@
 """What the forms of a concept file cost in bytes, and in likeness to the full form's samples; prints JSON.
 
-python -m scripts.compare_forms --config configs/backbone/pocket.yaml --concept dog.safetensors
+python scripts/compare_forms.py --config configs/backbone/pocket.yaml --concept dog.safetensors
 """
 
 import json
 import math
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from infusion.concepts.concept import FORMS, Concept
 from infusion.covariance import InverseCovariance
