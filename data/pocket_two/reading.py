@@ -1,0 +1,124 @@
+"""Teaches a text tower what captions say, before a diffusion model is trained on it."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from data.pocket_two.captions import PLACE_WORDS, caption
+from data.pocket_two.scene import CHOICES, NONE, NOUNS, SceneWords, ThingWords
+from data.pocket_two.world import draw_scene
+from ldm.optimise import adamw
+from ldm.text import ClipText
+
+LOOKS = ("colour", "second", "texture", "size")
+PRESENT = ("style", "background", "noun", "colour", "texture", "place")
+
+
+class CaptionBatches(IterableDataset):
+    """Endless batches of captions (list of B) with their scenes' words (list of B); batch i depends on (seed, i)."""
+
+    def __init__(self, batch_size: int, seed: int, start: int = 0):
+        self.batch_size, self.seed, self.start = batch_size, seed, start
+
+    def __iter__(self) -> Iterator[dict]:
+        index = self.start
+        while True:
+            rng = np.random.default_rng([self.seed, index])
+            words = [draw_scene(rng).words() for _ in range(self.batch_size)]
+            yield {"captions": [caption(scene, rng) for scene in words], "words": words}
+            index += 1
+
+
+class CaptionData(pl.LightningDataModule):
+    """Captions without images; a resumed run continues with the next batch."""
+
+    def __init__(self, batch_size: int, seed: int = 0):
+        super().__init__()
+        self.batch_size, self.seed = batch_size, seed
+
+    def train_dataloader(self) -> DataLoader:
+        batches = CaptionBatches(self.batch_size, self.seed, self.trainer.global_step)
+        return DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)
+
+
+class TextReading(pl.LightningModule):
+    """A text tower learns to say which looks belong to which noun.
+
+    A linear layer reads the looks of an object from the encoding of its noun's last token, its noun from the encoding
+    of its place's last token, and all words of the scene from the encoding of the end token. The layers are not kept.
+    A diffusion loss alone takes very long to tell whose colour is whose when a caption has two nouns.
+    """
+
+    def __init__(self, text: ClipText, learning_rate: float = 1e-3):
+        super().__init__()
+        self.text, self.learning_rate = text, learning_rate
+        self.looks = nn.Linear(text.width, sum(len(CHOICES[part]) for part in LOOKS))
+        self.nouns = nn.Linear(text.width, len(NOUNS))
+        self.scene = nn.Linear(text.width, sum(len(CHOICES[part]) for part in PRESENT))
+
+    def training_step(self, batch: dict, index: int) -> Tensor:
+        tokens = self.text.tokenizer(batch["captions"])  # (B, L)
+        encodings = self.text.encode_tokens(tokens).float()  # (B, L, D)
+        ends = (tokens == self.text.tokenizer.eos).int().argmax(1)
+        whole = self.scene(encodings[torch.arange(len(tokens)), ends])
+        present = torch.stack([presence(words) for words in batch["words"]]).to(whole)
+        of_scene = F.binary_cross_entropy_with_logits(whole, present)
+
+        rows, places, things = [], [], []
+        after_rows, after_places, after_nouns = [], [], []
+        for i, (ids, words) in enumerate(zip(tokens.tolist(), batch["words"], strict=True)):
+            for thing in words.things:
+                at = last_token(ids, self.text.tokenizer.encode(thing.noun))
+                rows.append(i), places.append(at), things.append(thing)
+                said = PLACE_WORDS[thing.place]
+                if said in batch["captions"][i]:
+                    after_rows.append(i)
+                    after_places.append(last_token(ids, self.text.tokenizer.encode(said)))
+                    after_nouns.append(NOUNS.index(thing.noun))
+        looks = self.looks(encodings[rows, places]).split([len(CHOICES[part]) for part in LOOKS], dim=1)
+        of_looks = sum(
+            F.cross_entropy(logits, labels_of(things, part).to(logits.device))
+            for logits, part in zip(looks, LOOKS, strict=True)
+        )
+        read = self.nouns(encodings[after_rows, after_places])
+        of_nouns = F.cross_entropy(read, torch.tensor(after_nouns, device=read.device))
+        self.log_dict({"train/scene": of_scene, "train/looks": of_looks, "train/nouns": of_nouns}, prog_bar=True)
+        return 10 * of_scene + of_looks + of_nouns
+
+    def configure_optimizers(self) -> dict:
+        return adamw(self.parameters(), self.learning_rate, self.trainer.max_steps)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.text.state_dict()
+
+
+def labels_of(things: Sequence[ThingWords], part: str) -> Tensor:
+    """One part of objects' words as indices into `CHOICES`, (N,) int64."""
+    return torch.tensor([CHOICES[part].index(getattr(thing, part)) for thing in things])
+
+
+def presence(words: SceneWords) -> Tensor:
+    """Which words of each part of `PRESENT` a scene has, (sum of words,) float; a second colour counts as a colour."""
+    found = []
+    for part in PRESENT:
+        if part in ("style", "background"):
+            has = {getattr(words, part)}
+        else:
+            has = {getattr(thing, part) for thing in words.things}
+        if part == "colour":
+            has |= {thing.second for thing in words.things} - {NONE}
+        found += [float(word in has) for word in CHOICES[part]]
+    return torch.tensor(found)
+
+
+def last_token(ids: Sequence[int], word: Sequence[int]) -> int:
+    """Where a word, which is there, ends among token ids."""
+    for start in range(len(ids) - len(word) + 1):
+        if ids[start : start + len(word)] == list(word):
+            return start + len(word) - 1
+    raise ValueError(f"tokens {list(word)} are not among {list(ids)}")
