@@ -1,18 +1,23 @@
 """Batches of the pocket world, for training its models."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
 
-from data.pocket_two.captions import caption
+from data.pocket_two.captions import PLACE_WORDS, caption
 from data.pocket_two.scene import CHOICES, Scene, SceneWords, ThingWords
 from data.pocket_two.world import SIZE, World, draw_scene
+from ldm.checkpoint import write
 
 THING = ("noun", "colour", "second", "texture", "size", "place")
+SHARD = 10_000  # scenes in a file of latents
 ABSENT = 255  # in a table's columns of a second object that is not there
 
 
@@ -51,7 +56,7 @@ class WorldBatches(IterableDataset):
     Yields images (B, 3, H, W) in [-1, 1], a table (B, 14) uint8 (`table_of`) and captions (list of B).
 
     Args:
-        everything: include the combinations that a generator is not to be trained on.
+        everything: include what a generator is not to be trained on: combinations, drawings, overlays.
         pairs: share of scenes with two objects.
         crop: side of squares cut out at random, two of each scene; None for whole scenes.
     """
@@ -66,21 +71,24 @@ class WorldBatches(IterableDataset):
         crop: int | None = None,
     ):
         self.batch_size, self.seed, self.start = batch_size, seed, start
-        self.untrained_ones = None if everything else False
+        self.everything = everything
         self.pairs, self.crop = pairs, crop
 
     def __iter__(self) -> Iterator[dict]:
-        world, index = World(), self.start
+        worker = get_worker_info()  # worker k of n draws batches k, k + n, …
+        step = worker.num_workers if worker else 1
+        world, index = World(), self.start + (worker.id if worker else 0)
         while True:
             rng = np.random.default_rng([self.seed, index])
             count = self.batch_size if self.crop is None else self.batch_size // 2
-            scenes = [draw_scene(rng, self.untrained_ones, self.pairs) for _ in range(count)]
+            which = None if self.everything else False
+            scenes = [draw_scene(rng, which, self.pairs, held=self.everything) for _ in range(count)]
             images, _ = world.render(scenes, rng)
             if self.crop is not None:
                 scenes, images = scenes * 2, cut(images.repeat(2, 1, 1, 1), self.crop, rng)
             captions = [caption(scene.words(), rng) for scene in scenes]
             yield {"images": images * 2 - 1, "table": table_of(scenes), "captions": captions}
-            index += 1
+            index += step
 
 
 def cut(images: Tensor, side: int, rng: np.random.Generator) -> Tensor:
@@ -90,15 +98,111 @@ def cut(images: Tensor, side: int, rng: np.random.Generator) -> Tensor:
 
 
 class WorldData(pl.LightningDataModule):
-    """The world as images; a resumed run continues with the next batch. Arguments: see `WorldBatches`."""
+    """The world as images; a resumed run continues with the next batch.
+
+    Arguments: see `WorldBatches`; `workers` is the number of processes that draw.
+    """
 
     def __init__(
-        self, batch_size: int, seed: int = 0, everything: bool = False, pairs: float = 0.4, crop: int | None = None
+        self,
+        batch_size: int,
+        seed: int = 0,
+        everything: bool = False,
+        pairs: float = 0.4,
+        crop: int | None = None,
+        workers: int = 0,
     ):
         super().__init__()
         self.batch_size, self.seed, self.everything, self.pairs, self.crop = batch_size, seed, everything, pairs, crop
+        self.workers = workers
 
     def train_dataloader(self) -> DataLoader:
         start = self.trainer.global_step
         batches = WorldBatches(self.batch_size, self.seed, start, self.everything, self.pairs, self.crop)
+        return DataLoader(batches, batch_size=None, num_workers=self.workers)
+
+
+class LatentBatches(IterableDataset):
+    """Endless batches from a fixed set of latents; captions are drawn anew every time.
+
+    Yields latents (B, C, h, w) float32 and captions (list of B). Batch i depends on (seed, i) only.
+
+    Args:
+        latents: (N, C, h, w) float16.
+        table: (N, 14) uint8, see `table_of`.
+        places_alone: share of captions of single objects that say where the object is, and nothing else.
+    """
+
+    def __init__(
+        self, latents: Tensor, table: Tensor, batch_size: int, seed: int, start: int = 0, places_alone: float = 0.0
+    ):
+        self.latents, self.table = latents, table
+        self.batch_size, self.seed, self.start, self.places_alone = batch_size, seed, start, places_alone
+
+    def __iter__(self) -> Iterator[dict]:
+        index = self.start
+        while True:
+            rng = np.random.default_rng([self.seed, index])
+            rows = torch.from_numpy(rng.integers(len(self.latents), size=self.batch_size))
+            captions = []
+            for words in words_of(self.table[rows]):
+                alone = len(words.things) == 1 and rng.random() < self.places_alone
+                captions.append(PLACE_WORDS[words.things[0].place] if alone else caption(words, rng))
+            yield {"latents": self.latents[rows].float(), "captions": captions}
+            index += 1
+
+
+class LatentWorldData(pl.LightningDataModule):
+    """The world as latents of the module's autoencoder, encoded once and kept in `cache`.
+
+    Args:
+        count: number of scenes, a multiple of `SHARD`.
+        cache: folder of safetensors files of `SHARD` scenes each; those that are missing are made, so that an
+            interrupted encoding continues. Each holds the autoencoder's fingerprint; others' are refused.
+        places_alone: share of captions such as "on the left". Among the other words, which change the image more, a
+            model goes on for thousands of steps without attending to places; by themselves it learns them in hundreds.
+        workers: processes that draw scenes for encoding.
+    """
+
+    def __init__(
+        self, batch_size: int, count: int, cache: str, seed: int = 0, places_alone: float = 0.0, workers: int = 0
+    ):
+        super().__init__()
+        if count % SHARD:
+            raise ValueError(f"count must be a multiple of {SHARD}, not {count}")
+        self.batch_size, self.count, self.cache, self.seed = batch_size, count, Path(cache), seed
+        self.places_alone, self.workers = places_alone, workers
+
+    def setup(self, stage: str) -> None:
+        vae = self.trainer.lightning_module.sd.vae.to(self.trainer.strategy.root_device)
+        fingerprint = str(sum(parameter.detach().double().abs().sum().item() for parameter in vae.parameters()))
+        latents, table = [], []
+        for shard in tqdm(range(self.count // SHARD), "latents of the world"):
+            path = self.cache / f"{shard:05}.safetensors"
+            if not path.exists():
+                self.encode(vae, shard, path, fingerprint)
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("fingerprint") != fingerprint:
+                    raise ValueError(f"{path} holds latents of another autoencoder: remove it or name another cache")
+                latents.append(file.get_tensor("latents"))
+                table.append(file.get_tensor("table"))
+        self.latents, self.table = torch.cat(latents), torch.cat(table)
+
+    @torch.no_grad()
+    def encode(self, vae: nn.Module, shard: int, path: Path, fingerprint: str) -> None:
+        batches = WorldBatches(100, self.seed, shard * SHARD // 100)
+        stream = iter(DataLoader(batches, batch_size=None, num_workers=self.workers))
+        device = next(vae.parameters()).device
+        latents, table = [], []
+        for _ in range(SHARD // 100):
+            batch = next(stream)
+            with self.trainer.precision_plugin.forward_context():
+                latents.append(vae.encode(batch["images"].to(device)).half().cpu())
+            table.append(batch["table"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, {"latents": torch.cat(latents), "table": torch.cat(table)}, {"fingerprint": fingerprint})
+
+    def train_dataloader(self) -> DataLoader:
+        start = self.trainer.global_step
+        batches = LatentBatches(self.latents, self.table, self.batch_size, self.seed, start, self.places_alone)
         return DataLoader(batches, batch_size=None)

@@ -72,13 +72,16 @@ def second_colours(colour: str) -> list[str]:
     return [name for name, value in COLOURS.items() if math.dist(value, COLOURS[colour]) > 0.5]
 
 
-def draw_thing(rng: np.random.Generator) -> Thing:
-    """A random object: a third in natural colours, half of them plain; drawing sets by style come in `draw_scene`."""
+def draw_thing(rng: np.random.Generator, held: bool = False) -> Thing:
+    """A random object: a third in natural colours, two in five plain; of the first drawing set.
+
+    `held`: also overlays that only concepts have.
+    """
     colour = NATURAL if rng.random() < 0.3 else str(rng.choice(list(COLOURS)))
     kind = rng.random()
     textures: tuple[Texture, ...] = ()
     if kind > 0.4:
-        textures = draw_textures(rng, worded=kind > 0.55)
+        textures = draw_textures(rng, worded=kind > 0.55, held=held)
     second = NONE
     if textures:
         others = second_colours(colour)
@@ -86,7 +89,7 @@ def draw_thing(rng: np.random.Generator) -> Thing:
     return Thing(str(rng.choice(NOUNS)), colour=colour, second=second, textures=textures)
 
 
-def draw_textures(rng: np.random.Generator, worded: bool) -> tuple[Texture, ...]:
+def draw_textures(rng: np.random.Generator, worded: bool, held: bool = False) -> tuple[Texture, ...]:
     """A texture that has a word, or one that has none: waves, or an overlay of two kinds."""
     if worded:
         return (draw_texture(rng, str(rng.choice(WORDS))),)
@@ -94,16 +97,19 @@ def draw_textures(rng: np.random.Generator, worded: bool) -> tuple[Texture, ...]
         return (draw_texture(rng, "waves"),)
     while True:
         kinds = rng.choice([word for word in WORDS if word != "faded"], 2, replace=False)
-        if set(kinds) not in HELD_OVERLAYS:
+        if held or set(kinds) not in HELD_OVERLAYS:
             return tuple(draw_texture(rng, str(kind)) for kind in kinds)
 
 
-def draw_scene(rng: np.random.Generator, untrained_ones: bool | None = False, pairs: float = 0.4) -> Scene:
+def draw_scene(
+    rng: np.random.Generator, untrained_ones: bool | None = False, pairs: float = 0.4, held: bool = False
+) -> Scene:
     """A random scene.
 
     Args:
         untrained_ones: only scenes with an untrained combination (True), only scenes without (False), or all (None).
         pairs: the share of scenes with two objects.
+        held: also what only concepts have: the third drawing set, for a quarter of the objects, and some overlays.
     """
     while True:
         style = str(rng.choice(STYLES))
@@ -115,7 +121,9 @@ def draw_scene(rng: np.random.Generator, untrained_ones: bool | None = False, pa
             # mostly the style's own drawing set, so that its word says the shape, but not always
             usual = "fluent" if style == "photo" else "noto"
             drawing = usual if rng.random() < 0.8 else "noto" if usual == "fluent" else "fluent"
-            thing = replace(draw_thing(rng), drawing=drawing)
+            if held and rng.random() < 0.25:
+                drawing = "twemoji"
+            thing = replace(draw_thing(rng, held), drawing=drawing)
             things.append(Placed(thing, str(rng.choice(list(SIZES))), place, bool(rng.random() < 0.5)))
         scene = Scene(style, background, tuple(things))
         if count == 2 and things[0].thing.noun == things[1].thing.noun:
