@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data.pocket_two.captions import PLACE_WORDS, caption
 from data.pocket_two.scene import CHOICES, Scene, SceneWords, ThingWords
 from data.pocket_two.world import SIZE, World, draw_scene
-from ldm.checkpoint import write
+from ldm.weights.checkpoint import write
 
 THING = ("noun", "colour", "second", "texture", "size", "place")
 SHARD = 10_000  # scenes in a file of latents

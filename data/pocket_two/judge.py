@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from data.pocket_two.batches import ABSENT, THING
 from data.pocket_two.eye import Eye, spoil
 from data.pocket_two.scene import CHOICES, COLOURS, PLACES
-from ldm.optimise import adamw
+from ldm.training.optimise import adamw
 
 SCENE = {"style": len(CHOICES["style"]), "background": len(CHOICES["background"]), "count": 2}
 OBJECT = {name: len(CHOICES[name]) for name in ("noun", "texture", "size", "place")}
