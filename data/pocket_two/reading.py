@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from data.pocket_two.captions import PLACE_WORDS, caption
 from data.pocket_two.scene import CHOICES, NONE, NOUNS, SceneWords, ThingWords
 from data.pocket_two.world import draw_scene
-from ldm.training.optimise import adamw
 from ldm.models.text import ClipText
+from ldm.training.optimise import adamw
 
 LOOKS = ("colour", "second", "texture", "size")
 PRESENT = ("style", "background", "noun", "colour", "texture", "place")
