@@ -201,18 +201,12 @@ def weight_files(config: DictConfig) -> dict[str, Path]:
 
 
 def load_weights(sd: "StableDiffusion", files: dict[str, Path], use_ema: bool = False) -> None:
-    """Loads the checkpoint, then single components, whose tensors may be named as there or as in the module."""
-    from ldm.weights.checkpoint import PREFIXES, TensorFile, load_into
-
+    """Loads the checkpoint, then the components that have files of their own."""
     for key, file in files.items():
-        component = key.removeprefix("parts.")
         if key == "ckpt":
             sd.load(file, use_ema)
-            continue
-        with TensorFile(file) as tensors:
-            candidates = (PREFIXES[component], f"{component}.", "")
-            prefixes = [prefix for prefix in candidates if any(name.startswith(prefix) for name in tensors.shapes)]
-        load_into({prefixes[0]: getattr(sd, component)}, file)
+        else:
+            sd.load_part(key.removeprefix("parts."), file)
 
 
 def build_model(config: DictConfig, files: dict[str, Path], meta: bool = False) -> "pl.LightningModule":

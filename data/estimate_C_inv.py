@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ldm.util.config import ROOT, ConfigError, build, find, load_config
 from ldm.util.errors import Parser, UserError, report
-from ldm.util.flags import count, find_device, number, written
+from ldm.util.flags import components, count, find_device, number, written
 
 if TYPE_CHECKING:
     from ldm.models.text import ClipText, OpenClipText
@@ -35,6 +35,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--type", choices=list(TYPES), help="text encoder: of SD 1.5 or of SD 2.1; None: clip, or what --config has")
     add("--config", metavar="FILE", help="backbone config; None: the one of --type")
     add("--ckpt", metavar="FILE", help="weights of the base model; None: the backbone's usual file")
+    add("--part", metavar="text=FILE", type=components, help="file of the text encoder alone, as the base model's")
     add("--ridge", type=number, help="added to every eigenvalue of C, as a share of their mean", default=0.001)
     add("--batch_size", type=count, help="captions encoded at a time", default=64)
     add("--device", help="such as cpu or cuda:1; auto: CUDA where there is some", default="auto")
@@ -42,6 +43,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if flags.ridge < 0:
         parser.error(f"--ridge: must be at least 0, not {flags.ridge}")
+    if other := sorted((flags.part or {}).keys() - {"text"}):
+        parser.error(f"--part: of the base model the text encoder alone is read, not the {other[0]}: give text=FILE")
     if not flags.save_path.endswith(".safetensors"):
         parser.error(f"--save_path: {flags.save_path} must end in .safetensors")
     if Path(flags.save_path).exists() and not flags.overwrite:
@@ -58,6 +61,10 @@ def read_config(flags: argparse.Namespace) -> DictConfig:
 
 
 def find_weights(flags: argparse.Namespace, config: DictConfig) -> Path:
+    if flags.part:
+        if not find(flags.part["text"]).is_file():
+            raise UserError(f"--part: there is no file {flags.part['text']}")
+        return find(flags.part["text"])
     name = flags.ckpt or config.get("ckpt")
     if name is None:
         raise UserError("--ckpt: the config names no usual weights: name a file")
@@ -72,13 +79,16 @@ def load_text_encoder(flags: argparse.Namespace, config: DictConfig, weights: Pa
     import torch  # after the flags: it takes seconds
 
     from ldm.models.text import ClipText, OpenClipText
-    from ldm.weights.checkpoint import PREFIXES, load_into
+    from ldm.weights.checkpoint import PREFIXES, load_into, load_part
 
     with torch.device("meta"):
         text = build(OmegaConf.to_container(config.sd.params.text, resolve=True), "sd.params.text")
     if flags.type and not isinstance(text, {"clip": ClipText, "openclip": OpenClipText}[flags.type]):
         raise UserError(f"--type: {flags.type} was asked for, and {flags.config} has a {type(text).__name__}")
-    load_into({PREFIXES["text"]: text}, weights)
+    if flags.part:
+        load_part("text", text, weights)
+    else:
+        load_into({PREFIXES["text"]: text}, weights)
     return text.requires_grad_(False).eval().to(find_device(flags.device))
 
 

@@ -143,7 +143,8 @@ class InverseCovariance:
 
     Attributes:
         matrix: (D, D) float32, symmetric positive definite; None is the identity.
-        architecture, base_hash: of the base model whose text encoder it is of; None where that is not known.
+        architecture: of the base model whose text encoder it is of.
+        base_hash: sha256 of the file with that text encoder. None where either is not known.
 
     Raises:
         ValueError: the file is missing, damaged, no covariance file, of a newer version, or its matrix is not square,
@@ -168,7 +169,8 @@ class InverseCovariance:
         """Warn when C is of another checkpoint's text encoder; the identity suits every base.
 
         Args:
-            architecture, base_hash: of the base model; None where it came from no file.
+            architecture: of the base model.
+            base_hash: sha256 of the file that its text encoder came from (`StableDiffusion.digests`); None for none.
             width: D of its text encodings.
 
         Raises:

@@ -1,7 +1,8 @@
 """Stable Diffusion as one object: text encoder, UNet, autoencoder and schedule, from a config and a checkpoint."""
 
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text import ClipText, OpenClipText
 from ldm.models.unet import UNet
 from ldm.util.config import ConfigError, build, find, load_config
+from ldm.util.errors import suggestion
 from ldm.weights import checkpoint as files
 from ldm.weights.recognise import guess
 
@@ -45,7 +47,9 @@ class StableDiffusion(nn.Module):
 
     Attributes:
         architecture: `name`.
-        weights: the file, or diffusers folder, that the weights came from, or None.
+        weights: the checkpoint, or diffusers folder, that the weights came from, or None.
+        sources: component (unet, vae, text) -> the file or folder that its weights came from.
+        use_ema: whether the UNet's weights are averages.
 
     Raises:
         ValueError: parts that do not fit together.
@@ -69,6 +73,8 @@ class StableDiffusion(nn.Module):
         self.image_size = image_size
         self.checkpoint = checkpoint
         self.weights: Path | None = None
+        self.sources: dict[str, Path] = {}
+        self.use_ema = False
 
     @classmethod
     def from_config(cls, config: str | Path | DictConfig) -> Self:
@@ -97,16 +103,18 @@ class StableDiffusion(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         use_ema: bool | None = None,
+        parts: Mapping[str, str | Path] | None = None,
     ) -> Self:
         """A trained model, frozen.
 
         Args:
             config_path: as for `from_config`.
             ckpt_path: `.safetensors` (or `.ckpt`) in LDM's layout, or a diffusers folder; None takes the model's usual
-                file.
+                file, which need not be there where all parts have files of their own.
             device: where it goes.
             dtype: of the UNet and the text encoder; the autoencoder, which overflows float16, stays in float32.
             use_ema: take the averaged weights of the UNet, `model_ema.*`; None: the config's key `use_ema`, else False.
+            parts: component (unet, vae, text) -> file of its own, as for `load_part`; None: the config's key `parts`.
 
         Raises:
             ValueError: a mistake in the config, no such file, or a file that does not hold exactly this model.
@@ -115,9 +123,16 @@ class StableDiffusion(nn.Module):
         with torch.device("meta"):
             pipeline = cls.from_config(config)
         pipeline.cast(dtype)
-        weights = pipeline._usual_weights(config.get("ckpt_source")) if ckpt_path is None else ckpt_path
-        use_ema = bool(config.get("use_ema", False)) if use_ema is None else use_ema
-        pipeline.load(weights, use_ema, device)
+        parts = (config.get("parts") or {}) if parts is None else parts
+        if not isinstance(parts, Mapping):
+            raise ConfigError(f"parts: a mapping of unet, vae and text to files is wanted, not {parts!r}")
+        parts = {component: file for component, file in parts.items() if file is not None}
+        if ckpt_path is not None or parts.keys() != files.PREFIXES.keys():
+            weights = pipeline._usual_weights(config.get("ckpt_source")) if ckpt_path is None else ckpt_path
+            use_ema = bool(config.get("use_ema", False)) if use_ema is None else use_ema
+            pipeline.load(weights, use_ema, device)
+        for component, file in parts.items():
+            pipeline.load_part(component, find(file), device)
         return pipeline.requires_grad_(False).to(device)
 
     def load(self, path: str | Path | None = None, use_ema: bool = False, device: torch.device | str = "cpu") -> None:
@@ -141,13 +156,52 @@ class StableDiffusion(nn.Module):
         if unexpected:
             shown = ", ".join(unexpected[: files.SHOWN])
             warn(f"{path}: {len(unexpected)} tensors have no place in {self.architecture}: {shown}", stacklevel=2)
-        self.weights = path
-        self.__dict__.pop("hash", None)
+        self.weights, self.sources, self.use_ema = path, dict.fromkeys(files.PREFIXES, path), use_ema
+        self._forget()
+
+    def load_part(self, component: str, path: str | Path, device: torch.device | str = "cpu") -> None:
+        """Load one component from a file, strictly; its tensors may be named as in a checkpoint or as in the module.
+
+        Args:
+            component: unet, vae or text.
+            path: a file; also one part of a diffusers folder.
+            device: where the component goes if it is on the meta device.
+
+        Raises:
+            ValueError: no such component or file, or a file that does not hold exactly this component.
+        """
+        if component not in files.PREFIXES:
+            raise ValueError(f"parts.{component}: unknown component{suggestion(component, list(files.PREFIXES))}")
+        path = Path(path)
+        files.load_part(component, getattr(self, component), path, device)
+        self.sources[component] = path
+        self.use_ema &= component != "unet"
+        self._forget()
 
     @cached_property
+    def digests(self) -> dict[str, str]:
+        """Component -> SHA-256, in hexadecimal, of the file that its weights came from."""
+        by_file = {path: files.sha256(path) for path in set(self.sources.values())}
+        return {component: by_file[path] for component, path in sorted(self.sources.items())}
+
+    @property
     def hash(self) -> str | None:
-        """SHA-256 of the file that the weights came from, in hexadecimal; None for random weights."""
-        return None if self.weights is None else files.sha256(self.weights)
+        """What the weights are, in hexadecimal; None where some are random.
+
+        SHA-256 of the checkpoint where all come from one and none are averages; otherwise of the lines
+        `<component> <SHA-256 of its file>`, sorted, with a last line `use_ema` where the UNet's weights are averages.
+        """
+        if self.sources.keys() != files.PREFIXES.keys():
+            return None
+        if len(set(self.digests.values())) == 1 and not self.use_ema:
+            return self.digests["unet"]
+        lines = [f"{component} {digest}" for component, digest in self.digests.items()]
+        return hashlib.sha256("\n".join(lines + ["use_ema"] * self.use_ema).encode()).hexdigest()
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Component -> SHA-256 of its file, of those that come from another file than `weights`."""
+        return {name: self.digests[name] for name, path in self.sources.items() if path != self.weights}
 
     @property
     def device(self) -> torch.device:
@@ -290,6 +344,10 @@ class StableDiffusion(nn.Module):
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         noise = initial_noise(generators, self.latent_shape(height, width), self.device)  # (B, C, h, w), float32
         return sample(denoise, self.schedule.scheduler(sampler), noise, steps, eta, generators, progress)
+
+    def _forget(self) -> None:
+        """What is remembered of files is of others than those in use now."""
+        self.__dict__.pop("digests", None)
 
     def _check_folder(self, path: Path) -> None:
         """A diffusers folder says what its UNet predicts, which tensors do not."""

@@ -15,13 +15,14 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from infusion.concepts.base import load_base
 from infusion.concepts.concept import FORMS, Concept
 from infusion.covariance import InverseCovariance
 from infusion.sampling.generate import Settings, generate
 from ldm.pipeline import StableDiffusion
 from ldm.util.config import find
 from ldm.util.errors import Parser, report
-from ldm.util.flags import count, find_device, number, seed
+from ldm.util.flags import add_base_flags, count, find_device, number, seed
 
 
 def psnr(images: Tensor, reference: Tensor) -> list[float]:
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(description="Bytes of a concept's forms, and PSNR of their samples to the full form's, as JSON.")
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="backbone config")
-    add("--ckpt", metavar="FILE", help="weights of the base model; None: the backbone's usual file")
+    add_base_flags(parser)
     add("--concept", required=True, metavar="FILE", help="concept file, of the form full")
     add("--prompt", nargs="+", help="{} is the concept; taken in turn", default=["a photo of a {}"])
     add("--n_samples", type=count, help="images", default=4)
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
     concept, inverse = Concept.load(find(flags.concept)), InverseCovariance(flags.covariance)
     device = find_device(flags.device)
-    sd = StableDiffusion.from_checkpoint(find(flags.config), flags.ckpt and find(flags.ckpt), device=device)
+    sd = load_base(flags, find(flags.config), [concept], device)
     prompts = [flags.prompt[i % len(flags.prompt)] for i in range(flags.n_samples)]
     seeds = [flags.seed + i for i in range(flags.n_samples)]
     settings = Settings(steps=flags.steps, scale=flags.scale)

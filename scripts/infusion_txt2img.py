@@ -16,13 +16,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
+from infusion.concepts.base import load_base
 from infusion.sampling.prompts import Job, read_jobs
 from infusion.sampling.settings import Settings
 from infusion.sampling.validate import check_concepts, check_sizes, check_words, fill_in, source
 from ldm.diffusion.schedulers import SAMPLERS
 from ldm.util.config import BACKBONES, find
 from ldm.util.errors import Parser, UserError, naming, report
-from ldm.util.flags import MOST, batch, count, find_device, number, numbers, processes, seed, words, writable
+from ldm.util.flags import (
+    MOST,
+    add_base_flags,
+    batch,
+    count,
+    find_device,
+    number,
+    numbers,
+    processes,
+    seed,
+    words,
+    writable,
+)
 
 if TYPE_CHECKING:
     from infusion.concepts.concept import Concept
@@ -36,7 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Draws prompts with learned concepts.")
     add = parser.add_argument
     add("--config", metavar="FILE", help="backbone config; None: the one that the concept file names")
-    add("--ckpt", metavar="FILE", help="weights of the base model; None: the backbone's usual file")
+    add_base_flags(parser)
     add("--personalized_ckpt", metavar="A[,B]", help="concept files; None: the base model alone, which needs --config")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", help="{} is the concept, {1}, {2} … are several", default="a photo of a {}")
@@ -159,7 +172,6 @@ def main(arguments: list[str] | None = None) -> None:
     from infusion.sampling.pictures import Numbered, grid, png
     from infusion.sampling.png import describe, hashes
     from infusion.sampling.regions import regions
-    from ldm.pipeline import StableDiffusion
     from ldm.util.dist import launch
 
     boxes = flags.region or ""
@@ -178,7 +190,8 @@ def main(arguments: list[str] | None = None) -> None:
     outdir = Path(flags.outdir)
     samples, grids = Numbered(outdir / "samples"), Numbered(outdir, "grid-", digits=4)
     ranks, device = launch(flags.devices, flags.num_nodes, find_device(flags.device))
-    sd = StableDiffusion.from_checkpoint(find_config(flags, concepts), flags.ckpt and find(flags.ckpt), device=device)
+    sd = load_base(flags, find_config(flags, concepts), concepts, device)
+    flags.use_ema = sd.use_ema  # for what a picture says of itself
     check_concepts(sd, files, inverse.matrix)
     check_sizes(sd, jobs)
     with naming(f"--{source(flags)}"):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.prompts import TEMPLATES
+from infusion.concepts.base import load_base
 from infusion.metrics.run.options import CACHE, METRICS, OF_PHOTOS, Options, Tools, identity
 from infusion.metrics.run.protocol import GROUPS, Protocol, usual_file
 from infusion.sampling.validate import check_concepts
@@ -25,7 +26,7 @@ from ldm.util.config import find
 from ldm.util.defaults import CLIPSEG, POCKET, POCKET_CLASSIFIER, POCKET_CLIPSEG
 from ldm.util.errors import Parser, UserError, naming, report
 from ldm.util.files import locked
-from ldm.util.flags import batch, count, find_device, number, processes, seed, words, writable
+from ldm.util.flags import add_base_flags, batch, count, find_device, number, processes, seed, words, writable
 from scripts.infusion_txt2img import find_config
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Measures how much customised models overfit, and how well they show their concepts.")
     add = parser.add_argument
     add("--config", metavar="FILE", help="backbone config; None: the one that the concept files name")
-    add("--ckpt", metavar="FILE", help="weights of the base model; None: the backbone's usual file")
+    add_base_flags(parser)
     add("--personalized_ckpt", metavar="A[,B]", type=words, required=True, help="concept files, or run folders")
     add("--labels", metavar="L[,L]", type=words, help="names in the report; None: those of the files and folders")
     add("--groups", metavar="G[,G]", type=words, help="what belongs together, one for each; None: the methods")
@@ -164,7 +165,6 @@ def main(arguments: list[str] | None = None) -> None:
     from infusion.metrics.run.evaluate import check, evaluate
     from infusion.metrics.run.subject import load_subjects
     from infusion.sampling.customised import check_covariance
-    from ldm.pipeline import StableDiffusion
     from ldm.util.dist import launch
     from scripts.pocket.exact import Exact
     from scripts.pocket.judge import load_classifier
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     ranks, device = launch(flags.devices, flags.num_nodes, find_device(flags.device))
     tools = load_tools(flags, options, pocket, device)
     check_covariance(concepts, tools.inverse_covariance)
-    sd = StableDiffusion.from_checkpoint(find_config(flags, concepts), flags.ckpt and find(flags.ckpt), device=device)
+    sd = load_base(flags, find_config(flags, concepts), concepts, device)
     for concept in concepts:
         concept.check_base(sd.architecture, sd.hash)
     of_files = {one.file: one.concept for subject in subjects for one in subject.checkpoints}

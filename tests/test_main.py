@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main
 from ldm.pipeline import StableDiffusion
+from ldm.weights.checkpoint import sha256
 
 ROOT = Path(__file__).parents[1]
 ENTRY = """
@@ -159,7 +160,10 @@ def test_parts_come_from_files_of_their_own(entry, tiny, tmp_path):
     expected = StableDiffusion.from_checkpoint(tiny)
     assert all(torch.equal(tensor, vae[name]) for name, tensor in model.sd.vae.state_dict().items())
     assert torch.equal(model.sd.unet.time_embed[0].weight, expected.unet.time_embed[0].weight)
-    assert model.sd.hash == expected.hash
+    assert model.sd.hash != expected.hash  # another model, which concepts are to know
+    assert model.sd.parts == {"vae": sha256(tmp_path / "vae.safetensors")} == model.concept().base_parts
+    same = StableDiffusion.from_checkpoint(tiny, parts={"vae": tmp_path / "vae.safetensors"})
+    assert same.hash == model.sd.hash == model.concept().base_hash
 
 
 def spoil_photo(photos: Path) -> None:

@@ -51,7 +51,9 @@ class Concept:
         superclass: the noun of what the concept is one of.
         templates: the training prompts, with {} for the concept; they define the gate's target input.
         architecture: the base model's architecture, such as "sd15".
-        base_hash: sha256 of the base model's checkpoint; None when it came from no file.
+        base_hash: of the base model's weights (`StableDiffusion.hash`); None when they came from no file.
+        base_use_ema: whether the base's UNet had its file's averaged weights.
+        base_parts: component -> sha256 of the file of its own that it came from (`StableDiffusion.parts`).
         gate: as it was trained.
         covariance: fingerprint of the gate's inverse covariance (`infusion.gate.fingerprint`).
         method: name of the customisation method. attention: its attention, "foundation" or "own".
@@ -79,6 +81,8 @@ class Concept:
     learning_rate: float = 0.0
     seed: int = 0
     date: str = field(default_factory=now)
+    base_use_ema: bool = False
+    base_parts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         fields.check_tensors(self.tensors)
@@ -88,6 +92,7 @@ class Concept:
         if self.attention not in fields.ATTENTIONS:
             raise ValueError(f"attention: {fields.shown(self.attention)} is none of {', '.join(fields.ATTENTIONS)}")
         fields.check_options(self.options)
+        fields.check_parts(self.base_parts)
         for name, value in {"beta": self.gate.beta, "tau": self.gate.tau, "learning_rate": self.learning_rate}.items():
             fields.number(name, value)
         fields.whole("steps", self.steps)
@@ -132,9 +137,12 @@ class Concept:
                 f"{self.superclass!r} was trained on {self.architecture!r}: it does not fit {architecture!r}"
             )
         if base_hash != self.base_hash:
+            named = ["--use_ema"] * self.base_use_ema
+            named += [f"--part {name}=FILE (sha256 {_short(part)})" for name, part in self.base_parts.items()]
             warnings.warn(
                 f"the concept {self.superclass!r} was trained on another checkpoint of {architecture!r} "
-                f"(sha256 {_short(self.base_hash)}, here {_short(base_hash)}): expect another likeness",
+                f"(sha256 {_short(self.base_hash)}, here {_short(base_hash)}): expect another likeness"
+                + (f"; its own has {' and '.join(named)}" if named else ""),
                 stacklevel=2,
             )
 
@@ -156,6 +164,8 @@ class Concept:
             "layers": json.dumps(list(self.tensors)),
             "base_architecture": self.architecture,
             "base_sha256": self.base_hash or "",
+            **({"base_use_ema": "true"} if self.base_use_ema else {}),
+            **({"base_parts": json.dumps(dict(sorted(self.base_parts.items())))} if self.base_parts else {}),
             "steps": str(self.steps),
             "learning_rate": str(self.learning_rate),
             "seed": str(self.seed),
@@ -225,6 +235,8 @@ class Concept:
                 templates=tuple(fields.as_strings("templates", metadata["templates"])),
                 architecture=metadata["base_architecture"],
                 base_hash=metadata["base_sha256"] or None,
+                base_use_ema=fields.as_truth("base_use_ema", metadata.get("base_use_ema", "false")),
+                base_parts=fields.as_parts(metadata.get("base_parts", "{}")),
                 gate=_gate(metadata),
                 covariance=metadata["covariance"],
                 method=metadata["method"],

@@ -90,6 +90,17 @@ def check_options(options: object) -> None:
             number(f"options.{name}", value, -(2.0**64), 2.0**64)
 
 
+def check_parts(parts: object) -> None:
+    """Raises ValueError for what is no mapping of a few components of a base model to hashes."""
+    if not isinstance(parts, Mapping) or len(parts) > 10:
+        raise ValueError(f"base_parts: a mapping of components to hashes is wanted, not {shown(parts)}")
+    for name, value in parts.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z]\w{0,63}", name):
+            raise ValueError(f"base_parts: {shown(name)} is no name")
+        if not isinstance(value, str) or not re.fullmatch(HASH, value):
+            raise ValueError(f"base_parts.{name}: a hash is wanted, not {shown(value)}")
+
+
 def check_tensors(tensors: object) -> None:
     """Raises ValueError for what is no mapping of names to finite floating-point tensors that hold something."""
     if not isinstance(tensors, Mapping) or not 0 < len(tensors) <= TENSORS:
@@ -121,6 +132,20 @@ def as_number(name: str, value: str) -> float:
     if not math.isfinite(found) or len(value) > 100:
         raise ValueError(f"{name}: a finite number is wanted, not {shown(value)}")
     return found
+
+
+def as_truth(name: str, value: str) -> bool:
+    """Whether a text says true; raises ValueError for one that says neither that nor false."""
+    if value not in ("true", "false"):
+        raise ValueError(f"{name}: true or false is wanted, not {shown(value)}")
+    return value == "true"
+
+
+def as_parts(value: str) -> dict[str, str]:
+    """The hashes of a JSON mapping of components; raises ValueError for anything else."""
+    values = _json(value)
+    check_parts(values)
+    return values
 
 
 def as_strings(name: str, value: str) -> list[str]:

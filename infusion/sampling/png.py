@@ -15,8 +15,9 @@ from infusion.sampling.settings import LONGEST, Settings
 from ldm.util.config import find
 from ldm.weights.checkpoint import sha256
 
-FLAGS = ("prompt", "target_word", "seed", "config", "ckpt", "personalized_ckpt", "covariance")  # beside the settings
-FILES = ("config", "ckpt", "personalized_ckpt", "covariance")  # of these, those that name files to read
+NEW = ("part", "use_ema")  # flags that older pictures do not have
+FLAGS = ("prompt", "target_word", "seed", "config", "ckpt", *NEW, "personalized_ckpt", "covariance")  # and the settings
+FILES = ("config", "ckpt", "part", "personalized_ckpt", "covariance")  # of these, those that name files to read
 HASHES = ("base_sha256", "personalized_sha256", "covariance_sha256")
 KNOWN = (*FLAGS, *(field.name for field in fields(Settings)), *HASHES)
 SHORT = 2000  # characters of a value that is no prompt
@@ -43,6 +44,8 @@ def joined(value: object) -> str:
     """A flag's value as the flag takes it; "" for None."""
     if value is None or isinstance(value, str):
         return value or ""
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}={part}" for name, part in value.items())
     if not isinstance(value, Sequence):
         return str(value)
     return (" " if any(isinstance(part, Region) for part in value) else ",").join(map(str, value))
@@ -57,8 +60,8 @@ def hashes(base: str | None, concepts: Sequence[str], covariance: str) -> dict[s
 def recall(path: str | Path) -> dict[str, str]:
     """The text of a PNG of ours: what `describe` writes, and nothing else that may stand there.
 
-    Only its head is read, up to the pixels. Four values name files, which are read as if they had been named by flags:
-    config, ckpt, personalized_ckpt and covariance. None names a file or folder to write to.
+    Only its head is read, up to the pixels. Some values name files, which are read as if they had been named by flags:
+    config, ckpt, part, personalized_ckpt and covariance. None names a file or folder to write to.
 
     Raises:
         ValueError: the file cannot be read, does not say how it was made, or says it in what is no text for a flag.
@@ -73,7 +76,7 @@ def recall(path: str | Path) -> dict[str, str]:
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: cannot be read as a picture ({reason})") from error
-    if lacking := [name for name in (*FLAGS, *asdict(Settings())) if name not in said]:
+    if lacking := [name for name in (*FLAGS, *asdict(Settings())) if name not in {*said, *NEW}]:
         raise ValueError(f"{path}: does not say how it was made ({lacking[0]} is lacking)")
     for name, value in said.items():
         most = LONGEST if "prompt" in name else SHORT
@@ -81,7 +84,7 @@ def recall(path: str | Path) -> dict[str, str]:
             raise ValueError(f"{path}: its {name} has {len(value):,} characters; at most {most:,} are taken")
         if any(not letter.isprintable() and letter != "\n" for letter in value):
             raise ValueError(f"{path}: its {name} has characters that cannot be printed")
-        if name in FILES and any(_elsewhere(part) for part in value.split(",")):
+        if name in FILES and any(_elsewhere(file) for file in _files(name, value)):
             raise ValueError(f"{path}: its {name} names no file of this machine: {value[:80]!r}")
     return {name: str(value) for name, value in said.items()}
 
@@ -98,11 +101,19 @@ def _check_head(file: BinaryIO) -> None:
     raise ValueError(f"it has more than {CHUNKS} chunks before its pixels")
 
 
+def _files(name: str, value: str) -> list[str]:
+    """The files that a flag's value names."""
+    parts = value.split(",")
+    return [part.partition("=")[2] for part in parts] if name == "part" else parts
+
+
 def _elsewhere(name: str) -> bool:
     """Whether a name is none of a plain file: an address, another machine's folder, several lines."""
     return "\n" in name or "://" in name or name.startswith(("//", "\\\\"))
 
 
-def defaults(text: Mapping[str, str]) -> dict[str, str]:
+def defaults(text: Mapping[str, str]) -> dict[str, str | bool]:
     """What `recall` gives, as defaults of the sampling command's flags; what is empty has the usual default."""
-    return {name: text[name] for name in (*FLAGS, *asdict(Settings())) if text[name]} | ONE_EACH
+    said = {name: text[name] for name in (*FLAGS, *asdict(Settings())) if text.get(name)}
+    averages = {"use_ema": said["use_ema"] == str(True)} if "use_ema" in said else {}
+    return said | averages | ONE_EACH

@@ -88,7 +88,7 @@ class ConceptTrainer(Learner):
         self.seed = seed
         self.inverse_covariance = None if covariance is None else covariance.matrix
         if self.inverse_covariance is not None:
-            covariance.check_base(sd.architecture, sd.hash, sd.text.width)
+            covariance.check_base(sd.architecture, sd.digests.get("text"), sd.text.width)
         self.noun = method.noun(superclass)
         check_words(superclass, self.templates, self.noun)  # what no concept file may say …
         training_prompts(sd.text.tokenizer, self.templates, self.noun)  # … and what cannot be trained
@@ -190,6 +190,8 @@ class ConceptTrainer(Learner):
             templates=self.templates,
             architecture=self.sd.architecture,
             base_hash=self.sd.hash,
+            base_use_ema=self.sd.use_ema,
+            base_parts=self.sd.parts,
             gate=self.gate,
             covariance=fingerprint(self.inverse_covariance),
             method=self.method.name,

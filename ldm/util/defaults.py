@@ -1,10 +1,13 @@
-"""Files that commands take where no flag names one: relative to the working directory, or else to the repository.
+"""Names that commands take: of components, and of files where no flag names one.
 
-Commands show them in `--help`, so nothing that is slow to import is needed here.
+Files are relative to the working directory, or else to the repository. Commands show them in `--help`, so nothing that
+is slow to import is needed here.
 """
 
 from pathlib import Path
 
+# component (attribute of StableDiffusion) -> what its tensors' names begin with in a checkpoint
+PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model."}
 CLIPSEG = "ckpt/clipseg-rd64-refined"
 POCKET = "pocket"  # names the pocket world's own network where a flag wants a folder or file
 POCKET_CLIP = Path("ckpt/pocket/clip.safetensors")

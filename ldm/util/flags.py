@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.util.errors import UserError
+from ldm.util.defaults import PREFIXES
+from ldm.util.errors import UserError, suggestion
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,51 @@ def words(text: str) -> list[str]:
     if not all(found):
         raise argparse.ArgumentTypeError(f"`{text}` is not a word, nor several with commas between them")
     return found
+
+
+def components(text: str) -> dict[str, str]:
+    """Component of a base model -> file that it comes from: one or more `unet=FILE` with commas between them."""
+    found = {}
+    for part in text.split(","):
+        name, sign, file = part.strip().partition("=")
+        if not sign or not file:
+            raise argparse.ArgumentTypeError(f"`{part}` is not such as unet=FILE")
+        if name not in PREFIXES:
+            raise argparse.ArgumentTypeError(f"there is no component `{name}`{suggestion(name, list(PREFIXES))}")
+        found[name] = file
+    return found
+
+
+class Together(argparse.Action):
+    """A flag whose values are mappings; given several times, it holds all of them."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: dict[str, str],
+        option_string: str | None = None,
+    ) -> None:
+        earlier = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (earlier if isinstance(earlier, dict) else {}) | values)
+
+
+def add_base_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what weights a base model has: --ckpt, --part, --use_ema and --no-use_ema."""
+    add = parser.add_argument
+    add("--ckpt", metavar="FILE", help="weights of the base model; None: the backbone's usual file")
+    add(
+        "--part",
+        metavar="P=FILE",
+        type=components,
+        action=Together,
+        help="file of a component alone, such as vae=FILE (unet, vae, text; commas between several)",
+    )
+    add(
+        "--use_ema",
+        action=argparse.BooleanOptionalAction,
+        help="take the averaged weights of the UNet in --ckpt; None: as the concepts were trained",
+    )
 
 
 def count(text: str, most: int = MOST) -> int:

@@ -28,8 +28,10 @@ __all__ = [
     "SHOWN",
     "TensorFile",
     "guess",
+    "has_averages",
     "load_component",
     "load_into",
+    "load_part",
     "open_checkpoint",
     "save",
     "sha256",
@@ -93,6 +95,24 @@ def load_into(
             for name, target in module.state_dict().items():
                 _fill(target, file, found.sources[prefix][name])
     return found.unexpected
+
+
+def has_averages(path: str | Path) -> bool:
+    """Whether a checkpoint has averaged weights, `model_ema.*`; raises ValueError if it cannot be read."""
+    with open_checkpoint(path) as file:
+        return any(name.startswith(EMA) for name in file.shapes)
+
+
+def load_part(component: str, module: nn.Module, path: str | Path, device: torch.device | str = "cpu") -> None:
+    """Load one component (unet, vae or text) from a file that names its tensors as a checkpoint or the module does.
+
+    Raises:
+        ValueError: as `load_into`.
+    """
+    with TensorFile(path) as file:
+        candidates = (PREFIXES[component], f"{component}.", "")
+        prefix = next((prefix for prefix in candidates if any(name.startswith(prefix) for name in file.shapes)), "")
+    load_into({prefix: module}, path, device=device)
 
 
 def save(path: str | Path, pipeline: "StableDiffusion", dtype: torch.dtype = torch.float16) -> None:

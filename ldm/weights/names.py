@@ -8,11 +8,10 @@ from torch import nn
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text import ClipText, OpenClipText
 from ldm.models.unet import UNet
+from ldm.util.defaults import PREFIXES
 from ldm.weights.diffusers_layout import PARTS, Folder, canonical, diffusers_names, unrun
 from ldm.weights.files import TensorFile
 
-# component (attribute of StableDiffusion) -> what its tensors' names begin with
-PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model."}
 EMA = "model_ema."
 SCHEDULE = {  # buffers of LDM's noise schedule; `ldm.diffusion.schedule` computes its own
     *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),

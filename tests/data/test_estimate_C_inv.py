@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from data.estimate_C_inv import main
 from infusion.covariance import InverseCovariance, estimate, invert
@@ -66,6 +67,17 @@ def test_writes_the_inverse_and_what_it_is_of(run, tiny, arguments):
     read.check_base("tiny", weights, 24)
 
 
+def test_the_text_encoder_may_have_a_file_of_its_own(run, tiny, tmp_path, recwarn):
+    other = StableDiffusion.from_config(tiny).text.state_dict()
+    save_file(other, tmp_path / "text.safetensors")
+    read = InverseCovariance(run("--part", f"text={tmp_path / 'text.safetensors'}"))
+    sd = StableDiffusion.from_checkpoint(tiny, parts={"text": tmp_path / "text.safetensors"})
+    expected, _, _ = invert(estimate(sd.text, CAPTIONS).matrix, 0.001)
+    torch.testing.assert_close(read.matrix, expected.float(), rtol=0.1, atol=1e-3 * expected.abs().max().item())
+    read.check_base("tiny", sd.digests["text"], 24)
+    assert read.base_hash == sd.parts["text"] != sd.hash and not recwarn.list
+
+
 def test_reports_captions_tokens_and_condition(run, caplog):
     caplog.set_level("INFO")
     path = run()
@@ -91,6 +103,8 @@ def test_nothing_is_overwritten_unasked(run, refused):
     [
         (["--caption", "gone.txt"], "error: --caption: there is no file gone.txt"),
         (["--ckpt", "gone.safetensors"], "error: --ckpt: there is no file gone.safetensors"),
+        (["--part", "text=gone.safetensors"], "error: --part: there is no file gone.safetensors"),
+        (["--part", "vae=x.safetensors"], "--part: of the base model the text encoder alone is read, not the vae"),
         (["--config", "gone.yaml"], "error: gone.yaml: no such config file"),
         (["--type", "openclip"], "error: --type: openclip was asked for, and "),
         (["--type", "t5"], "argument --type: invalid choice"),

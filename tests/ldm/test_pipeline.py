@@ -4,10 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.pipeline import StableDiffusion
+from ldm.util.config import load_config
 from ldm.weights.checkpoint import PREFIXES, save, sha256
+from ldm.weights.names import ema_name
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = Path(__file__).parent / "manifests"
@@ -109,6 +113,49 @@ def test_a_trained_model_is_frozen_and_complete(sd, config):
     again.load(file)
     assert again.hash == sd.hash
     assert all(torch.equal(a, b) for a, b in zip(sd.parameters(), again.parameters(), strict=True))
+
+
+def test_the_hash_tells_every_source_of_weights_apart(sd, config, tmp_path):
+    file = config.with_suffix(".safetensors")
+    tensors = load_file(file)
+    unet = {n.removeprefix(PREFIXES["unet"]): t + 1 for n, t in tensors.items() if n.startswith(PREFIXES["unet"])}
+    averages = {ema_name(name): tensor for name, tensor in unet.items()}
+    save_file(tensors | averages, tmp_path / "both.safetensors")
+    save_file(unet, tmp_path / "unet.safetensors")
+    vae = {n.removeprefix(PREFIXES["vae"]): t for n, t in tensors.items() if n.startswith(PREFIXES["vae"])}
+    save_file(vae, tmp_path / "vae.safetensors")
+    made = {
+        name: StableDiffusion.from_checkpoint(config, tmp_path / "both.safetensors", **options)
+        for name, options in {
+            "plain": {},
+            "averages": {"use_ema": True},
+            "unet": {"parts": {"unet": tmp_path / "unet.safetensors"}},
+            "vae": {"parts": {"vae": tmp_path / "vae.safetensors"}},
+            "averages and vae": {"use_ema": True, "parts": {"vae": tmp_path / "vae.safetensors"}},
+        }.items()
+    }
+    assert made["plain"].hash == sha256(tmp_path / "both.safetensors")
+    assert len({one.hash for one in (*made.values(), sd)}) == 6
+    assert [name for name, one in made.items() if one.use_ema] == ["averages", "averages and vae"]
+    assert made["vae"].parts == {"vae": sha256(tmp_path / "vae.safetensors")} and made["averages"].parts == {}
+    named = torch.equal(made["unet"].unet.out[2].weight, made["averages"].unet.out[2].weight)
+    assert named and not torch.equal(made["unet"].unet.out[2].weight, made["plain"].unet.out[2].weight)
+    whole = StableDiffusion.from_checkpoint(config, tmp_path / "both.safetensors", use_ema=True, parts={"unet": file})
+    assert not whole.use_ema  # the averages are gone again
+
+
+def test_parts_alone_are_a_model_and_some_of_them_have_no_hash(sd, config):
+    file = config.with_suffix(".safetensors")
+    lost = load_config(config, ["ckpt=lost.safetensors"])
+    made = StableDiffusion.from_checkpoint(lost, parts=dict.fromkeys(PREFIXES, file))
+    assert made.hash == sd.hash and made.weights is None  # the same weights, wherever they were named
+    some = StableDiffusion.from_config(config)
+    some.load_part("vae", file)
+    assert some.hash is None and some.parts == {"vae": sha256(file)}
+    with pytest.raises(ValueError, match="parts.vea: unknown component; did you mean `vae`"):
+        some.load_part("vea", file)
+    with pytest.raises(ValueError, match="parts: a mapping"):
+        StableDiffusion.from_checkpoint(OmegaConf.merge(load_config(config), {"parts": "vae"}))
 
 
 def test_images_are_in_range_and_repeat(sd):

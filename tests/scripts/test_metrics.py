@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from infusion.concepts.concept import Concept
 from infusion.inject import cross_attention_layers
@@ -129,6 +129,14 @@ def test_everything_by_default_and_the_second_run_finds_it_all(run, concepts, ca
     with pytest.raises(SystemExit) as stop:
         run("--images", PHOTOS, "--seed", "7")
     assert stop.value.code == 2 and "has results of other concepts or settings" in capsys.readouterr().err
+
+
+def test_a_base_of_parts_is_measured_when_it_is_named(run, wide, tmp_path):
+    part = tmp_path / "vae.safetensors"
+    save_file(StableDiffusion.from_config(wide).vae.state_dict(), part)
+    with pytest.warns(UserWarning, match="another checkpoint of 'pocket'"):
+        said = results(run("--metrics", "drift", "--part", f"vae={part}"))
+    assert said["files"]["base"] == StableDiffusion.from_checkpoint(wide, parts={"vae": part}).hash
 
 
 def test_some_metrics_names_and_a_cache_elsewhere(run, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from infusion.concepts.concept import Concept
 from infusion.covariance import InverseCovariance, save_inverse
@@ -18,6 +19,8 @@ from infusion.inject import cross_attention_layers
 from infusion.sampling.generate import Settings, generate
 from ldm.pipeline import StableDiffusion
 from ldm.util.config import ROOT
+from ldm.weights.checkpoint import PREFIXES
+from ldm.weights.names import ema_name
 from scripts.infusion_txt2img import main
 
 FAST = ["--steps", "2", "--device", "cpu"]
@@ -121,6 +124,7 @@ def test_the_png_says_how_it_was_made(draw, sd, concept, tiny):
         "prompt": "a “{}”", "seed": "42", "steps": "2", "scale": "7.5", "sampler": "ddim", "ddim_eta": "0.0",
         "negative_prompt": "fog", "H": "16", "W": "16", "beta": "0.7", "tau": "0.2", "strength": "0.5", "gate": "",
         "precision": "full", "target_word": "", "replace_word": "", "region": "", "config": str(tiny), "ckpt": "",
+        "part": "", "use_ema": "False",
         "personalized_ckpt": str(concept), "personalized_sha256": concept_hash, "base_sha256": sd.hash,
         "covariance": "", "covariance_sha256": "identity",
     }  # fmt: skip
@@ -178,6 +182,64 @@ def test_a_picture_of_other_files_is_drawn_with_a_warning(draw, concept, tmp_pat
     draw("--from-png", picture, "--personalized_ckpt", tmp_path / "weaker.safetensors")
     (record,) = caplog.records
     assert "made with another file: personalized_sha256 differs" in record.message
+
+
+@pytest.fixture
+def averaged(tiny, concept, tmp_path) -> tuple[Path, Path]:
+    """A checkpoint with averages that are not its weights, and a concept that was trained on them."""
+    tensors = load_file(tiny.with_suffix(".safetensors"))
+    start = PREFIXES["unet"]
+    averages = {ema_name(n.removeprefix(start)): t * 1.1 for n, t in tensors.items() if n.startswith(start)}
+    save_file(tensors | averages, tmp_path / "both.safetensors")
+    base = StableDiffusion.from_checkpoint(tiny, tmp_path / "both.safetensors", use_ema=True)
+    trained = replace(Concept.load(concept), base_hash=base.hash, base_use_ema=True)
+    trained.save(tmp_path / "trained.safetensors")
+    return tmp_path / "both.safetensors", tmp_path / "trained.safetensors"
+
+
+def test_a_concept_is_drawn_on_the_averages_that_it_was_trained_on(draw, averaged, tiny, tmp_path, caplog, recwarn):
+    file, trained = averaged
+    words = ["--ckpt", file, "--personalized_ckpt", trained, "--n_samples", "1", "--skip_grid"]
+    out = draw(*words)
+    draw(*words, "--use_ema")
+    assert not recwarn.list and not [record for record in caplog.records if record.levelname == "WARNING"]
+    with pytest.warns(UserWarning, match="another checkpoint of 'tiny' .* its own has --use_ema"):
+        draw(*words, "--no-use_ema")
+    with pytest.warns(UserWarning, match="its own has --use_ema"):
+        draw("--personalized_ckpt", trained, "--n_samples", "1", "--skip_grid")  # a file without averages
+    assert "the concept was trained on averaged weights, and" in caplog.text
+    first, same, plain, other = (pixels(out / f"samples/0000{i}.png").astype(int) for i in range(4))
+    assert np.array_equal(first, same) and np.array_equal(plain, other) and np.abs(first - plain).max() > 2
+    assert [text(out / f"samples/0000{i}.png")["use_ema"] for i in range(4)] == ["True", "True", "False", "False"]
+    for i, drawn in ((0, first), (2, plain)):
+        main(["--from-png", str(out / f"samples/0000{i}.png"), "--outdir", str(tmp_path / f"{i}"), "--device", "cpu"])
+        assert np.abs(pixels(tmp_path / f"{i}/samples/00000.png").astype(int) - drawn).max() <= 2
+
+
+def test_some_concepts_of_averages_and_some_not_are_drawn_on_the_plain_weights(draw, averaged, concept, caplog):
+    file, trained = averaged
+    words = ["--personalized_ckpt", f"{trained},{concept}", "--prompt", "a {1} and a {2}", "--n_samples", "1"]
+    with pytest.warns(UserWarning, match="another checkpoint"):
+        out = draw("--ckpt", file, *words)
+    assert "some of the concepts were trained on averaged weights: --use_ema takes them for all" in caplog.text
+    assert text(out / "samples/00000.png")["use_ema"] == "False"
+
+
+def test_a_base_of_parts_is_the_one_of_the_training(draw, tiny, concept, tmp_path, recwarn):
+    part = tmp_path / "vae.safetensors"
+    save_file(StableDiffusion.from_config(tiny).vae.state_dict(), part)
+    base = StableDiffusion.from_checkpoint(tiny, parts={"vae": part})
+    trained = replace(Concept.load(concept), base_hash=base.hash, base_parts=base.parts)
+    trained.save(tmp_path / "trained.safetensors")
+    words = ["--personalized_ckpt", tmp_path / "trained.safetensors", "--n_samples", "1", "--skip_grid"]
+    out = draw(*words, "--part", f"vae={part}")
+    main(["--from-png", str(out / "samples/00000.png"), "--outdir", str(out), "--device", "cpu", "--skip_grid"])
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=f"its own has --part vae=FILE .sha256 {base.parts['vae'][:12]}"):
+        draw(*words)
+    first, same, other = (pixels(out / f"samples/0000{i}.png").astype(int) for i in range(3))
+    assert np.abs(first - same).max() <= 2 < np.abs(first - other).max()
+    assert text(out / "samples/00001.png")["part"] == f"vae={part}"
 
 
 def test_words_of_the_prompt_may_be_the_concept(draw):

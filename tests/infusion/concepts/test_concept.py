@@ -196,3 +196,15 @@ def test_check_base(concept):
         concept.check_base("sd15", None)
     with pytest.raises(ValueError, match="sd21"):
         concept.check_base("sd21", "ab" * 32)
+
+
+def test_the_base_of_a_concept_may_be_averaged_and_of_parts(concept, tmp_path):
+    assert not {"base_use_ema", "base_parts"} & concept.metadata().keys()  # files stay as they were
+    path = tmp_path / "c.safetensors"
+    for form in ("full", "compact"):
+        made = replace(concept, base_use_ema=True, base_parts={"vae": "cd" * 32, "text": "ef" * 32})
+        made.save(path, form)
+        loaded = Concept.load(path)
+        assert loaded.base_use_ema and loaded.base_parts == {"vae": "cd" * 32, "text": "ef" * 32}
+        with pytest.warns(UserWarning, match=r"its own has --use_ema and --part text=FILE \(sha256 efef"):
+            loaded.check_base("sd15", "00" * 32)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, PngImagePlugin
 
-from infusion.sampling.png import CHUNKS, FILES, FLAGS, KNOWN, defaults, describe, recall
+from infusion.sampling.png import CHUNKS, FILES, FLAGS, KNOWN, NEW, defaults, describe, recall
 from infusion.sampling.settings import Settings
 
 SAID = describe(Settings(), {"prompt": "a {}", "seed": 3, "config": "c.yaml"}, {"base_sha256": "ab"})
@@ -44,6 +44,18 @@ def test_what_is_described_is_recalled(tmp_path):
     assert recall(save(tmp_path / "a.png", SAID, zip=True)) == SAID
 
 
+def test_pictures_from_before_a_flag_was_there_are_recalled(tmp_path):
+    old = {name: value for name, value in SAID.items() if name not in NEW}
+    found = defaults(recall(save(tmp_path / "a.png", old)))
+    assert found["prompt"] == "a {}" and not set(NEW) & set(found)
+
+
+def test_the_base_models_weights_are_said_as_their_flags_take_them():
+    said = describe(Settings(), {"part": {"vae": "a.pt", "text": "b.pt"}, "use_ema": False}, {})
+    assert said["part"] == "vae=a.pt,text=b.pt" and defaults(said)["use_ema"] is False
+    assert defaults(said | {"use_ema": "True"})["use_ema"] is True
+
+
 def test_keys_of_others_are_passed_over(tmp_path):
     others = {
         "outdir": "/tmp/x",
@@ -61,7 +73,7 @@ def test_keys_of_others_are_passed_over(tmp_path):
 def test_no_value_names_a_place_to_write_to():
     """Of all flags, those that a picture may set: files are read only."""
     assert set(defaults(dict.fromkeys(KNOWN, "1"))) == {*FLAGS, *asdict(Settings()), "n_samples", "n_iter"}
-    assert set(FILES) == {"config", "ckpt", "personalized_ckpt", "covariance"} <= set(FLAGS)
+    assert set(FILES) == {"config", "ckpt", "part", "personalized_ckpt", "covariance"} <= set(FLAGS)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +87,7 @@ def test_no_value_names_a_place_to_write_to():
         ("ckpt", "\\\\host\\share\\x", "its ckpt names no file of this machine"),
         ("personalized_ckpt", "a.safetensors,https://x.org/b", "its personalized_ckpt names no file"),
         ("covariance", "a\nb", "its covariance names no file"),
+        ("part", "vae=a.safetensors,unet=//host/share/x", "its part names no file of this machine"),
     ],
 )
 def test_values_that_no_flag_has(tmp_path, key, value, message):

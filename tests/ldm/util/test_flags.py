@@ -1,10 +1,10 @@
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 
 import pytest
 import torch
 
 from ldm.util.errors import UserError
-from ldm.util.flags import count, find_device, number, numbers, seed
+from ldm.util.flags import add_base_flags, components, count, find_device, number, numbers, seed
 
 
 def test_values():
@@ -23,6 +23,22 @@ def test_values():
 def test_what_they_refuse(kind, text):
     with pytest.raises(ArgumentTypeError, match="is not a"):
         kind(str(text))
+
+
+def test_components_of_a_base_model():
+    parser = ArgumentParser()
+    add_base_flags(parser)
+    assert components("unet=a=b.pt, vae=c.pt") == {"unet": "a=b.pt", "vae": "c.pt"}
+    flags = parser.parse_args(["--part", "unet=a.pt", "--part", "vae=b.pt,unet=c.pt", "--use_ema"])
+    assert flags.part == {"unet": "c.pt", "vae": "b.pt"} and flags.use_ema is True
+    flags = parser.parse_args([])
+    assert flags.part is None and flags.use_ema is None and flags.ckpt is None
+    parser.set_defaults(part="text=d.pt")  # as a picture says it
+    assert parser.parse_args([]).part == {"text": "d.pt"}
+    assert parser.parse_args(["--part", "vae=b.pt", "--no-use_ema"]).part == {"vae": "b.pt"}
+    for text, message in {"vae": "such as unet=FILE", "vea=x": "did you mean `vae`", "vae=": "such as"}.items():
+        with pytest.raises(ArgumentTypeError, match=message):
+            components(text)
 
 
 def test_a_device_that_is_not_there():
