@@ -217,6 +217,7 @@ def build_model(config: DictConfig, files: dict[str, Path], meta: bool = False) 
     if "sd" in (config.model.get("params") or {}):
         with device:
             sd = build(config.model.params.sd, "model.params.sd")
+        sd.config = OmegaConf.to_container(config.model.params.sd)
         load_weights(sd, files, config.get("use_ema", False))
         sd.cast(getattr(torch, config.get("weights", "float32")))
         return build(config.model, "model", given={"sd": sd})

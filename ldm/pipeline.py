@@ -50,6 +50,7 @@ class StableDiffusion(nn.Module):
         weights: the checkpoint, or diffusers folder, that the weights came from, or None.
         sources: component (unet, vae, text) -> the file or folder that its weights came from.
         use_ema: whether the UNet's weights are averages.
+        config: the node of a config that it was built of, resolved; {} where it was built by hand.
 
     Raises:
         ValueError: parts that do not fit together.
@@ -75,6 +76,7 @@ class StableDiffusion(nn.Module):
         self.weights: Path | None = None
         self.sources: dict[str, Path] = {}
         self.use_ema = False
+        self.config: dict[str, Any] = {}
 
     @classmethod
     def from_config(cls, config: str | Path | DictConfig) -> Self:
@@ -90,9 +92,11 @@ class StableDiffusion(nn.Module):
             config = load_config(config)
         if "sd" not in config:
             raise ConfigError("sd: the config has no such node, so it names no model")
-        pipeline = build(OmegaConf.to_container(config.sd, resolve=True), "sd")
+        node = OmegaConf.to_container(config.sd, resolve=True)
+        pipeline = build(node, "sd")
         if not isinstance(pipeline, cls):
             raise ConfigError(f"sd.target: must be a {cls.__name__}, not a {type(pipeline).__name__}")
+        pipeline.config = node
         return pipeline.eval()
 
     @classmethod
@@ -344,6 +348,22 @@ class StableDiffusion(nn.Module):
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         noise = initial_noise(generators, self.latent_shape(height, width), self.device)  # (B, C, h, w), float32
         return sample(denoise, self.schedule.scheduler(sampler), noise, steps, eta, generators, progress)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that its predictions and pictures depend on, as JSON has it: weights, dtype, and what it is built of.
+
+        Weights without a `hash` all count as the same.
+        """
+        params = {name: value for name, value in (self.config.get("params") or {}).items() if name != "checkpoint"}
+        return {
+            "architecture": self.architecture,
+            "weights": self.hash or "no file",
+            "dtype": str(self.dtype),
+            "image_size": self.image_size,
+            "prediction_type": self.schedule.prediction_type,
+            "config": params,
+        }
 
     def _forget(self) -> None:
         """What is remembered of files is of others than those in use now."""

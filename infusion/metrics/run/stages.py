@@ -64,7 +64,7 @@ class Stages:
     def samples(self, group: Group, checkpoint: Checkpoint | None = None, count: int | None = None) -> Rows:
         """`latents` (N, C, h, w) of the base model, or of the concept, for a group's prompts and seeds."""
         count = self.options.samples if count is None else count
-        what = {"base": self._base(), "first": group.first, **self.options.sampling()}
+        what = {"base": self.sd.identity, "first": group.first, **self.options.sampling()}
         if checkpoint is None:
             what |= {"prompts": [plain(prompt, group.superclass) for prompt in group.prompts]}
         else:
@@ -182,9 +182,6 @@ class Stages:
 
     def _rows(self, stage: str, what: Mapping[str, object], count: int, make: object, title: str) -> Rows:
         return self.cache.rows(stage, what, count, self.options.batch_size, make, title)
-
-    def _base(self) -> str:
-        return self.sd.hash or f"{self.sd.architecture}, no file"
 
     def _editing(self) -> dict[str, object]:
         return self.options.editing() | {"covariance": fingerprint(self.tools.inverse_covariance)}

@@ -1,12 +1,16 @@
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from infusion.metrics.measures.fisher import _draw
 from infusion.metrics.run.cache import Cache
 from infusion.metrics.run.protocol import CONTEXT, GROUPS
 from infusion.metrics.run.stages import Group, Stages, to_latents
+from ldm.pipeline import StableDiffusion
+from ldm.util.config import load_config
 from tests.infusion.metrics.conftest import ROUNDING
 
 ANCHORED = ("infusion", "perfusion", "textual_inversion")
@@ -111,6 +115,27 @@ def test_every_setting_has_rows_of_its_own(sd, options, tools, groups, subject):
         for n in (2, 3)
     ]
     assert [one.values.shape[1] for one in strata] == [2, 3]
+
+
+def test_every_base_model_has_rows_of_its_own(tiny, options, tools, groups, tmp_path):
+    """The same checkpoint at another size, with another kind of prediction, and with another part."""
+    save_file(StableDiffusion.from_config(tiny).unet.state_dict(), tmp_path / "unet.safetensors")
+    cache, group = Cache(), groups["none"]
+    found = []
+    for word in (
+        "image_size=16",
+        "image_size=32",
+        "schedule.params.prediction_type=v_prediction",
+        "text.params.heads=1",
+    ):
+        sd = StableDiffusion.from_checkpoint(load_config(tiny, [f"sd.params.{word}"]))
+        found.append(Stages(sd, options, tools, cache).samples(group, count=1))
+    other = StableDiffusion.from_checkpoint(tiny, parts={"unet": tmp_path / "unet.safetensors"})
+    found.append(Stages(other, options, tools, cache).samples(group, count=1))
+    assert len({rows.key for rows in found}) == len(found)
+    assert [rows["latents"].shape[-1] for rows in found] == [8, 16, 8, 8, 8]
+    moved = StableDiffusion.from_checkpoint(tiny, shutil.copy(tiny.with_suffix(".safetensors"), tmp_path))
+    assert Stages(moved, options, tools, cache).samples(group, count=1).key == found[0].key
 
 
 def test_only_the_outside_counts_in_context(stages, groups, subject):
