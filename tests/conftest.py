@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ldm.pipeline import StableDiffusion
+from ldm.util.digests import FOLDER
 from ldm.weights.checkpoint import PREFIXES, save
 
 TINY = """
@@ -45,6 +46,15 @@ sd:
 ckpt: CKPT
 ckpt_source: the shelf
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test, nor a process that it starts, uses the user's own cache folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER, str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ldm.util import digests
 from ldm.util.files import replacing
 from ldm.weights.diffusers_layout import Folder, open_checkpoint
 from ldm.weights.files import TensorFile
@@ -174,10 +175,9 @@ def sha256(path: str | Path) -> str:
     """A file's SHA-256, in lowercase hexadecimal; a diffusers folder's is that of its parts' digests, one a line."""
     if Path(path).is_dir():
         with Folder(path) as folder:
-            digests = [sha256(folder.files[part].path) for part in sorted(folder.files)]
-        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+            parts = [digests.sha256(folder.files[part].path) for part in sorted(folder.files)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return digests.sha256(path)
 
 
 def _materialise(prefix: str, module: nn.Module, device: torch.device | str) -> None:
