@@ -17,12 +17,14 @@ import shlex
 import sys
 import warnings
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ldm.util.config import ConfigError, build, check, check_params, find, load_config, override, refuse_unused, resolve
+from ldm.util.defaults import POCKET, PREFIXES
 from ldm.util.errors import Parser, UserError, report, suggestion
 from ldm.util.runs import at_work, folder_of, is_run, new_folder, rank, resume_state
 
@@ -35,6 +37,12 @@ if TYPE_CHECKING:  # what takes seconds to import is imported where it works, af
 DEFAULTS = {"trainer": {}, "callbacks": {}, "parts": {}, "use_ema": False, "weights": "float32", "seed": 23,
             "save_every": 500, "keep": 1, "non_finite": "stop"}  # fmt: skip
 LONG = 10**9  # steps of a training, at most
+INPUTS = {  # where a config names a file or folder to read -> what it is
+    "data_root": "folder",
+    "covariance.params.path": "covariance file",
+    "tools.params.clip": "folder",
+    "tools.params.clipseg": "folder",
+}
 WEIGHTS = ("float32", "bfloat16", "float16")
 NODES = ("model", "data", "ckpt", "ckpt_source", *DEFAULTS)
 FIXED = ("model", "data", "seed", "use_ema", "weights")  # in a resumed run
@@ -181,8 +189,6 @@ def summarise(config: DictConfig) -> str:
 
 def weight_files(config: DictConfig) -> dict[str, Path]:
     """Config key (`ckpt`, `parts.vae`, …) -> file of weights, here or in the repository; UserError if there is none."""
-    from ldm.weights.names import PREFIXES
-
     parts = OmegaConf.to_container(config.parts) or {}
     for component in parts:
         if component not in PREFIXES:
@@ -192,12 +198,32 @@ def weight_files(config: DictConfig) -> dict[str, Path]:
     found, names = {}, {"ckpt": config.get("ckpt")} | {f"parts.{component}": name for component, name in parts.items()}
     for key, name in names.items():
         if name is not None:
+            if not isinstance(name, str):
+                raise ConfigError(f"{key}: the name of a file is wanted, not {name!r}")
             found[key] = find(name)
             if not (found[key].exists() if key == "ckpt" else found[key].is_file()):  # a diffusers folder is one, too
                 source = config.get("ckpt_source") if key == "ckpt" else None
                 source = f"get it from {source} or " if source else ""
                 raise UserError(f"{key}: there is no file {name}; {source}name another by {key}=FILE")
     return found
+
+
+def check_inputs(config: DictConfig) -> None:
+    """Raises UserError for photos, a covariance or a network that is not there."""
+    nodes = OmegaConf.to_container(config)
+    for key, name in words_of({node: nodes[node] for node in ("data", "model", "callbacks")}):
+        kind = next((kind for end, kind in INPUTS.items() if key.endswith(f".{end}")), None)
+        if kind and name != POCKET and not find(name).exists():
+            raise UserError(f"{key}: there is no {kind} {name}")
+
+
+def words_of(node: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested mappings and lists, with the key that leads to it, such as data.params.mask."""
+    if isinstance(node, str):
+        yield path, node
+    elif isinstance(node, dict | list):
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from words_of(child, f"{path}.{key}" if path else str(key))
 
 
 def load_weights(sd: "StableDiffusion", files: dict[str, Path], use_ema: bool = False) -> None:
@@ -279,6 +305,9 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     flags = parse()
     config = read_config(flags)
+    if not flags.summary:  # which needs none of them
+        files = weight_files(config)
+        check_inputs(config)
     params = trainer_params(flags, config)
     check_config(config, params)
     if flags.summary:
@@ -293,7 +322,6 @@ def main() -> None:
     name = flags.name or (Path(flags.base[-1]).stem if flags.base else "")
     folder = folder_of(flags.resume) if flags.resume else new_folder(flags.logdir, flags.basedir, name)
     state, step = resume_state(flags.resume) if flags.resume else (None, 0)
-    files = weight_files(config)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     try:
         with Signals() as signals:

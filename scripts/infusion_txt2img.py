@@ -5,6 +5,7 @@ python scripts/infusion_txt2img.py --personalized_ckpt cat.safetensors --prompt 
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from dataclasses import fields, replace
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from infusion.concepts.base import load_base
+from infusion.concepts.base import architecture_of, check_concepts_there, check_weights, load_base
 from infusion.sampling.prompts import Job, read_jobs
 from infusion.sampling.settings import Settings
 from infusion.sampling.validate import check_concepts, check_sizes, check_words, fill_in, source
@@ -122,24 +123,42 @@ def read_prompts(flags: argparse.Namespace, settings: Settings) -> list[Job]:
         raise UserError(f"--from-file: {flags.from_file}: {error}") from error
 
 
+def concept_names(flags: argparse.Namespace) -> list[str]:
+    return [name for name in (flags.personalized_ckpt or "").split(",") if name]
+
+
 def read_concepts(flags: argparse.Namespace) -> "dict[str, Concept]":
     """Concepts by their files' names as given."""
     from infusion.concepts.concept import Concept
 
-    files = [name for name in (flags.personalized_ckpt or "").split(",") if name]
-    return {name: Concept.load(find(name)) for name in files}
+    return {name: Concept.load(find(name)) for name in concept_names(flags)}
 
 
-def find_config(flags: argparse.Namespace, concepts: "list[Concept]") -> Path:
+def check_inputs(flags: argparse.Namespace) -> None:
+    """Raises UserError for a file that is not there, before what is slow to import."""
+    names = concept_names(flags)
+    check_concepts_there(names)
+    if flags.covariance and not find(flags.covariance).is_file():
+        raise UserError(f"{flags.covariance}: there is no such covariance file")
+    if flags.from_file and not os.path.exists(flags.from_file):
+        raise UserError(f"--from-file: {flags.from_file} cannot be read as text (there is no such file)")
+    architecture = architecture_of(find(names[0])) if names else None
+    if flags.config or architecture or not names:
+        check_weights(flags, find_config(flags, architecture))
+
+
+def find_config(flags: argparse.Namespace, architecture: str | None) -> Path:
+    """The config that the flags name, or else the one of the concepts' architecture; None is that of no concept."""
     if flags.config:
         return find(flags.config)
-    if not concepts:
+    if architecture is None:
         raise UserError("--personalized_ckpt: name a concept file, or name a backbone by --config to draw without one")
-    path = BACKBONES / f"{concepts[0].architecture}.yaml"
+    path = BACKBONES / f"{architecture}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-        base = concepts[0].architecture
-        raise UserError(f"--config: the concept was trained on {base!r}, which is none of {known}: name its config")
+        raise UserError(
+            f"--config: the concept was trained on {architecture!r}, which is none of {known}: name its config"
+        )
     return path
 
 
@@ -166,6 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     flags = parse(arguments)
+    check_inputs(flags)
     from infusion.covariance import InverseCovariance  # after the flags: these take seconds
     from infusion.sampling.customised import check_covariance
     from infusion.sampling.generate import check_prompts, generate
@@ -190,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     outdir = Path(flags.outdir)
     samples, grids = Numbered(outdir / "samples"), Numbered(outdir, "grid-", digits=4)
     ranks, device = launch(flags.devices, flags.num_nodes, find_device(flags.device))
-    sd = load_base(flags, find_config(flags, concepts), concepts, device)
+    sd = load_base(flags, find_config(flags, concepts[0].architecture if concepts else None), concepts, device)
     flags.use_ema = sd.use_ema  # for what a picture says of itself
     check_concepts(sd, files, inverse.matrix)
     check_sizes(sd, jobs)

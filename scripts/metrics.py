@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.prompts import TEMPLATES
-from infusion.concepts.base import load_base
+from infusion.concepts.base import architecture_of, check_concepts_there, check_there, check_weights, load_base
 from infusion.metrics.run.options import CACHE, METRICS, OF_PHOTOS, Options, Tools, identity
 from infusion.metrics.run.protocol import GROUPS, Protocol, usual_file
 from infusion.sampling.validate import check_concepts
@@ -80,6 +80,29 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if unknown := [name for name in flags.curve if name not in GROUPS]:
         parser.error(f"--curve: there is no group `{unknown[0]}`; there are {', '.join(GROUPS)}")
     return flags
+
+
+def check_inputs(flags: argparse.Namespace) -> None:
+    """Raises UserError for a file or folder that is not there, before what is slow to import."""
+    check_concepts_there(flags.personalized_ckpt)
+    for folder in one_each(flags.images, len(flags.personalized_ckpt), "images"):
+        check_there("images", folder, "folder")
+    for name in one_each(flags.protocol, len(flags.personalized_ckpt), "protocol"):
+        if name:
+            Protocol.load(name)
+    for flag in ("clip", "dino", "clipseg", "lpips"):
+        if getattr(flags, flag) != POCKET:
+            check_there(flag, getattr(flags, flag), "file" if flag == "lpips" else "folder")
+    if flags.covariance and not find(flags.covariance).is_file():
+        raise UserError(f"{flags.covariance}: there is no such covariance file")
+    first = find(flags.personalized_ckpt[0])
+    files = sorted(first.glob("models/*.safetensors")) if first.is_dir() else [first]
+    architecture = architecture_of(files[0]) if files else None
+    if flags.config or architecture:
+        check_weights(flags, find_config(flags, architecture))
+    region = flags.metrics is None or {"lfd", "exact"} & set(flags.metrics)
+    if region and not flags.clipseg and architecture not in (None, POCKET) and not find(CLIPSEG).exists():
+        raise UserError(f"--clipseg: there is no folder {CLIPSEG}: get CIDAS/clipseg-rd64-refined, or name its folder")
 
 
 def describe(flags: argparse.Namespace, subjects: "list[Subject]") -> "list[Subject]":
@@ -158,6 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     flags = parse(arguments)
+    check_inputs(flags)
     from data.dataset import ConceptImages  # after the flags: these take seconds
     from infusion.metrics.report.output import write
     from infusion.metrics.report.table import Measured, check_folder
@@ -182,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
     ranks, device = launch(flags.devices, flags.num_nodes, find_device(flags.device))
     tools = load_tools(flags, options, pocket, device)
     check_covariance(concepts, tools.inverse_covariance)
-    sd = load_base(flags, find_config(flags, concepts), concepts, device)
+    sd = load_base(flags, find_config(flags, concepts[0].architecture), concepts, device)
     for concept in concepts:
         concept.check_base(sd.architecture, sd.hash)
     of_files = {one.file: one.concept for subject in subjects for one in subject.checkpoints}

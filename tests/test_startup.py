@@ -115,6 +115,65 @@ def test_help_and_mistakes_need_nothing_that_is_slow_to_import(command):
     assert not SLOW & set(answer["modules"])
 
 
+def concept_file(path: Path, architecture: str) -> Path:
+    """The head of a concept file: as much as is read before what is slow."""
+    header = json.dumps({"__metadata__": {"format": "infusion-concept", "base_architecture": architecture}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    return path
+
+
+def missing(command: str, folder: Path) -> list[tuple[list[str], str]]:
+    """Flags of a command that name what is not there, and what is said of it."""
+    backbone, concept = folder / "backbone.yaml", concept_file(folder / "cat.safetensors", "pocket")
+    lost = f"sd: {{params: {{checkpoint: {folder}/lost.safetensors}}}}\nckpt_source: the shelf\n"
+    backbone.write_text(lost)
+    training = ["--base", "configs/pocket_demo.yaml", "-t", "--basedir", f"{folder}/logs"]
+    weights = [
+        (["--ckpt", "gone.pt"], "--ckpt: there is no file gone.pt"),
+        (["--part", "vae=gone.pt"], "--part: there is no file gone.pt"),
+        (["--covariance", "gone.pt"], "gone.pt: there is no such covariance file"),
+        (["--config", "gone.yaml"], "gone.yaml: no such config file"),
+        (["--config", str(backbone)], "lost.safetensors; get it from the shelf, or name another"),
+        (["--personalized_ckpt", "gone.pt"], "gone.pt: there is no such concept file"),
+    ]
+    own = {
+        "main.py": [
+            (["ckpt=gone.pt"], "ckpt: there is no file gone.pt; get it from this repository"),
+            (["parts.vae=gone.pt"], "parts.vae: there is no file gone.pt"),
+            (["data_root=gone"], "data_root: there is no folder gone"),
+            (["covariance=gone.pt"], "there is no covariance file gone.pt"),
+        ],
+        "scripts/infusion_txt2img.py": [
+            *weights,
+            (["--from-file", "gone.txt"], "--from-file: gone.txt cannot be read"),
+        ],
+        "scripts/metrics.py": [
+            *weights,
+            (["--images", "gone"], "--images: there is no folder gone"),
+            (["--clip", "gone"], "--clip: there is no folder gone"),
+            (["--dino", "gone"], "--dino: there is no folder gone"),
+            (["--lpips", "gone.pt"], "--lpips: there is no file gone.pt"),
+            (["--clipseg", "gone"], "--clipseg: there is no folder gone"),
+            (["--protocol", "gone.yaml"], "gone.yaml: no such config file"),
+        ],
+    }
+    start = training if command == "main.py" else ["--personalized_ckpt", str(concept)]
+    return [([*start, *flags], said) for flags, said in own[command]]
+
+
+@pytest.mark.parametrize("command", ["main.py", "scripts/infusion_txt2img.py", "scripts/metrics.py"])
+def test_a_missing_file_is_reported_before_anything_that_is_slow_to_import(command, tmp_path):
+    mistakes = missing(command, tmp_path)
+    runner = [sys.executable, "-c", RUNNER, command, json.dumps([flags for flags, _ in mistakes])]
+    found = subprocess.run(runner, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    answer = json.loads(found.stdout)
+    for (flags, wanted), (code, text, error) in zip(mistakes, answer["said"], strict=True):
+        assert code == 2 and text == "" and error.startswith("error: "), (flags, error)
+        assert wanted in error and error.count("\n") == 1, error
+    assert not SLOW & set(answer["modules"])
+
+
 def test_the_list_of_slow_modules_names_what_is_installed():
     """A name that is nothing's would be found nowhere, and prove nothing."""
     assert [name for name in sorted(SLOW) if find_spec(name) is None] == []

@@ -1,7 +1,12 @@
-"""The base model that a command's flags and its concept files name."""
+"""The base model that a command's flags and its concept files name.
+
+What only looks at files needs nothing that is slow to import, so that a missing one is reported at once.
+"""
 
 import argparse
+import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +14,8 @@ from typing import TYPE_CHECKING
 from omegaconf import OmegaConf
 
 from ldm.util.config import find, load_config
+from ldm.util.defaults import PREFIXES
+from ldm.util.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +23,48 @@ if TYPE_CHECKING:
     from infusion.concepts.concept import Concept
     from ldm.pipeline import StableDiffusion
 
+HEADER = 2**20  # bytes of a concept file's header, at most
 logger = logging.getLogger(__name__)
+
+
+def architecture_of(path: Path) -> str | None:
+    """The architecture that a concept file names; None where `Concept.load` would refuse the file."""
+    if not path.is_file():  # a pipe has no end
+        return None
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size <= HEADER else None
+        name = header["__metadata__"]["base_architecture"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return name if isinstance(name, str) and re.fullmatch(r"\w[\w .+-]{0,63}", name) else None
+
+
+def check_concepts_there(names: Sequence[str]) -> None:
+    """Raises UserError for a concept file, or run folder, that is not there."""
+    for name in names:
+        if not find(name).exists():
+            raise UserError(f"{name}: there is no such concept file")
+
+
+def check_there(flag: str, name: str | None, kind: str = "file") -> None:
+    """Raises UserError, which names the flag, for a file or folder that a flag names and that is not there."""
+    if name and not find(name).exists():
+        raise UserError(f"--{flag}: there is no {kind} {name}")
+
+
+def check_weights(flags: argparse.Namespace, config: Path) -> None:
+    """Raises UserError for weights of the base model that are not there; the config's own count where no flag does."""
+    check_there("ckpt", flags.ckpt)
+    for name in (flags.part or {}).values():
+        check_there("part", name)
+    usual = usual_weights(config)
+    if flags.ckpt or usual is None or usual.exists() or (flags.part or {}).keys() == PREFIXES.keys():
+        return
+    source = load_config(config).get("ckpt_source")
+    hint = f"get it from {source}, or " if source else ""
+    raise UserError(f"--ckpt: there is no file {usual}; {hint}name another checkpoint of {config.stem}")
 
 
 def load_base(
@@ -39,8 +87,8 @@ def load_base(
 
 def usual_weights(config: Path) -> Path | None:
     """The file, or diffusers folder, that a backbone's config takes its weights from; None where it names none."""
-    name = OmegaConf.select(load_config(config), "sd.params.checkpoint")
-    return None if name is None else find(name)
+    name = OmegaConf.select(load_config(config), "sd.params.checkpoint", throw_on_resolution_failure=False)
+    return find(name) if isinstance(name, str) else None
 
 
 def _takes_averages(weights: Path, concepts: "Sequence[Concept]") -> bool:

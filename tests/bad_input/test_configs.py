@@ -63,7 +63,7 @@ FILES: dict[str, tuple[str | bytes | None, str]] = {  # what the file holds (Non
     "callbacks of a number": (DEMO + "callbacks: 3\n", "callbacks"),
     "callbacks of a text": (DEMO + "callbacks: [cat]\n", "entry.yaml"),
     "parts of a list": (DEMO + "parts: [vae]\n", "entry.yaml"),
-    "ckpt of a number": (DEMO + "ckpt: 3\n", "checkpoint"),
+    "ckpt of a number": (DEMO + "ckpt: 3\n", "ckpt: the name of a file is wanted, not 3"),
     "a program": (MODEL.replace("TARGET", "os.system"), "model.target"),
     "a program through torch": (MODEL.replace("TARGET", "torch.hub.load"), "model.target"),
     "a program through a module": (MODEL.replace("TARGET", "torch.serialization.os.system"), "model.target"),

@@ -299,7 +299,8 @@ def test_a_concept_trained_with_a_covariance_wants_its_file(draw, refused, sd, c
     "arguments, complaint",
     [
         (["--personalized_ckpt", "nowhere.safetensors"], "error: nowhere.safetensors: there is no such concept file"),
-        (["--ckpt", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
+        (["--ckpt", "nowhere.safetensors"], "error: --ckpt: there is no file nowhere.safetensors"),
+        (["--part", "vae=nowhere.pt"], "error: --part: there is no file nowhere.pt"),
         (["--covariance", "nowhere.safetensors"], "error: nowhere.safetensors: there is no such covariance file"),
         (["--config", "nowhere.yaml"], "error: nowhere.yaml: no such config file"),
         (["--from-file", "nowhere.txt"], "error: --from-file: nowhere.txt cannot be read"),
