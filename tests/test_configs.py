@@ -1,3 +1,4 @@
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 ENTRIES = sorted(CONFIGS.glob("*.yaml"))
 ADDITIONS = sorted((CONFIGS / "with").glob("*.yaml"))
 BACKBONES = sorted((CONFIGS / "backbone").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml") if path.stem != "concept")
 
 
 def read(path: Path, *overrides: str):
@@ -71,6 +73,18 @@ def test_numbers_that_each_method_learns_on_sd15(method: str, numbers: int):
     main.check_config(config, main.trainer_params(main.parse(arguments), config))
     model = main.build_model(config, {}, meta=True)
     assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == numbers
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_methods_recipe_is_the_same_in_every_order_of_the_files(method: str):
+    files = (CONFIGS / "backbone/sd15.yaml", CONFIGS / "data/photos.yaml", CONFIGS / f"method/{method}.yaml")
+    given = ["--summary", "superclass=cat", "data_root=photos"]
+    orders = [*permutations(files), (files[0], files[2]), (files[2], files[0])]
+    configs = [main.read_config(main.parse(["--base", *map(str, order), *given])) for order in orders]
+    assert all(config == configs[0] for config in configs)
+    assert configs[0].seed == configs[0].data.params.seed == configs[0].model.params.seed == main.DEFAULTS["seed"]
+    assert configs[0].mask == ("auto" if method in ("infusion", "perfusion") else "none")
+    assert configs[0].batch_size == {"dreambooth": 1, "custom_diffusion": 8}.get(method, 4)
 
 
 def test_residual_keys_double_the_numbers():

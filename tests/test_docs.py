@@ -1,7 +1,6 @@
 """What the pages show is run."""
 
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -45,9 +44,8 @@ def test_the_sixth_method_is_one_file_and_one_config(tmp_path, monkeypatch, tiny
     monkeypatch.setattr(
         targets, "source_of", lambda module, found=targets.source_of: there.get(module) or found(module)
     )
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    (tmp_path / "configs/method/bitfit.yaml").write_text(config)
-    bases = (tiny, tmp_path / "configs/data/photos.yaml", tmp_path / "configs/method/bitfit.yaml")
+    (tmp_path / "bitfit.yaml").write_text(config.replace("concept.yaml", f"{ROOT}/configs/method/concept.yaml"))
+    bases = (tiny, tmp_path / "bitfit.yaml")
     options = ("data_root=" + str(photos), "superclass=cat", "callbacks.samples=null", "trainer.max_steps=2")
     try:
         command("--base", *bases, "-t", "--logdir", tmp_path / "run", *options, "learning_rate=0.1")
