@@ -1,7 +1,7 @@
 """Images of the superclass, which a customised model is to go on drawing (prior preservation: DreamBooth, 3.2)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from data.dataset import ConceptImages, is_image
 from infusion.inject import unedited
 from infusion.sampling.pictures import png
 from ldm.pipeline import StableDiffusion
-from ldm.util.files import create
+from ldm.util.files import write
 
 COUNT, BATCH = 100_000, 1000  # class images, and how many at a time, at most
 
@@ -23,7 +23,8 @@ class ClassImages:
     Args:
         prompt: what they show.
         count: how many.
-        root: their folder, which is made; images that it lacks are drawn and written there. None keeps them in memory.
+        root: their folder, which is made. Where it has fewer than `count` images, whatever their names, the rest are
+            drawn and written to the first free names `class-<seed>.png`. None keeps them in memory.
         steps, scale, seed: of the drawing; image i has the seed + i.
         batch_size: images at a time.
 
@@ -58,18 +59,26 @@ class ClassImages:
         if self.root is None:
             images = [image[0] * 2 - 1 for _, image in self.draw(sd, range(self.count))]
         else:
-            there = list(filter(is_image, self.root.glob("*")))
-            for seed, image in self.draw(sd, range(len(there), self.count)):
-                create(self.root / f"class-{seed:06d}.png", png(image[0]))
+            for seed, image in self.draw(sd, self.missing()):
+                path = self.root / f"class-{seed:06d}.png"
+                if not path.exists():  # another machine may have drawn the same one meanwhile
+                    write(path, png(image[0]))
             photos = ConceptImages(self.root, sd.image_size, self.prompt, mask="none")
             images = (photos[place][0] for place in range(self.count))
         weight = next(sd.vae.parameters())
         return torch.cat([sd.vae.encode(image[None].to(weight)).float().cpu() for image in images])
 
-    def draw(self, sd: StableDiffusion, numbers: range) -> Iterator[tuple[int, Tensor]]:
+    def missing(self) -> list[int]:
+        """Numbers of the images that the folder lacks; the same on all machines that fill it together."""
+        there = {path.name for path in self.root.glob("*") if is_image(path)}
+        free = [i for i in range(self.count) if f"class-{self.seed + i:06d}.png" not in there]
+        return free[: max(0, self.count - len(there))]
+
+    def draw(self, sd: StableDiffusion, numbers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Seed and image (1, 3, H, W) in [0, 1] of each number."""
-        for start in tqdm(range(numbers.start, numbers.stop, self.batch_size), f"drawing {self.prompt}", leave=False):
-            seeds = range(self.seed + start, self.seed + min(start + self.batch_size, numbers.stop))
-            with unedited(sd.unet):
-                images = sd.sample([self.prompt] * len(seeds), steps=self.steps, scale=self.scale, seed=seeds.start)
+        for start in tqdm(range(0, len(numbers), self.batch_size), f"drawing {self.prompt}", leave=False):
+            seeds = [self.seed + number for number in numbers[start : start + self.batch_size]]
+            prompts = [self.prompt] * len(seeds)
+            with unedited(sd.unet), sd.denoiser(prompts, (), "", self.scale) as denoise:
+                images = sd.decode(sd.draw_latents(denoise, seeds, self.steps))
             yield from zip(seeds, images.cpu().split(1), strict=True)

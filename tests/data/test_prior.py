@@ -34,13 +34,42 @@ def test_a_folder_keeps_its_images_and_gets_those_that_it_lacks(sd, tmp_path):
     Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(tmp_path / "mine.png")
     images = ClassImages("a cat", count=3, root=tmp_path, steps=2)
     latents = images.latents(sd)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["class-000001.png", "class-000002.png", "mine.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["class-000000.png", "class-000001.png", "mine.png"]
     assert latents.shape == (3, 4, 8, 8)
     grey = sd.vae.encode(torch.full((1, 3, 16, 16), 200 / 127.5 - 1))
     assert (latents - grey).abs().amax((1, 2, 3)).min() < 1e-4  # mine is among them
     before = (tmp_path / "class-000001.png").read_bytes()
     assert torch.equal(images.latents(sd), latents) and (tmp_path / "class-000001.png").read_bytes() == before
     assert len(ClassImages("a cat", count=2, root=tmp_path).latents(sd)) == 2
+
+
+def test_a_hole_in_the_folder_is_filled_by_the_same_image(sd, tmp_path):
+    images = ClassImages("a cat", count=4, root=tmp_path, steps=2, seed=7)
+    latents = images.latents(sd)
+    contents = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(contents) == [f"class-00000{seed}.png" for seed in (7, 8, 9)] + ["class-000010.png"]
+    (tmp_path / "class-000008.png").unlink()
+    assert images.missing() == [1]
+    torch.testing.assert_close(images.latents(sd), latents, atol=0.02, rtol=0)  # drawn alone, it may round otherwise
+    assert all((tmp_path / name).read_bytes() == contents[name] for name in contents if name != "class-000008.png")
+    assert images.missing() == []
+
+
+def test_two_machines_fill_one_folder(sd, tmp_path):
+    """Each begins while the other one is at work, with an image of the user's among theirs."""
+    Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(tmp_path / "mine.png")
+    first, second = (ClassImages("a cat", count=4, root=tmp_path, steps=2, batch_size=1) for _ in range(2))
+    halfway, draw = [], first.draw
+
+    def interrupted(sd, numbers):
+        for number, image in zip(numbers, draw(sd, numbers), strict=True):
+            if number == 1:
+                halfway.append(second.latents(sd))
+            yield image
+
+    first.draw = interrupted
+    assert torch.equal(first.latents(sd), halfway[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*(f"class-00000{i}.png" for i in range(3)), "mine.png"]
 
 
 @pytest.mark.parametrize("arguments", [{"prompt": " "}, {"prompt": "a cat", "count": 0}])
