@@ -163,11 +163,15 @@ def find_config(flags: argparse.Namespace, architecture: str | None) -> Path:
 
 
 def plan(flags: argparse.Namespace, jobs: list[Job], templates: list[str], world: int) -> list[tuple[Job, str, range]]:
-    """Job, template and seeds of each batch: of one prompt, and no more images than each of `world` processes has."""
+    """Job, template and seeds of each batch: of one prompt, and no more images than each of `world` processes has.
+
+    A line with a seed of its own draws the next `n_samples` seeds each time round; the others share those of the flags.
+    """
     rounds = [(job, template) for _ in range(flags.n_iter) for job, template in zip(jobs, templates, strict=True)]
     size, batches = min(flags.n_samples, ceil(len(rounds) * flags.n_samples / world)), []
     for index, (job, template) in enumerate(rounds):
-        first = flags.seed + index * flags.n_samples if job.seed is None else job.seed + index // len(jobs)
+        own = job.seed is not None
+        first = job.seed + index // len(jobs) * flags.n_samples if own else flags.seed + index * flags.n_samples
         seeds = range(first, first + flags.n_samples)
         batches += [(job, template, seeds[i : i + size]) for i in range(0, flags.n_samples, size)]
     return batches

@@ -3,6 +3,7 @@ import io
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,12 @@ from infusion.concepts.concept import Concept
 from infusion.covariance import InverseCovariance, save_inverse
 from infusion.inject import cross_attention_layers
 from infusion.sampling.generate import Settings, generate
+from infusion.sampling.prompts import Job
 from ldm.pipeline import StableDiffusion
 from ldm.util.config import ROOT
 from ldm.weights.checkpoint import PREFIXES
 from ldm.weights.names import ema_name
-from scripts.infusion_txt2img import main
+from scripts.infusion_txt2img import main, plan
 
 FAST = ["--steps", "2", "--device", "cpu"]
 
@@ -74,6 +76,15 @@ def test_two_processes_draw_the_images_of_one(draw, tiny, concept, tmp_path, man
         first, second = (Image.open(folder / "samples" / name) for folder in (alone, both))
         assert np.abs(np.asarray(first).astype(int) - np.asarray(second)).max() <= 1 and first.text == second.text
     assert len(list(both.glob("grid-*.png"))) == 1
+
+
+def test_no_seed_of_a_line_is_drawn_twice():
+    flags = Namespace(n_iter=3, n_samples=4, seed=100)
+    jobs = [Job("a", Settings(), seed=7), Job("b", Settings())]
+    batches = plan(flags, jobs, templates=["a", "b"], world=1)
+    seeds = {name: [list(seeds) for job, _, seeds in batches if job.prompt == name] for name in "ab"}
+    assert seeds["a"] == [[7, 8, 9, 10], [11, 12, 13, 14], [15, 16, 17, 18]]
+    assert seeds["b"] == [[104, 105, 106, 107], [112, 113, 114, 115], [120, 121, 122, 123]]
 
 
 @pytest.fixture
