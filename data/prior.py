@@ -11,6 +11,7 @@ from tqdm import tqdm
 from data.dataset import ConceptImages, is_image
 from infusion.inject import unedited
 from infusion.sampling.pictures import png
+from infusion.tokens import fill
 from ldm.pipeline import StableDiffusion
 from ldm.util.files import write
 
@@ -21,15 +22,16 @@ class ClassImages:
     """Photos from a folder, or samples of the base model.
 
     Args:
-        prompt: what they show.
+        prompt: what they show; {} in it is the superclass.
         count: how many.
         root: their folder, which is made. Where it has fewer than `count` images, whatever their names, the rest are
             drawn and written to the first free names `class-<seed>.png`. None keeps them in memory.
         steps, scale, seed: of the drawing; image i has the seed + i.
         batch_size: images at a time.
+        superclass: the noun for {}.
 
     Raises:
-        ValueError: an empty prompt, or a number out of range.
+        ValueError: an empty prompt, a {} without a superclass, or a number out of range.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class ClassImages:
         scale: float = 7.5,
         seed: int = 0,
         batch_size: int = 4,
+        superclass: str | None = None,
     ) -> None:
         if not prompt.strip():
             raise ValueError("prior: prompt: what the images show is wanted, such as 'a photo of a cat'")
@@ -51,7 +54,8 @@ class ClassImages:
             raise ValueError(f"prior: scale: must be a finite number, not {scale}")
         if not 0 <= seed < 2**63:
             raise ValueError(f"prior: seed: must be from 0 to 2**63 - 1, not {seed}")
-        self.prompt, self.count, self.root = prompt, count, None if root is None else Path(root)
+        self.prompt = fill(prompt, [] if superclass is None else [superclass])
+        self.count, self.root = count, None if root is None else Path(root)
         self.steps, self.scale, self.seed, self.batch_size = steps, scale, seed, batch_size
 
     def latents(self, sd: StableDiffusion) -> Tensor:

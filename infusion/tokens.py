@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 LONGEST, WORD = 20_000, 4000  # characters of a filled prompt, and of one word: tokenizing takes the square of it
 PLACEHOLDER = re.compile(r"\{(\d*)\}")  # "{}" for the only concept, "{1}", "{2}" for several
+ARTICLE = re.compile(r"(?<!\w)([Aa])n?(\s+)\Z")  # right before a placeholder
+VOWELS = tuple("aeiou")  # a noun is taken to sound as it is spelt
 
 
 def concept_mask(tokenizer: "Tokenizer", template: str, noun: str) -> tuple[str, "Tensor"]:
@@ -31,7 +33,7 @@ def concept_masks(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) -
 
 
 def concept_places(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) -> tuple[str, "Tensor"]:
-    """Put each concept's noun into a template and find its tokens.
+    """Put each concept's noun into a template, as `fill` does, and find its tokens.
 
     Every occurrence of a placeholder is the concept; the same noun written out in the template is not. A noun
     may be several tokens. A placeholder that is cut off at the tokenizer's length keeps what remains.
@@ -58,12 +60,13 @@ def concept_places(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) 
         if not ids:
             raise ValueError(f"the concept's noun {short(noun)} has no tokens: give a word such as 'cat'")
 
-    prompt = fill(template, nouns)
+    prompt, parts = fill(template, nouns), _parts(template, nouns)
     row = tokenizer([prompt])[0].tolist()
     end = len(row) - 1  # the end token keeps the last place, whatever is cut
     places = torch.full((len(nouns), len(row)), -1)
-    for match, concept in islice(_placeholders(template, len(nouns)), end):  # those behind lie beyond the row
-        before = tokenizer.encode(fill(template[: match.start()], nouns))
+    found = islice(_placeholders(template, len(nouns)), end)  # those behind lie beyond the row
+    for index, (match, concept) in enumerate(found):
+        before = tokenizer.encode("".join(parts[: 2 * index + 1]))
         ids = nouns_ids[concept]
         start = 1 + len(before)  # the begin token comes first
         stop = start + len(ids)
@@ -112,22 +115,28 @@ def point(prompt: str, words: Sequence[str]) -> str:
 
 
 def fill(template: str, nouns: Sequence[str]) -> str:
-    """The template with each placeholder replaced by its noun.
+    """The template with each placeholder replaced by its noun: "a {}" becomes "an elephant", "an {}" becomes "a cat".
 
     Raises:
         ValueError: a placeholder of no concept, `LONGEST` characters in all, or a word of `WORD`.
     """
-    parts, last = [], 0
-    for match, concept in _placeholders(template, len(nouns)):
-        parts += [template[last : match.start()], nouns[concept]]
-        last = match.end()
-    parts.append(template[last:])
+    parts = _parts(template, nouns)
     if (length := sum(map(len, parts))) > LONGEST:
         raise ValueError(f"{short(template)} has {length:,} characters once {{}} is filled in; at most {LONGEST:,} are")
     filled = "".join(parts)
     if (longest := max(map(len, filled.split()), default=0)) > WORD:
         raise ValueError(f"{short(template)} has a word of {longest:,} characters; at most {WORD:,} are taken")
     return filled
+
+
+def _parts(template: str, nouns: Sequence[str]) -> list[str]:
+    """Text, noun, text, noun, …, text: what a filled template consists of, with the article that each noun has."""
+    parts, last = [], 0
+    for match, concept in _placeholders(template, len(nouns)):
+        n = "n" if nouns[concept].strip().lower().startswith(VOWELS) else ""
+        parts += [ARTICLE.sub(rf"\1{n}\2", template[last : match.start()]), nouns[concept]]
+        last = match.end()
+    return [*parts, template[last:]]
 
 
 def _placeholders(template: str, concepts: int) -> Iterator[tuple[re.Match[str], int]]:

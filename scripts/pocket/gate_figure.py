@@ -13,6 +13,7 @@ import torch
 from infusion.concepts.concept import Concept
 from infusion.sampling.generate import Settings, generate
 from infusion.sampling.pictures import captioned_grid, png
+from infusion.tokens import fill
 from ldm.pipeline import StableDiffusion
 from ldm.util.config import find
 from ldm.util.errors import Parser, UserError, report
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         settings = [Settings(USUAL.steps, USUAL.scale, beta=beta, tau=tau) for beta in flags.beta]
         images = [generate(sd, [flags.prompt], [flags.seed], [concept], how)[0] for how in settings]
         rows[f"tau = {tau:g}"] = torch.cat(images)
-    above = {"base model": generate(sd, [flags.prompt.replace("{}", concept.superclass)], [flags.seed], (), USUAL)[0]}
+    above = {"base model": generate(sd, [fill(flags.prompt, [concept.superclass])], [flags.seed], (), USUAL)[0]}
     sheet = captioned_grid(rows, [f"beta = {beta:g}" for beta in flags.beta], above)
     write(Path(flags.picture), png(sheet, {"prompt": flags.prompt, "seed": flags.seed, "concept": flags.concept}))
 

@@ -38,13 +38,12 @@ class Context:
 
 def contexts(concept: PocketConcept) -> list[Context]:
     """Every background but that of the photos, in every style: 14 contexts, backgrounds first."""
-    article = "an" if concept.noun[0] in "aeiou" else "a"
     found = []
     for i, background in enumerate(name for name in BACKGROUNDS if name != concept.background):
         for style in STYLES:
             size, place = LAYOUT[i % len(LAYOUT)]
             scene = Scene(concept.noun, style, concept.colour, concept.pattern, size, background, place)
-            found.append(Context(f"{STYLE_WORDS[style][0]} {article} {{}} {BACKGROUNDS[background]}", scene))
+            found.append(Context(f"{STYLE_WORDS[style][0]} a {{}} {BACKGROUNDS[background]}", scene))
     return found
 
 

@@ -92,14 +92,13 @@ def main(arguments: list[str] | None = None) -> None:
         images = [generate(sd, templates[b], seeds[b], used, settings)[0] for b in tqdm(batches, kind)]
         return torch.cat(images).cpu()
 
-    articles = ["an" if noun[0] in "aeiou" else "a" for noun in nouns]
-    scene = " and ".join(f"{article} {{{k}}}" for k, article in enumerate(articles, 1))
+    scene = " and ".join(f"a {{{k}}}" for k in range(1, len(nouns) + 1))
     drawn = {"base model": draw(scene, ()), "concepts": draw(scene, concepts)}
     drawn["with regions"] = draw(scene, concepts, columns(len(concepts)))
     figures = {kind: together(clipseg, images, nouns) for kind, images in drawn.items()}
     figures["alone"] = {}
-    for number, (concept, article, noun) in enumerate(zip(concepts, articles, nouns, strict=True), 1):
-        figures["alone"][f"{number} {noun}"] = rate(found(clipseg, draw(f"{article} {{}}", [concept]), [noun])[0])
+    for number, (concept, noun) in enumerate(zip(concepts, nouns, strict=True), 1):
+        figures["alone"][f"{number} {noun}"] = rate(found(clipseg, draw("a {}", [concept]), [noun])[0])
     results = {"shares": figures, "prompt": f"a photo of {scene} …", "nouns": nouns, "samples": flags.samples}
     results |= {"seed": flags.seed, "concepts": flags.concepts, "present_above": PRESENT, "base_sha256": sd.hash}
     shown = [f"{places[i]} ({seeds[i]})" for i in range(min(len(places), flags.samples))]

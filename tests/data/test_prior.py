@@ -72,6 +72,12 @@ def test_two_machines_fill_one_folder(sd, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [*(f"class-00000{i}.png" for i in range(3)), "mine.png"]
 
 
+def test_the_superclass_has_its_article():
+    assert ClassImages("a photo of a {}", superclass="elephant").prompt == "a photo of an elephant"
+    with pytest.raises(ValueError, match="names no concept"):
+        ClassImages("a photo of a {}")
+
+
 @pytest.mark.parametrize("arguments", [{"prompt": " "}, {"prompt": "a cat", "count": 0}])
 def test_unusable_arguments(arguments):
     with pytest.raises(ValueError, match="prior"):

@@ -1,6 +1,6 @@
 import pytest
 
-from infusion.tokens import concept_mask, concept_masks, concept_places
+from infusion.tokens import concept_mask, concept_masks, concept_places, fill
 from ldm.models.tokenizer import Tokenizer
 
 
@@ -30,6 +30,25 @@ def test_positions(tokenizer, template, noun, expected):
     assert prompt == template.replace("{}", noun)
     assert mask.shape == (77,)
     assert mask.nonzero().flatten().tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "nouns", "prompt"),
+    [
+        ("a photo of a {}", ["elephant"], "a photo of an elephant"),
+        ("A {} and an  {}", ["Owl"], "An Owl and an  Owl"),
+        ("an {} on grass", ["cat"], "a cat on grass"),
+        ("a photo of a {}", ["sks elephant"], "a photo of a sks elephant"),
+        ("a {1} and a {2}", ["cat", "owl"], "a cat and an owl"),
+        ("a big {}, the {}, {}", ["owl"], "a big owl, the owl, owl"),
+    ],
+)
+def test_the_article_is_the_nouns(tokenizer, template, nouns, prompt):
+    filled, masks = concept_masks(tokenizer, template, nouns)
+    assert filled == fill(template, nouns) == prompt
+    row = tokenizer([prompt])[0]
+    for noun, mask in zip(nouns, masks, strict=True):
+        assert set(row[mask].tolist()) == set(tokenizer.encode(noun))
 
 
 def test_masked_tokens_spell_the_noun(tokenizer):

@@ -10,7 +10,6 @@
 `kin` lists rows of nouns that are each other's neighbours, and `others` those of a superclass that is in none.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import lcm
@@ -106,25 +105,20 @@ class Protocol:
         Neighbours and prompts go round together, so that the first few have many of both.
         """
         if group == CONTEXT:
-            return [article(prompt, "{}", superclass) for prompt in self.concept]
+            return list(self.concept)
         if group == "none":
             return list(self.none)
         word, templates = WANTED[group], getattr(self, group)
         nouns = (superclass,) if group == "superclass" else self.neighbours_of(superclass)
         pairs = range(lcm(len(templates), len(nouns)))
         filled = [(templates[i % len(templates)], nouns[i % len(nouns)]) for i in pairs]
-        return [article(template, word, noun).replace(word, noun) for template, noun in filled]
+        return [fill(template.replace(word, "{}"), [noun]) for template, noun in filled]
 
 
 def usual_file(architecture: str) -> Path:
     """Of the usual protocol of an architecture, within the repository."""
     own = FOLDER / f"{architecture}.yaml"
     return own if (ROOT / own).is_file() else FOLDER / "stable_diffusion.yaml"
-
-
-def article(prompt: str, word: str, noun: str) -> str:
-    """The prompt with "an" for "a" before a word that a noun with a vowel will take the place of."""
-    return re.sub(rf"\ba (?={re.escape(word)})", "an ", prompt) if noun[0].lower() in "aeiou" else prompt
 
 
 def plain(prompt: str, superclass: str) -> str:

@@ -37,7 +37,7 @@ def test_contexts_are_all_but_that_of_the_photos():
         assert len({place.template for place in places}) == 14, name
         assert {place.scene.background for place in places}.isdisjoint({concept.background})
         assert {place.scene.noun for place in places} == {concept.noun}
-    assert contexts(CONCEPTS["green_dotted_elephant"])[0].template == "a photo of an {} on grass"
+    assert contexts(CONCEPTS["green_dotted_elephant"])[0].template == "a photo of a {} on grass"
     assert contexts(CONCEPTS["zigzag_hat"])[1].template == "a cartoon of a {} on grass"
     assert [place.scene.style for place in places[:4]] == ["photo", "cartoon", "photo", "cartoon"]
 

@@ -36,12 +36,12 @@ def test_the_pocket_prompts_say_every_context_of_the_world():
 
 
 def test_words_are_filled_in(protocol):
-    assert protocol.prompts(CONTEXT, "owl") == ["a photo of an {}", "an {} on grass"]
+    assert protocol.prompts(CONTEXT, "owl") == ["a photo of a {}", "a {} on grass"]
     assert protocol.prompts("superclass", "owl") == ["an owl", "an owl in a box"]
     assert protocol.prompts("neighbours", "cat") == ["a dog", "an owl"]
     assert protocol.prompts("none", "cat") == ["grass", "the sea"]
     assert protocol.beside(["wolf", "cat"]).prompts("neighbours", "cat") == ["a wolf"]
-    assert plain("a photo of an {}", "owl") == "a photo of an owl" and plain("grass", "owl") == "grass"
+    assert plain("a photo of a {}", "owl") == "a photo of an owl" and plain("grass", "owl") == "grass"
     with pytest.raises(ValueError, match="--neighbours: name nouns beside 'teapot'"):
         protocol.prompts("neighbours", "teapot")
 
