@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from data.dataset import ConceptImages
 from data.prior import ClassImages
 from data.prompts import TEMPLATES
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import AutoencoderKL, coverage
 
 BATCH = 1000  # photos, at most
 logger = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ class LatentCache:
                 raise ValueError(f"the autoencoder overflows in {weight.dtype}: run it in float32")
             if mask is not None:
                 both = torch.stack([mask, mask.flip(-1)] if flip else [mask])
-                masks.append(F.interpolate(both, latents[-1].shape[-2:], mode="bilinear"))
+                masks.append(coverage(both, latents[-1].shape[-2:]))
         return cls(torch.stack(latents, 1), torch.stack(masks, 1) if masks else None)
 
 

@@ -202,3 +202,14 @@ class AutoencoderKL(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, embed_dim, h, w) -> images (B, out_ch, factor·h, factor·w), about [-1, 1], not clipped."""
         return self.decoder(self.post_quant_conv(latents / self.scale_factor))
+
+
+def coverage(masks: Tensor, size: Sequence[int]) -> Tensor:
+    """Masks (N, 1, H, W) in [0, 1] as shares of the places of latents that they cover, (N, 1, h, w): the area's mean.
+
+    All masks come to the size of latents by this rule.
+
+    Args:
+        size: (h, w).
+    """
+    return F.adaptive_avg_pool2d(masks, tuple(size))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from data.dataset import ConceptImages
 from data.latents import ConceptBatches, ConceptData, LatentCache
+from ldm.models.autoencoder import coverage
 from tests.data.conftest import attached
 
 
@@ -32,9 +33,18 @@ def test_every_photo_and_its_mirror_image_is_encoded(images, vae):
     assert torch.allclose(cache.latents[0], vae.encode(images.images), atol=1e-6)
     assert torch.allclose(cache.latents[1], vae.encode(images.images.flip(-1)), atol=1e-6)
     assert not torch.allclose(cache.latents[1], cache.latents[0].flip(-1), atol=1e-3)  # not merely mirrored latents
-    assert torch.equal(cache.masks[0], F.interpolate(images.masks, (8, 8), mode="bilinear"))
+    assert torch.equal(cache.masks[0], F.avg_pool2d(images.masks, 2))
     assert torch.equal(cache.masks[1], cache.masks[0].flip(-1))
     assert LatentCache.encode(images, vae, flip=False).latents.shape[0] == 1
+
+
+@pytest.mark.parametrize("offset", range(8))
+def test_a_thin_part_of_a_mask_counts_the_same_wherever_it_lies(offset):
+    masks = torch.zeros(1, 1, 64, 64)
+    masks[..., 16 + offset : 19 + offset] = 1  # 3 pixels wide, at a factor of 8
+    small = coverage(masks, (8, 8))
+    assert small.shape == (1, 1, 8, 8) and small.sum().item() == pytest.approx(8 * 3 / 8)
+    assert (small[0, 0, 0, 2] + small[0, 0, 0, 3]).item() == pytest.approx(3 / 8)
 
 
 def test_overflow_is_not_trained_on(images, vae, monkeypatch):

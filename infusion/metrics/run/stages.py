@@ -23,7 +23,10 @@ from infusion.metrics.run.protocol import plain
 from infusion.metrics.run.subject import Checkpoint, ExactMeasures
 from infusion.tokens import fill
 from ldm.diffusion.sampler import Denoiser
+from ldm.models.autoencoder import coverage
 from ldm.pipeline import StableDiffusion
+
+OUTSIDE = 0.25  # share of a place of the latents that a mask covers; below it the place is outside
 
 
 @dataclass(frozen=True)
@@ -137,17 +140,15 @@ class Stages:
         return self.cache.figures("exact", what, make)
 
     def regions(self, samples: Rows, superclass: str) -> Rows:
-        """`regions` (N, 1, h, w) in [0, 1] of the superclass in the base model's samples.
-
-        CLIPSeg's mask is divided by its maximum, and each place of the latents has the largest value over it.
-        """
+        """`regions` (N, 1, h, w), 0 or 1, of the superclass in the base model's samples, by `to_regions`."""
         prompts = [fill(template, [superclass]) for template in self.tools.mask_prompts]
         what = {"of": samples.key, "prompts": prompts, "clipseg": self.tools.hashes.get("clipseg", "")}
+        what |= {"outside_below": OUTSIDE}
         size = tuple(samples["latents"].shape[2:])
 
         def make(rows: range) -> dict[str, Tensor]:
             masks = self.tools.clipseg.masks(self.images(samples, rows), prompts)  # (n, S, S)
-            return {"regions": to_latents(masks, size)}
+            return {"regions": to_regions(masks, size)}
 
         return self._rows("regions", what, len(samples), make, "regions")
 
@@ -200,10 +201,12 @@ class Stages:
         return self.sd.denoiser(group.templates(rows), [checkpoint.concept], "", scale, **editing)
 
 
-def to_latents(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks (N, S, S) at least 0, each divided by its maximum, as regions (N, 1, h, w) of latents.
+def to_regions(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks (N, S, S) at least 0, each divided by its maximum, as regions (N, 1, h, w) of latents, 0 or 1.
 
-    A place has the largest value of the pixels over it, so that nothing of the object counts as outside.
+    A place is outside, 0, where the mask covers less than `OUTSIDE` of it, and counts in full; any other is the
+    object's and does not count. Shares would let the object's edge count as its surroundings: a method that changes the
+    object alone would seem to change what is around it.
     """
     masks = masks / masks.amax((1, 2), keepdim=True).clamp_min(1e-6)
-    return F.adaptive_max_pool2d(masks[:, None], size)
+    return (coverage(masks[:, None], size) >= OUTSIDE).to(masks)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from infusion.metrics.measures.fisher import _draw
 from infusion.metrics.run.cache import Cache
 from infusion.metrics.run.protocol import CONTEXT, GROUPS
-from infusion.metrics.run.stages import Group, Stages, to_latents
+from infusion.metrics.run.stages import OUTSIDE, Group, Stages, to_regions
 from ldm.pipeline import StableDiffusion
 from ldm.util.config import load_config
 from tests.infusion.metrics.conftest import ROUNDING
@@ -149,9 +149,10 @@ def test_only_the_outside_counts_in_context(stages, groups, subject):
     assert not torch.allclose(outside, everywhere)
 
 
-def test_masks_are_pooled_without_losing_anything():
+def test_a_place_is_outside_where_the_mask_covers_little_of_it():
     masks = torch.zeros(2, 16, 16)
-    masks[0, 3, 5], masks[0, 15, 15] = 0.2, 0.1
-    regions = to_latents(masks, (8, 8))
-    assert regions.shape == (2, 1, 8, 8) and regions[1].max() == 0
-    assert regions[0, 0, 1, 2] == 1 and regions[0, 0, 7, 7] == 0.5 and regions[0].count_nonzero() == 2
+    masks[0, 2:4, 4:6], masks[0, 14:, 14:] = 0.2, torch.tensor([[0.19, 0.0], [0.0, 0.0]])
+    masks[0, 8:10, 8:10] = torch.tensor([[0.2, 0.01], [0.0, 0.0]])  # hardly more than a quarter of the maximum
+    regions = to_regions(masks, (8, 8))
+    assert OUTSIDE == 0.25 and regions.shape == (2, 1, 8, 8) and regions[1].max() == 0
+    assert regions[0, 0].nonzero().tolist() == [[1, 2], [4, 4]] and regions[0].max() == 1
