@@ -27,8 +27,9 @@ class Customised:
     """Classifier-free guidance towards prompts with concepts in them; a denoiser for `ldm.diffusion.sampler.sample`.
 
     With the foundation's attention, three rows per image in one UNet call: unconditional, foundation, customised. An
-    image without a concept needs no third row; a scale of 1 needs no first. Concepts with attention "own" take two. The
-    UNet is edited inside the `with` only:
+    image without a concept needs no third row; a scale of 1 needs no first. Concepts with attention "own" take two, and
+    their gates read both: those on the concept's tokens are 0 in an unconditional row, and a "global" one acts there as
+    well, as Perfusion's edit of the weights does. The UNet is edited inside the `with` only:
 
         with Customised(sd, [concept], ["a photo of a {}"], "", scale=7.5) as denoise:
             latents = sample(denoise, sd.schedule.scheduler("ddim"), noise, steps=50)
@@ -107,6 +108,9 @@ class Customised:
         with torch.no_grad():
             text, masks = encode(sd.text, templates, nouns, learned)  # (B, L, D), (B, K, L)
             masks = masks.to(text.device)
+            if scale != 1:
+                text = torch.cat([sd.text(negatives), text])
+                masks = F.pad(masks, (0, 0, 0, 0, len(templates), 0))  # no concept's tokens are in a negative prompt
             gates = []
             for k, (concept, method) in enumerate(zip(concepts, methods, strict=True)):
                 target = None
@@ -114,15 +118,12 @@ class Customised:
                     target = method.target(sd, concept.tensors, concept.superclass, concept.templates)
                 own = concept.gate.but(kinds[k], betas[k], taus[k])
                 gates.append(method.gates(own, text, masks[:, k], target, inverse_covariance))
-            gates = torch.cat(gates, dim=1).to(sd.device)  # (B, R, L)
-            if scale != 1:
-                text = torch.cat([sd.text(negatives), text])
             text = text.to(sd.device, sd.dtype)
         self.text = text  # (B or 2B, L, D)
-        self.gates = F.pad(gates, (0, 0, 0, 0, len(text) - self.rows, 0))  # the unconditional rows have none
+        self.gates = torch.cat(gates, dim=1).to(sd.device)  # (B or 2B, R, L)
         strengths = torch.tensor(strengths, dtype=torch.float32, device=text.device)
         self.strengths = strengths[self.owners]  # (R,)
-        acting = gates * (self.strengths != 0)[:, None]
+        acting = self.gates[-self.rows :] * (self.strengths != 0)[:, None]
         self.active = acting.flatten(1).any(1).nonzero().flatten()  # images with terms in them
         self.customised = self.active[:0] if self.own else self.active  # those with a row behind the others
         self.stacked = torch.cat([text, text[-self.rows :][self.customised]])  # encodings of all rows

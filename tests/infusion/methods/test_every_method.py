@@ -138,6 +138,19 @@ def test_prompts_without_the_concept(sd, name, batch, latents):
     assert same == (name in ANCHORED)
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "hard", "global"])
+def test_perfusion_edits_the_unconditional_rows_by_a_global_gate_alone(sd, batch, latents, kind):
+    """Guidance is between two predictions of one edited UNet, each as without guidance."""
+    concept = trained(sd, "perfusion", batch, gate=Gate(kind))
+    gates = {"beta": Gate().beta, "tau": Gate().tau}
+    with torch.no_grad(), Customised(sd, [concept], TEMPLATES, "blurry", scale=3.0, **gates) as denoise:
+        guided, unconditional_gates = denoise(latents, torch.tensor(400)), denoise.gates[:2]
+    assert unconditional_gates.any() == (kind == "global")
+    conditional, unconditional = (predict(sd, [concept], words, latents) for words in (TEMPLATES, ["blurry"] * 2))
+    torch.testing.assert_close(guided, unconditional + 3.0 * (conditional - unconditional), atol=1e-4, rtol=1e-4)
+    assert torch.equal(unconditional, base(sd, ["blurry"] * 2, latents)) == (kind != "global")
+
+
 @every
 def test_a_file_brings_it_all_back(sd, name, batch, latents, tmp_path):
     concept = trained(sd, name, batch)
