@@ -1,7 +1,10 @@
 """What no source of ours does, where ruff has no rule for it (pyproject.toml lists those that it has)."""
 
 import ast
+import re
+import sys
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,35 @@ WANTED = {"torch.load": ("weights_only", True)}  # call -> keyword that it must 
 NEVER = {"shell": True, "trust_remote_code": True, "allow_pickle": True, "weights_only": False}
 SAVES = "trainer.save_checkpoint"  # whose weights_only is about what is written
 DYNAMIC = {"ldm/util/targets.py", "infusion/methods/__init__.py"}  # import by name: of a list, of this package
+
+
+def third_party(file: Path) -> set[str]:
+    """The modules from elsewhere that a source imports, by their first names."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    ours = {source.relative_to(ROOT).parts[0].removesuffix(".py") for source in SOURCES}
+    return found - ours - sys.stdlib_module_names
+
+
+def plain(distribution: str) -> str:
+    """A distribution's name as PyPI compares it."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def test_every_import_is_declared():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    declared = {plain(line.split("==")[0]) for line in lines if "==" in line}
+    distributions = packages_distributions()  # module -> those that bring it
+    undeclared = {}
+    for file in SOURCES:
+        for module in third_party(file):
+            if declared.isdisjoint(map(plain, distributions.get(module, []))):
+                undeclared[module] = str(file.relative_to(ROOT))
+    assert undeclared == {}
 
 
 def calls(file: Path) -> Iterator[tuple[str, ast.Call]]:
