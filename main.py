@@ -256,29 +256,20 @@ def build_model(config: DictConfig, files: dict[str, Path], meta: bool = False) 
 def make_trainer(folder: Path, config: DictConfig, params: dict, signals: "Signals", step: int = 0) -> "pl.Trainer":
     """A Trainer that keeps everything in the run folder; one that goes on does so at a step."""
     import pytorch_lightning as pl
-    from pytorch_lightning.callbacks import LambdaCallback, TQDMProgressBar
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+    from ldm.training.callbacks import StepBar
     from ldm.util.finite import Finite
     from ldm.util.logs import Log
     from ldm.util.resume import ResumeState, StateFile
 
     params = build(params, "trainer")
-    if params.get("max_steps", -1) > 0:  # one epoch of known length, so that the progress bar can tell the time left
-        params.setdefault("limit_train_batches", params["max_steps"] * params.get("accumulate_grad_batches", 1))
-        params.setdefault("max_epochs", 1000)  # without it Lightning's bar takes steps for batches
-    bars = [TQDMProgressBar()] if params.get("enable_progress_bar", True) else []
-
-    def start(trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        for bar in bars:  # a resumed epoch does not start, so Lightning leaves its length unknown
-            bar.train_progress_bar.total = bar.total_train_batches
-
+    bars = [StepBar()] if params.get("enable_progress_bar", True) else []
     purge = {"purge_step": step} if step else {}  # of what was logged after the state
     params.setdefault("logger", Log(folder, name="", version="tensorboard", **purge))
     params["callbacks"] = [
         *build(callback_nodes(config), "callbacks"),
         *bars,
-        LambdaCallback(on_train_start=start),
         Finite(config.non_finite),
         ResumeState(config.save_every, config.keep, signals),
     ]
@@ -301,8 +292,6 @@ def main() -> None:
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=f".*{noise}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     flags = parse()
     config = read_config(flags)
     if not flags.summary:  # which needs none of them
@@ -318,6 +307,8 @@ def main() -> None:
     from ldm.util.dist import leave
     from ldm.util.signals import Signals, Stopped
 
+    for library in ("pytorch_lightning", "lightning_fabric"):  # which set their own level when they are imported
+        logging.getLogger(library).setLevel(logging.WARNING)
     atexit.register(leave)
     name = flags.name or (Path(flags.base[-1]).stem if flags.base else "")
     folder = folder_of(flags.resume) if flags.resume else new_folder(flags.logdir, flags.basedir, name)
@@ -332,6 +323,8 @@ def main() -> None:
             logging.info("%s: %s trainable parameters, %s", type(model).__name__, f"{trained:,}", folder)
             if flags.train:
                 with at_work(folder, OmegaConf.to_yaml(config)):
+                    for log in trainer.loggers:
+                        log.log_hyperparams(OmegaConf.to_container(config))
                     trainer.fit(model, data, ckpt_path=state, weights_only=True)
     except Stopped:
         if not rank():

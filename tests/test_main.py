@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 import main
 from ldm.pipeline import StableDiffusion
@@ -98,6 +100,35 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(entry, command, tmp_
     for name in first:
         assert torch.equal(first[name], second[name])
         assert not torch.equal(first[name], before[name])
+
+
+def test_the_bar_counts_optimiser_steps_also_of_a_resumed_run(entry, command, tmp_path, capfd):
+    def shown() -> list[str]:
+        said = capfd.readouterr()
+        for word in ("Epoch", "v_num", "Tip", "GPU available", "`Trainer.fit`"):
+            assert word not in said.out + said.err
+        return re.findall(r"\| (\d+/\S+) \[.*?steps/s", said.out)
+
+    flags = ["-t", "trainer.enable_progress_bar=true", "callbacks.samples=null"]
+    command("--base", entry, *flags, "--logdir", tmp_path / "run", "trainer.max_steps=2")
+    assert list(dict.fromkeys(shown())) == ["0/2", "1/2", "2/2"]
+    command("--resume", tmp_path / "run", *flags[:1], "trainer.enable_progress_bar=true", "trainer.max_steps=4")
+    assert list(dict.fromkeys(shown())) == ["2/4", "3/4", "4/4"]
+
+
+def test_tensorboard_has_the_resolved_config_among_its_hyperparameters(entry, command, tmp_path):
+    command("--base", entry, "-t", "--logdir", tmp_path / "run", "trainer.max_steps=1", "callbacks.samples=null")
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    found = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    shown = metadata.parse_session_start_info_plugin_data(found).hparams
+    assert shown["model.params.superclass"].string_value == "cat" and shown["data.params.seed"].number_value == 23
+    metrics = metadata.parse_experiment_plugin_data(
+        events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    ).metric_infos
+    assert [metric.name.tag for metric in metrics] == ["train/loss"] and "train/loss" in events.Tags()["scalars"]
+    written = OmegaConf.load(tmp_path / "run/tensorboard/hparams.yaml")
+    assert written == OmegaConf.load(tmp_path / "run/config.yaml")
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,16 @@
-"""What training writes beside its resume state."""
+"""What training shows and writes beside its resume state."""
 
 import logging
+import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
@@ -14,6 +19,37 @@ from ldm.util.files import replacing
 from ldm.weights.checkpoint import write
 
 logger = logging.getLogger(__name__)
+
+
+class StepBar(TQDMProgressBar):
+    """Counts the optimiser steps of the whole run, resumed or not: `120/500 [00:30<01:35, 3.98 steps/s, loss=…]`."""
+
+    def init_train_tqdm(self) -> Tqdm:
+        steps = self.trainer.estimated_stepping_batches
+        return Tqdm(
+            desc=self.train_description,
+            total=steps if 0 < steps < math.inf else None,
+            initial=self.trainer.global_step,
+            unit=" steps",
+            disable=self.is_disabled,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            smoothing=0,
+            bar_format=self.BAR_FORMAT,
+        )
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        """Nothing: Lightning would begin to count the batches of an epoch."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
+        if self.is_enabled:
+            self.train_progress_bar.n = trainer.global_step
+            self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))  # which shows both
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
 
 
 class ExportWeights(pl.Callback):
