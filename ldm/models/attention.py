@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def normalise(channels: int, eps: float) -> nn.GroupNorm:
-    """GroupNorm of 32 groups, or of as many as divide both 32 and `channels` for narrower models."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
+def normalise(channels: int, eps: float, groups: int = 32) -> nn.GroupNorm:
+    """GroupNorm of `groups` groups, or of as many as divide both that and `channels`.
+
+    A group of one or two channels forgets how bright its channel is: narrow models need fewer groups than 32.
+    """
+    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=eps)
 
 
 def zeroed(module: nn.Module) -> nn.Module:
@@ -155,11 +158,12 @@ class SpatialTransformer(nn.Module):
         depth: int = 1,
         use_linear: bool = False,
         upcast: bool = False,
+        norm_groups: int = 32,
     ):
         super().__init__()
         inner = heads * dim_head
         self.use_linear = use_linear
-        self.norm = normalise(channels, eps=1e-6)
+        self.norm = normalise(channels, eps=1e-6, groups=norm_groups)
         self.proj_in = nn.Linear(channels, inner) if use_linear else nn.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner, heads, dim_head, context_dim, upcast) for _ in range(depth)

@@ -15,11 +15,11 @@ from ldm.models.unet import Upsample
 class ResnetBlock(nn.Module):
     """Two convolutions and a residual sum: (B, C, h, w) -> (B, out_channels, h, w)."""
 
-    def __init__(self, channels: int, out_channels: int):
+    def __init__(self, channels: int, out_channels: int, norm_groups: int = 32):
         super().__init__()
-        self.norm1 = normalise(channels, eps=1e-6)
+        self.norm1 = normalise(channels, eps=1e-6, groups=norm_groups)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = normalise(out_channels, eps=1e-6)
+        self.norm2 = normalise(out_channels, eps=1e-6, groups=norm_groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
@@ -31,9 +31,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over pixels with a residual sum: (B, C, h, w) -> (B, C, h, w)."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, norm_groups: int = 32):
         super().__init__()
-        self.norm = normalise(channels, eps=1e-6)
+        self.norm = normalise(channels, eps=1e-6, groups=norm_groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -57,20 +57,20 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-def level(channels: int, out_channels: int, blocks: int, **resample: nn.Module) -> nn.Sequential:
+def level(channels: int, out_channels: int, blocks: int, norm_groups: int, **resample: nn.Module) -> nn.Sequential:
     """`blocks` residual blocks at one size, then the resampling layer, if any, under the name it is given."""
     widths = [channels] + [out_channels] * blocks
-    block = nn.Sequential(*(ResnetBlock(a, b) for a, b in pairwise(widths)))
+    block = nn.Sequential(*(ResnetBlock(a, b, norm_groups) for a, b in pairwise(widths)))
     return nn.Sequential(OrderedDict(block=block, **resample))
 
 
-def middle(channels: int, attention: bool) -> nn.Sequential:
+def middle(channels: int, attention: bool, norm_groups: int) -> nn.Sequential:
     """The coarsest level: residual block, attention if asked for, residual block."""
     return nn.Sequential(
         OrderedDict(
-            block_1=ResnetBlock(channels, channels),
-            attn_1=AttnBlock(channels) if attention else nn.Identity(),
-            block_2=ResnetBlock(channels, channels),
+            block_1=ResnetBlock(channels, channels, norm_groups),
+            attn_1=AttnBlock(channels, norm_groups) if attention else nn.Identity(),
+            block_2=ResnetBlock(channels, channels, norm_groups),
         )
     )
 
@@ -79,7 +79,14 @@ class Encoder(nn.Module):
     """Images (B, in_channels, H, W) -> (B, 2·z_channels, H/f, W/f); arguments as for `AutoencoderKL`."""
 
     def __init__(
-        self, in_channels: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int, attention: bool
+        self,
+        in_channels: int,
+        ch: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        z_channels: int,
+        attention: bool,
+        norm_groups: int = 32,
     ):
         super().__init__()
         widths = [ch] + [ch * multiple for multiple in ch_mult]  # what goes into each level, finest first; and out
@@ -88,9 +95,9 @@ class Encoder(nn.Module):
         for i in range(len(ch_mult)):
             last = i == len(ch_mult) - 1
             resample = {} if last else {"downsample": Downsample(widths[i + 1])}
-            self.down.append(level(widths[i], widths[i + 1], num_res_blocks, **resample))
-        self.mid = middle(widths[-1], attention)
-        self.norm_out = normalise(widths[-1], eps=1e-6)
+            self.down.append(level(widths[i], widths[i + 1], num_res_blocks, norm_groups, **resample))
+        self.mid = middle(widths[-1], attention, norm_groups)
+        self.norm_out = normalise(widths[-1], eps=1e-6, groups=norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -102,17 +109,24 @@ class Decoder(nn.Module):
     """(B, z_channels, h, w) -> images (B, out_ch, f·h, f·w); arguments as for `AutoencoderKL`."""
 
     def __init__(
-        self, out_ch: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int, attention: bool
+        self,
+        out_ch: int,
+        ch: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        z_channels: int,
+        attention: bool,
+        norm_groups: int = 32,
     ):
         super().__init__()
         widths = [ch * multiple for multiple in ch_mult] + [ch * ch_mult[-1]]  # what goes out of each level; and in
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = middle(widths[-1], attention)
+        self.mid = middle(widths[-1], attention, norm_groups)
         self.up = nn.ModuleList()  # finest first, run backwards
         for i in range(len(ch_mult)):
             resample = {} if i == 0 else {"upsample": Upsample(widths[i])}
-            self.up.append(level(widths[i + 1], widths[i], num_res_blocks + 1, **resample))
-        self.norm_out = normalise(widths[0], eps=1e-6)
+            self.up.append(level(widths[i + 1], widths[i], num_res_blocks + 1, norm_groups, **resample))
+        self.norm_out = normalise(widths[0], eps=1e-6, groups=norm_groups)
         self.conv_out = nn.Conv2d(widths[0], out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -133,6 +147,7 @@ class AutoencoderKL(nn.Module):
         embed_dim: channels of the latents.
         in_channels, out_ch: image channels in and out.
         mid_attention: attention at the coarsest level, as in Stable Diffusion.
+        norm_groups: groups of every GroupNorm; fewer where a width has no such divisor.
         scale_factor: what latents are multiplied by so that a UNet sees unit variance.
 
     Attributes:
@@ -150,14 +165,15 @@ class AutoencoderKL(nn.Module):
         in_channels: int = 3,
         out_ch: int = 3,
         mid_attention: bool = True,
+        norm_groups: int = 32,
         scale_factor: float = 0.18215,
     ):
         super().__init__()
         self.factor = 2 ** (len(ch_mult) - 1)
         self.embed_dim = embed_dim
         self.scale_factor = scale_factor
-        self.encoder = Encoder(in_channels, ch, ch_mult, num_res_blocks, z_channels, mid_attention)
-        self.decoder = Decoder(out_ch, ch, ch_mult, num_res_blocks, z_channels, mid_attention)
+        self.encoder = Encoder(in_channels, ch, ch_mult, num_res_blocks, z_channels, mid_attention, norm_groups)
+        self.decoder = Decoder(out_ch, ch, ch_mult, num_res_blocks, z_channels, mid_attention, norm_groups)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
 

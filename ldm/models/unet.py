@@ -44,14 +44,16 @@ class Upsample(nn.Module):
 class ResBlock(nn.Module):
     """Two convolutions with the timestep added in between; the residual branch starts at zero."""
 
-    def __init__(self, channels: int, time_dim: int, out_channels: int):
+    def __init__(self, channels: int, time_dim: int, out_channels: int, norm_groups: int = 32):
         super().__init__()
         self.in_layers = nn.Sequential(
-            normalise(channels, eps=1e-5), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            normalise(channels, eps=1e-5, groups=norm_groups),
+            nn.SiLU(),
+            nn.Conv2d(channels, out_channels, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, out_channels))
         self.out_layers = nn.Sequential(
-            normalise(out_channels, eps=1e-5),
+            normalise(out_channels, eps=1e-5, groups=norm_groups),
             nn.SiLU(),
             nn.Dropout(0.0),
             zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -97,6 +99,7 @@ class UNet(nn.Module):
         upcast_attention: attention in float32 (SD 2.1 768).
         checkpoint: recompute each block in the backward pass instead of storing its activations; an attribute of
             the same name switches it later.
+        norm_groups: groups of every GroupNorm; fewer where a width has no such divisor.
 
     Attributes:
         factor: the ratio of the finest level's size to the coarsest's; sides of latents must be divisible by it.
@@ -120,6 +123,7 @@ class UNet(nn.Module):
         use_linear: bool = False,
         upcast_attention: bool = False,
         checkpoint: bool = False,
+        norm_groups: int = 32,
     ):
         super().__init__()
         divisor = num_head_channels if num_heads is None else num_heads
@@ -136,7 +140,14 @@ class UNet(nn.Module):
                 raise ValueError(f"{channels} channels do not divide into heads: {num_heads=}, {num_head_channels=}")
             heads = num_heads or channels // divisor
             return SpatialTransformer(
-                channels, heads, channels // heads, context_dim, transformer_depth, use_linear, upcast_attention
+                channels,
+                heads,
+                channels // heads,
+                context_dim,
+                transformer_depth,
+                use_linear,
+                upcast_attention,
+                norm_groups,
             )
 
         self.time_embed = nn.Sequential(nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
@@ -146,7 +157,7 @@ class UNet(nn.Module):
         skips = [channels]  # widths of the feature maps that the way up takes back
         for level, multiple in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                layers = [ResBlock(channels, time_dim, multiple * model_channels)]
+                layers = [ResBlock(channels, time_dim, multiple * model_channels, norm_groups)]
                 channels = multiple * model_channels
                 if 2**level in attention_resolutions:
                     layers.append(transformer(channels))
@@ -157,13 +168,15 @@ class UNet(nn.Module):
                 skips.append(channels)
 
         self.middle_block = Block(
-            ResBlock(channels, time_dim, channels), transformer(channels), ResBlock(channels, time_dim, channels)
+            ResBlock(channels, time_dim, channels, norm_groups),
+            transformer(channels),
+            ResBlock(channels, time_dim, channels, norm_groups),
         )
 
         self.output_blocks = nn.ModuleList()
         for level, multiple in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
-                layers = [ResBlock(channels + skips.pop(), time_dim, multiple * model_channels)]
+                layers = [ResBlock(channels + skips.pop(), time_dim, multiple * model_channels, norm_groups)]
                 channels = multiple * model_channels
                 if 2**level in attention_resolutions:
                     layers.append(transformer(channels))
@@ -172,7 +185,9 @@ class UNet(nn.Module):
                 self.output_blocks.append(Block(*layers))
 
         self.out = nn.Sequential(
-            normalise(channels, eps=1e-5), nn.SiLU(), zeroed(nn.Conv2d(channels, out_channels, 3, padding=1))
+            normalise(channels, eps=1e-5, groups=norm_groups),
+            nn.SiLU(),
+            zeroed(nn.Conv2d(channels, out_channels, 3, padding=1)),
         )
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | Context) -> Tensor:

@@ -1,0 +1,1 @@
+"""Experiments on pocket two: `python -m scripts.pocket_two.X`."""
