@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.pocket_two.eye import Eye, spoil
 from data.pocket_two.scene import COLOURS, NATURAL, NOUNS, Scene, Thing
-from data.pocket_two.textures import draw_texture
+from data.pocket_two.textures import WORDS, draw_texture
 from data.pocket_two.world import World, draw_scene, draw_textures, draw_thing, second_colours
 from ldm.training.optimise import adamw
 
 FEATURES = 128
-FAMILY = 4  # an object and three that look like it
+ROLES = ("object", "words", "noun", "other noun", "look-alike")  # of a family
 
 
 class Identity(nn.Module):
@@ -70,13 +70,38 @@ def elsewhere(thing: Thing, rng: np.random.Generator) -> Scene:
     return replace(scene, things=(replace(scene.things[0], thing=thing),))
 
 
-def mush(images: Tensor, masks: Tensor, rng: np.random.Generator) -> Tensor:
+def draw_family(rng: np.random.Generator) -> list[Thing]:
+    """An object and what is less like it: told in the same words, its plain noun, another noun in its looks, …"""
+    thing = replace(draw_thing(rng), drawing="noto" if rng.random() < 0.5 else "fluent")
+    other = str(rng.choice([noun for noun in NOUNS if noun != thing.noun]))
+    return [
+        thing,
+        tell_again(thing, rng),
+        Thing(thing.noun, str(rng.choice(["fluent", "noto"]))),
+        replace(thing, noun=other, drawing=str(rng.choice(["fluent", "noto"]))),
+        draw_look_alike(thing, rng),
+    ]
+
+
+def tell_again(thing: Thing, rng: np.random.Generator) -> Thing:
+    """An object that has the same words: its texture is drawn anew, and its drawing is any that training shows."""
+    drawing = str(rng.choice(["fluent", "noto"]))
+    if not thing.textures:
+        return replace(thing, drawing=drawing)
+    worded = thing.texture in WORDS
+    textures = (draw_texture(rng, thing.texture),) if worded else draw_textures(rng, worded=False)
+    return replace(thing, drawing=drawing, textures=textures)
+
+
+def mush(images: Tensor, masks: Tensor, rng: np.random.Generator, way: int | None = None) -> Tensor:
     """Spoiled pictures that share colours or noun with the object but do not show it: (B, 3, H, W) in [0, 1].
 
-    Each has one of: patches inside the mask shuffled; colours inside the mask averaged over 9 pixels; hue turned.
+    Each has one of: (0) patches inside the mask shuffled; (1) colours inside the mask averaged over 9 pixels; (2) hue
+    turned. `way` chooses one for all.
     """
     result = images.clone()
-    for i, way in enumerate(rng.integers(3, size=len(images))):
+    ways = rng.integers(3, size=len(images)) if way is None else [way] * len(images)
+    for i, way in enumerate(ways):
         image, mask = images[i], masks[i]
         if way == 0:
             changed = shuffle(image, mask, rng)
@@ -104,10 +129,11 @@ def shuffle(image: Tensor, mask: Tensor, rng: np.random.Generator, side: int = 6
 
 
 class FamilyBatches(IterableDataset):
-    """Endless batches of pictures of families of look-alikes; batch i depends on (seed, i) only.
+    """Endless batches of pictures of families; batch i depends on (seed, i) only.
 
-    Yields "first" and "second" (F · 4, 3, 64, 64), two scenes of each object, and "spoiled" (F · 4, 3, 64, 64), the
-    first spoiled, all in [-1, 1].
+    Yields "first" and "second" (5 F, 3, 64, 64), two scenes of each member of each family in the order of `ROLES`;
+    "spoiled" (F, 3, 64, 64), the first picture of each family's object spoiled; all in [-1, 1]; and "same"
+    (5 F, 5 F) bool, which members are one object.
     """
 
     def __init__(self, families: int, seed: int, start: int = 0):
@@ -119,15 +145,12 @@ class FamilyBatches(IterableDataset):
         world, index = World(), self.start + (worker.id if worker else 0)
         while True:
             rng = np.random.default_rng([self.seed, index])
-            things = []
-            for _ in range(self.families):
-                drawing = "noto" if rng.random() < 0.5 else "fluent"
-                thing = replace(draw_thing(rng), drawing=drawing)
-                things += [thing, *(draw_look_alike(thing, rng) for _ in range(FAMILY - 1))]
+            things = [thing for _ in range(self.families) for thing in draw_family(rng)]
             first, masks = world.render([elsewhere(thing, rng) for thing in things], rng)
             second, _ = world.render([elsewhere(thing, rng) for thing in things], rng)
-            spoiled = mush(first, masks[:, :1], rng)
-            yield {"first": first * 2 - 1, "second": second * 2 - 1, "spoiled": spoiled * 2 - 1}
+            spoiled = mush(first[:: len(ROLES)], masks[:: len(ROLES), :1], rng)
+            same = torch.tensor([[thing == other for other in things] for thing in things])
+            yield {"first": first * 2 - 1, "second": second * 2 - 1, "spoiled": spoiled * 2 - 1, "same": same}
             index += step
 
 
@@ -144,23 +167,46 @@ class FamilyData(pl.LightningDataModule):
 
 
 class IdentityTraining(pl.LightningModule):
-    """Cross-entropy of which second picture shows the same object as a first one, spoiled pictures among the wrong."""
+    """Which second picture shows the same object as a first one, and what is more like it than what.
 
-    def __init__(self, identity: Identity, learning_rate: float = 1e-3, temperature: float = 0.07):
+    The cross-entropy is over all members of all families and the spoiled pictures. A hinge asks for the order that eyes
+    give: the object in another scene, what the same words say, the plain noun, and last spoiled pictures and another
+    noun in the same looks.
+    """
+
+    def __init__(self, identity: Identity, learning_rate: float = 1e-3, temperature: float = 0.07, margin: float = 0.1):
         super().__init__()
-        self.identity, self.learning_rate, self.temperature = identity, learning_rate, temperature
+        self.identity, self.learning_rate = identity, learning_rate
+        self.temperature, self.margin = temperature, margin
 
     def training_step(self, batch: dict, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.global_step)
+        count, families = len(batch["first"]), len(batch["spoiled"])
         pictures = torch.cat([batch["first"], batch["second"], batch["spoiled"]])
-        first, second, spoiled = self.identity(spoil(pictures, generator)).chunk(3)
-        same = torch.arange(len(first), device=first.device)
-        logits = first @ torch.cat([second, spoiled]).T / self.temperature  # (N, 2 N)
-        back = second @ torch.cat([first, spoiled]).T / self.temperature
-        loss = (F.cross_entropy(logits, same) + F.cross_entropy(back, same)) / 2
-        right = (logits.argmax(1) == same).float().mean()
-        self.log_dict({"train/loss": loss, "train/right": right}, prog_bar=True)
-        return loss
+        first, second, spoiled = self.identity(spoil(pictures, generator)).split([count, count, families])
+        truth = torch.arange(count, device=first.device)
+        twins = batch["same"] & ~torch.eye(count, dtype=torch.bool, device=first.device)
+        logits = torch.cat([(first @ second.T).masked_fill(twins, -1), first @ spoiled.T], 1) / self.temperature
+        back = torch.cat([(second @ first.T).masked_fill(twins, -1), second @ spoiled.T], 1) / self.temperature
+        contrast = (F.cross_entropy(logits, truth) + F.cross_entropy(back, truth)) / 2
+
+        members = first.unflatten(0, (families, len(ROLES)))  # (F, 5, 128)
+        likeness = torch.einsum("fd,fmd->fm", second[:: len(ROLES)], members)  # of members to their family's object
+        same = batch["same"].unflatten(0, (families, len(ROLES)))[:, 0].unflatten(1, (families, len(ROLES)))
+        same = same[torch.arange(families), torch.arange(families)]  # (F, 5): members that are the object itself
+        worst = torch.maximum(likeness[:, 3], torch.einsum("fd,fd->f", second[:: len(ROLES)], spoiled))
+        order = [
+            self.hinge(likeness[:, 0], likeness[:, 1])[~same[:, 1]],
+            self.hinge(likeness[:, 1], likeness[:, 2])[~same[:, 1] & ~same[:, 2]],
+            self.hinge(likeness[:, 2], worst),
+        ]
+        rank = sum(part.sum() / families for part in order)
+        right = (logits.argmax(1) == truth).float().mean()
+        self.log_dict({"train/contrast": contrast, "train/rank": rank, "train/right": right}, prog_bar=True)
+        return contrast + 2 * rank
+
+    def hinge(self, more: Tensor, less: Tensor) -> Tensor:
+        return F.relu(self.margin + less - more)
 
     def configure_optimizers(self) -> dict:
         return adamw(self.parameters(), self.learning_rate, self.trainer.max_steps, weight_decay=0.05)

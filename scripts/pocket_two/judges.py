@@ -1,0 +1,120 @@
+"""Whether the judges of the pocket world can be trusted: on pictures that the world draws, of objects held out of it.
+
+    python -m scripts.pocket_two.judges --sheet catalogue.png        # prints JSON
+
+The reader: how often it reads drawn scenes rightly. The identity network: how often a concept is found again among 50
+look-alikes, and for each concept the mean likeness of a catalogue of pictures to the concept's photos. The catalogue is
+ranked as eyes rank it: the concept elsewhere, the same through the autoencoder, what its words draw, its plain noun,
+and last what is spoiled or another noun in its looks.
+"""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from data.pocket_two.batches import table_of
+from data.pocket_two.concepts import CONCEPTS, PocketConcept, draw
+from data.pocket_two.identity import Identity, draw_look_alike, elsewhere, mush, tell_again
+from data.pocket_two.judge import OBJECT, SCENE, SceneReader, truth_of
+from data.pocket_two.scene import NOUNS, Thing
+from data.pocket_two.world import World, draw_scene
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.util.config import build, find, load_config
+from ldm.util.errors import Parser, report
+from ldm.weights.checkpoint import load_into
+from scripts.pocket_two.autoencoder import CONFIG, WEIGHTS, reconstruct
+
+FOLDER = "ckpt/pocket_two"
+ORDER = ("elsewhere", "autoencoder", "words", "noun", "worst")
+SPOILED = ("shuffled", "averaged", "hue", "other noun")
+
+
+@torch.no_grad()
+def reading(reader: SceneReader, world: World, count: int, seed: int) -> dict[str, float]:
+    """The share of drawn scenes, concepts' drawings and overlays among them, of which each part is read rightly."""
+    rng = np.random.default_rng(seed)
+    scenes = [draw_scene(rng, untrained_ones=None, held=True) for _ in range(count)]
+    images, _ = world.render(scenes, rng)
+    read = reader(images * 2 - 1)
+    labels, there = truth_of(table_of(scenes))
+    figures = {name: (read[name].argmax(-1) == labels[name]).float().mean() for name in SCENE}
+    figures |= {name: (read[name].argmax(-1) == labels[name])[there].float().mean() for name in OBJECT}
+    figures["colours"] = ((read["colours"] > 0) == (labels["colours"] > 0)).all(-1)[there].float().mean()
+    return {name: round(float(value), 4) for name, value in figures.items()}
+
+
+def pictures(things: list[Thing], world: World, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """One scene of each object: images (N, 3, 64, 64) in [0, 1], masks (N, 1, 64, 64)."""
+    images, masks = world.render([elsewhere(thing, rng) for thing in things], rng)
+    return images, masks[:, :1]
+
+
+def catalogue(
+    concept: PocketConcept, vae: AutoencoderKL, world: World, rng: np.random.Generator, count: int
+) -> dict[str, Tensor]:
+    """Pictures (count, 3, 64, 64) in [0, 1] of each kind, by name."""
+    thing = concept.thing
+    images, masks = pictures([thing] * count, world, rng)
+    others = [str(noun) for noun in rng.choice([noun for noun in NOUNS if noun != thing.noun], count)]
+    kinds = {
+        "elsewhere": images,
+        "autoencoder": reconstruct(vae, images),
+        "words": pictures([tell_again(thing, rng) for _ in range(count)], world, rng)[0],
+        "noun": pictures([Thing(thing.noun, str(rng.choice(["fluent", "noto"]))) for _ in range(count)], world, rng)[0],
+        "other noun": pictures([replace(thing, noun=noun) for noun in others], world, rng)[0],
+    }
+    return kinds | {name: mush(images, masks, rng, way) for way, name in enumerate(SPOILED[:3])}
+
+
+@report
+def main() -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reader", default=f"{FOLDER}/classifier.safetensors", help="weights of the reader")
+    parser.add_argument("--identity", default=f"{FOLDER}/identity.safetensors", help="weights of the identity network")
+    parser.add_argument("--vae", default=None, help="weights of the autoencoder alone; none: the shipped model's")
+    parser.add_argument("--n", type=int, default=64, help="pictures of each kind and concept")
+    parser.add_argument("--sheet", default=None, help="PNG to write two pictures of each kind and concept to")
+    flags = parser.parse_args()
+
+    reader, identity, world = SceneReader().eval(), Identity().eval(), World()
+    load_into({"": reader}, find(flags.reader))
+    load_into({"": identity}, find(flags.identity))
+    vae = build(load_config([find(CONFIG)]).sd.params.vae)
+    load_into({"": vae} if flags.vae else {"first_stage_model.": vae}, find(flags.vae or WEIGHTS))
+
+    rng = np.random.default_rng(77)
+    figures, rows = {}, []
+    for seed, (name, concept) in enumerate(CONCEPTS.items()):
+        photos, _ = draw(concept, world, seed)
+        kinds = catalogue(concept, vae, world, rng, flags.n)
+        with torch.no_grad():
+            centre = F.normalize(identity(photos * 2 - 1).mean(0), dim=0)
+            likeness = {kind: float((identity(x * 2 - 1) @ centre).mean()) for kind, x in kinds.items()}
+            found = 0
+            for picture in identity(kinds["elsewhere"] * 2 - 1):
+                rivals, _ = pictures([draw_look_alike(concept.thing, rng) for _ in range(50)], world, rng)
+                again, _ = pictures([concept.thing], world, rng)
+                scores = identity(torch.cat([again, rivals]) * 2 - 1) @ picture
+                found += int(scores.argmax() == 0)
+        likeness["worst"] = max(likeness[kind] for kind in SPOILED)
+        ranks = [likeness[kind] for kind in ORDER]
+        if concept.level == 3:  # its words are its plain noun
+            ranks.pop(2)
+        figures[name] = {kind: round(value, 3) for kind, value in likeness.items()}
+        figures[name] |= {"found": round(found / flags.n, 3), "in order": sorted(ranks, reverse=True) == ranks}
+        rows += [kinds[kind][:1] for kind in (*ORDER[:-1], *SPOILED)]
+    found = round(float(np.mean([f["found"] for f in figures.values()])), 4)
+    in_order = sum(f["in order"] for f in figures.values())
+    print(json.dumps({"reader": reading(reader, world, 1000, 78), "concepts": figures, "found": found,
+                      "in order": in_order}, indent=2))  # fmt: skip
+    if flags.sheet:
+        save_image(make_grid(F.interpolate(torch.cat(rows), scale_factor=2.0), 16, pad_value=1.0), flags.sheet)
+
+
+if __name__ == "__main__":
+    main()
