@@ -16,7 +16,7 @@ from ldm.weights.checkpoint import PREFIXES
 class LatentDiffusion(pl.LightningModule):
     """The denoising loss of Ho et al. 2020 (eq. 14) on latents (Rombach et al. 2022, eq. 3).
 
-    UNet and text tower are trained, the autoencoder is not. A share of the captions is emptied, for classifier-free
+    The UNet is trained, the text tower if `train_text`, the autoencoder is not. A share of the captions is emptied, for classifier-free
     guidance. `min_snr` is γ of Hang et al. 2023 (eq. 7): the loss on ε is weighted by min(SNR, γ) / SNR, so that steps
     with little noise do not take most of the capacity. `clean_weight` adds so much of the loss on the clean latents,
     which is the one on ε by the SNR, and `layout_share` of the timesteps come from the last fifth alone: where things
@@ -31,6 +31,8 @@ class LatentDiffusion(pl.LightningModule):
         min_snr: float = 5.0,
         clean_weight: float = 0.0,
         layout_share: float = 0.0,
+        train_text: bool = True,
+        compile: bool = False,
     ):
         super().__init__()
         if sd.schedule.prediction_type != "epsilon":
@@ -38,6 +40,9 @@ class LatentDiffusion(pl.LightningModule):
         self.sd, self.learning_rate, self.caption_dropout = sd, learning_rate, caption_dropout
         self.min_snr, self.clean_weight, self.layout_share = min_snr, clean_weight, layout_share
         self.sd.vae.requires_grad_(False)
+        self.sd.text.requires_grad_(train_text)
+        if compile:
+            self.sd.unet.compile()
 
     def training_step(self, batch: dict, index: int) -> Tensor:
         latents = batch["latents"]
@@ -63,7 +68,7 @@ class LatentDiffusion(pl.LightningModule):
         return first + (torch.rand(count) * (last - first)).long()
 
     def configure_optimizers(self) -> dict:
-        trained = [*self.sd.unet.parameters(), *self.sd.text.parameters()]
+        trained = [parameter for parameter in self.sd.parameters() if parameter.requires_grad]
         return adamw(trained, self.learning_rate, self.trainer.max_steps)
 
     def weights(self) -> dict[str, Tensor]:
