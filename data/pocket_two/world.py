@@ -111,10 +111,10 @@ def draw_scene(
         pairs: the share of scenes with two objects.
         held: also what only concepts have: the third drawing set, for a quarter of the objects, and some overlays.
     """
+    count = 2 if rng.random() < pairs else 1
     while True:
         style = str(rng.choice(STYLES))
         background = str(rng.choice(list(BACKGROUNDS)))
-        count = 2 if rng.random() < pairs else 1
         places = PAIR_PLACES[rng.integers(len(PAIR_PLACES))] if count == 2 else (str(rng.choice(list(PLACES))),)
         things = []
         for place in places:
