@@ -83,6 +83,6 @@ class ClassImages:
         for start in tqdm(range(0, len(numbers), self.batch_size), f"drawing {self.prompt}", leave=False):
             seeds = [self.seed + number for number in numbers[start : start + self.batch_size]]
             prompts = [self.prompt] * len(seeds)
-            with unedited(sd.unet), sd.denoiser(prompts, (), "", self.scale) as denoise:
-                images = sd.decode(sd.draw_latents(denoise, seeds, self.steps))
+            with unedited(sd.unet):
+                images = sd.sample(prompts, steps=self.steps, scale=self.scale, seed=seeds)
             yield from zip(seeds, images.cpu().split(1), strict=True)

@@ -1,12 +1,11 @@
 """Stable Diffusion as one object: text encoder, UNet, autoencoder and schedule, from a config and a checkpoint."""
 
 import hashlib
-import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 from warnings import warn
 
 import torch
@@ -23,11 +22,6 @@ from ldm.util.errors import suggestion
 from ldm.weights import checkpoint as files
 from ldm.weights.recognise import guess
 
-if TYPE_CHECKING:
-    from infusion.concepts.concept import Concept
-    from infusion.sampling.regions import Region
-
-PLACEHOLDER = re.compile(r"\{\d*\}")  # where a concept goes in a prompt: {} or {1}, {2}, …
 DECODED = 4  # images at a time: more are no faster, and the decoder needs a gigabyte for one of 512 × 512
 
 
@@ -252,82 +246,67 @@ class StableDiffusion(nn.Module):
     def sample(
         self,
         prompts: Sequence[str],
-        concepts: Sequence["Concept"] = (),
+        denoiser: Callable[[list[str]], Denoiser] | None = None,
+        *,
         steps: int = 50,
         scale: float = 7.5,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         negative_prompt: str = "",
         eta: float = 0.0,
         sampler: str = "ddim",
         height: int | None = None,
         width: int | None = None,
+        precision: Literal["full", "autocast"] = "full",
         batch_size: int | None = None,
         progress: bool = False,
-        beta: float | Sequence[float] | None = None,
-        tau: float | Sequence[float] | None = None,
-        strengths: float | Sequence[float] | None = None,
-        gate: str | Sequence[str] | None = None,
-        regions: Sequence["Region"] = (),
-        inverse_covariance: Tensor | None = None,
     ) -> Tensor:
-        """One image per prompt; image `i` has the seed `seed + i`, so it depends on no other image and no batch size.
+        """One image per prompt. An image depends on its own prompt and seed alone, not on the batch size.
 
         Args:
-            prompts: with concepts, `{}` is the concept (`{1}`, `{2}`, … several) and reads as its superclass.
-            concepts: what to customise the model with, in the order of `{1}`, `{2}`, …
+            prompts: B strings.
+            denoiser: what predicts for a batch of prompts, guidance included; None is `guided` with `negative_prompt`
+                and `scale`, which are for it alone.
             steps: sampling steps.
             scale: classifier-free guidance; 1 is none.
-            seed: of the first image.
+            seed: of the first image, where image `i` has `seed + i`; or B seeds, one for each.
             negative_prompt: what to guide away from.
             eta: share of DDIM's noise, in [0, 1]; for the ddim sampler only.
             sampler: a key of `ldm.diffusion.schedulers.SAMPLERS`.
             height, width: in pixels; None is the size of training.
+            precision: "full" is the model's own; "autocast" runs the denoiser in half precision (`autocast`).
             batch_size: images at a time; None is all of them.
             progress: show a progress bar.
-            beta, tau: the concepts' gates, one value or one per concept; None is the default for sampling.
-            strengths: factors on the concepts' residuals, one value or one per concept; None is 1.
-            gate: "sigmoid", "hard" or "global", one or one per concept; None is as each concept was trained.
-            regions: boxes that concepts keep to (`infusion.sampling.regions.Region`).
-            inverse_covariance: C⁻¹, (D, D), when the concepts were trained with one; None is the identity.
 
         Returns:
             (B, 3, H, W) float32 in [0, 1], on the model's device.
 
         Raises:
-            ValueError: an argument is out of range, or a prompt has a `{}` and there is no concept for it.
+            ValueError: an argument is out of range.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts must be a list of at least one string, not {prompts!r}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        for prompt in (*prompts, negative_prompt):
-            if not concepts and PLACEHOLDER.search(prompt):
-                raise ValueError(f"there is no concept for {PLACEHOLDER.search(prompt)[0]} in the prompt {prompt!r}")
+        seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seed: give one, or one for each of {len(prompts)} prompts, not {len(seeds)}")
+        if denoiser is None:
+            denoiser = partial(self.guided, negative_prompt=negative_prompt, scale=scale)
         size = len(prompts) if batch_size is None else batch_size
         images = []
         for start in range(0, len(prompts), size):
-            batch = list(prompts[start : start + size])
-            seeds = range(seed + start, seed + start + len(batch))
-            options = {"beta": beta, "tau": tau, "strengths": strengths, "gate": gate, "regions": regions}
-            options = options | {"inverse_covariance": inverse_covariance} if concepts else {}
-            with self.denoiser(batch, concepts, negative_prompt, scale, **options) as denoise:
-                latents = self.draw_latents(denoise, seeds, steps, eta, sampler, height, width, progress)
+            batch = slice(start, start + size)
+            denoise = denoiser(list(prompts[batch]))
+            with self.autocast(precision):
+                latents = self.draw_latents(denoise, seeds[batch], steps, eta, sampler, height, width, progress)
             images.append(self.decode(latents))
         return torch.cat(images)
 
     @torch.no_grad()
-    def denoiser(
-        self, prompts: list[str], concepts: Sequence["Concept"], negative_prompt: str, scale: float, **options: Any
-    ) -> AbstractContextManager[Denoiser]:
-        """Guidance towards B prompts, within a `with`; `options`: see `infusion.sampling.customised.Customised`."""
-        if concepts:
-            from infusion.sampling.customised import (
-                Customised,  # the method builds on this package, not the other way round
-            )
-
-            return Customised(self, concepts, prompts, [negative_prompt] * len(prompts), scale, **options)
+    def guided(self, prompts: Sequence[str], negative_prompt: str = "", scale: float = 7.5) -> Guided:
+        """The denoiser that guides towards B prompts and away from the negative one."""
         text, negative = (self.text(words).to(self.device, self.dtype) for words in (prompts, [negative_prompt]))
-        return nullcontext(Guided(self.unet, text, negative, scale))
+        return Guided(self.unet, text, negative, scale)
 
     @torch.no_grad()
     def draw_latents(

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from infusion.concepts.base import load_base
 from infusion.concepts.concept import FORMS, Concept
 from infusion.covariance import InverseCovariance
-from infusion.sampling.generate import Settings, generate
+from infusion.sampling.sample import sample
+from infusion.sampling.settings import Settings
 from ldm.pipeline import StableDiffusion
 from ldm.util.config import find
 from ldm.util.errors import Parser, report
@@ -44,7 +45,7 @@ def compare_forms(
     The reference is the full form, which has no `psnr`. An image that is the full form's own bit for bit counts null.
 
     Raises:
-        ValueError: whatever `generate` refuses.
+        ValueError: whatever `infusion.sample` refuses.
     """
     forms: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +53,7 @@ def compare_forms(
             path = Path(folder) / f"{form}.safetensors"
             concept.save(path, form)
             loaded = Concept.load(path)
-            images, _ = generate(sd, prompts, seeds, [loaded], settings, inverse_covariance=inverse_covariance)
+            images = sample(sd, prompts, [loaded], settings, seed=seeds, inverse_covariance=inverse_covariance)
             forms[form] = {"bytes": path.stat().st_size, "relative_error": loaded.relative_error(concept)}
             if form == FORMS[0]:
                 reference = images

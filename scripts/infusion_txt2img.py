@@ -192,10 +192,10 @@ def main(arguments: list[str] | None = None) -> None:
     check_inputs(flags)
     from infusion.covariance import InverseCovariance  # after the flags: these take seconds
     from infusion.sampling.customised import check_covariance
-    from infusion.sampling.generate import check_prompts, generate
     from infusion.sampling.pictures import Numbered, grid, png
     from infusion.sampling.png import describe, hashes
     from infusion.sampling.regions import regions
+    from infusion.sampling.sample import check_prompts, sample
     from ldm.util.dist import launch
 
     boxes = flags.region or ""
@@ -228,11 +228,15 @@ def main(arguments: list[str] | None = None) -> None:
     drawn, paths, spoilt = {}, [], []
     for start in tqdm(range(0, len(batches), ranks.world), "prompts", disable=single or not ranks.first):
         made = [
-            generate(
-                *(sd, [template] * len(seeds), seeds, concepts, job.settings),
-                progress=single and ranks.first,
+            sample(
+                sd,
+                [template] * len(seeds),
+                concepts,
+                job.settings,
+                seed=seeds,
                 inverse_covariance=inverse.matrix,
-            )[0].cpu()
+                progress=single and ranks.first,
+            ).cpu()
             for job, template, seeds in batches[start + ranks.rank :][:1]
         ]
         everyone = [images for of_one in ranks.gather(made) for images in of_one]

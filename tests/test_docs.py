@@ -10,6 +10,7 @@ import torch
 import infusion.methods
 from infusion.concepts.concept import Concept
 from infusion.inject import cross_attention_layers
+from infusion.sampling.sample import sample
 from ldm.pipeline import StableDiffusion
 from ldm.util import targets
 from ldm.util.config import ROOT
@@ -51,7 +52,7 @@ def test_the_sixth_method_is_one_file_and_one_config(tmp_path, monkeypatch, tiny
         command("--base", *bases, "-t", "--logdir", tmp_path / "run", *options, "learning_rate=0.1")
         concept = Concept.load(tmp_path / "run/models/step=000002.safetensors")
         sd = StableDiffusion.from_checkpoint(tiny)
-        images = sd.sample(["a {}"], [concept], steps=2, seed=0)
+        images = sample(sd, ["a {}"], [concept], steps=2, seed=0)
     finally:
         sys.modules.pop("infusion.methods.bitfit", None)
     assert (

@@ -1,4 +1,4 @@
-"""Sampling with concepts of any method: a denoiser with their edits in place of the plain UNet."""
+"""Sampling with concepts of any method: the base model with their edits, and its denoiser for a batch of prompts."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,126 +16,136 @@ from infusion.inject import edited
 from infusion.methods import method_of
 from infusion.methods.base import Method, by_layer
 from infusion.sampling.encode import encode, own_embeddings
-from infusion.sampling.regions import Region, weights
-from infusion.sampling.settings import BETA, TAU
+from infusion.sampling.regions import weights
+from infusion.sampling.settings import Settings, each
 from ldm.pipeline import StableDiffusion
 
 Value = TypeVar("Value", float, str)
 
 
 class Customised:
-    """Classifier-free guidance towards prompts with concepts in them; a denoiser for `ldm.diffusion.sampler.sample`.
+    """A base model with concepts in it. Called with prompts, it gives their denoiser.
 
-    With the foundation's attention, three rows per image in one UNet call: unconditional, foundation, customised. An
-    image without a concept needs no third row; a scale of 1 needs no first. Concepts with attention "own" take two, and
-    their gates read both: those on the concept's tokens are 0 in an unconditional row, and a "global" one acts there as
-    well, as Perfusion's edit of the weights does. The UNet is edited inside the `with` only:
+    The UNet is edited inside the `with` only; outside it is the base model, bit for bit:
 
-        with Customised(sd, [concept], ["a photo of a {}"], "", scale=7.5) as denoise:
-            latents = sample(denoise, sd.schedule.scheduler("ddim"), noise, steps=50)
+        with Customised(sd, [concept], Settings(scale=7.5)) as customised:
+            images = sd.sample(["a photo of a {}"], customised, steps=50)
 
     Args:
         sd: the base model.
-        concepts: K concepts; "{}" in a template is the only one, "{1}", "{2}" … are several.
-        templates: one prompt for each of B images.
-        negative: what to be guided away from, one for all images or one each.
-        scale: guidance; 1 is none.
-        beta, tau: of the gates, one for all concepts or one each; None is 0.7 and 0.15.
-        strengths: factors on what the concepts learned, one for all or one each; None is 1.
-        gate: kind of the gates (`infusion.gate.Gate`), one for all or one each; None is what each was trained with.
-        nouns: what stands in the prompts for the concepts, one each; None is what each was trained with.
-        regions: boxes that concepts keep to; a concept without one acts everywhere.
+        concepts: K concepts; "{}" in a prompt is the only one, "{1}", "{2}" … are several.
+        settings: how they are blended, and the guidance; what `StableDiffusion.sample` decides is ignored here.
         inverse_covariance: C^-1, (D, D), when the concepts were trained with one.
-        map_grid: (rows, columns) of the `attention_maps` to collect; None collects none.
 
     Raises:
-        ValueError: no concepts or prompts, a concept of another architecture, of an unknown method, with tensors that
-            the UNet has no place for or with another covariance; concepts of different attention; numbers that do not
-            match; whatever `concept_places` refuses in a template.
+        ValueError: no concepts; a concept of another architecture, of an unknown method, with tensors that the UNet has
+            no place for or with another covariance; concepts of different attention; settings for another number of
+            concepts.
     """
 
     def __init__(
         self,
         sd: StableDiffusion,
         concepts: Sequence[Concept],
-        templates: Sequence[str],
-        negative: str | Sequence[str] = "",
-        scale: float = 7.5,
-        beta: float | Sequence[float] | None = None,
-        tau: float | Sequence[float] | None = None,
-        strengths: float | Sequence[float] | None = None,
-        gate: str | Sequence[str] | None = None,
-        nouns: Sequence[str] | None = None,
-        regions: Sequence[Region] = (),
+        settings: Settings | None = None,
         inverse_covariance: Tensor | None = None,
-        map_grid: tuple[int, int] | None = None,
     ) -> None:
-        if not concepts or not templates:
-            raise ValueError("customised sampling needs at least one concept and one prompt")
-        negatives = [negative] * len(templates) if isinstance(negative, str) else list(negative)
-        if len(negatives) != len(templates):
-            raise ValueError(f"there are {len(negatives)} negative prompts for {len(templates)} prompts")
-        methods = _methods(sd, concepts)
+        if not concepts:
+            raise ValueError("customised sampling needs at least one concept")
+        settings = Settings() if settings is None else settings
+        self.sd, self.settings, self.inverse_covariance = sd, settings, inverse_covariance
+        self.methods = _methods(sd, concepts)
         check_covariance(concepts, inverse_covariance)
-        self.unet = sd.unet
-        self.scale = scale
         self.own = concepts[0].attention == "own"
-        self.map_grid = map_grid
-        self._maps, self._calls = 0.0, 0
+        count = len(concepts)
+        betas, taus = _for_each(settings.beta, count, "beta"), _for_each(settings.tau, count, "tau")
+        kinds = [None] * count if settings.gate is None else _for_each(settings.gate, count, "gate")
+        given = [concept.noun for concept in concepts] if settings.replace_word is None else settings.replace_word
+        self.nouns = _for_each(given, count, "noun")
+        strengths = _for_each(settings.strength, count, "strength")
+        weights(settings.region, count, (1, 1))  # refuses a region of no concept
 
-        betas = _each(BETA if beta is None else beta, len(concepts), "beta")
-        taus = _each(TAU if tau is None else tau, len(concepts), "tau")
-        kinds = [None] * len(concepts) if gate is None else _each(gate, len(concepts), "gate")
-        nouns = [concept.noun for concept in concepts] if nouns is None else _each(nouns, len(concepts), "noun")
-        strengths = _each(1.0 if strengths is None else strengths, len(concepts), "strength")
-        weights(regions, len(concepts), (1, 1))  # refuses a region of no concept
-        self.regions = tuple(regions)
-        self.rows, self.concepts = len(templates), len(concepts)
-
-        changes: dict[str, list[nn.Module]] = {}  # tensor of the UNet -> what changes it
-        terms, learned = [], []
-        for concept, method, noun, strength in zip(concepts, methods, nouns, strengths, strict=True):
-            learned.append(_blended(method.tokens(concept.tensors), sd, noun, strength))
-            terms.append(method.terms(sd, concept.tensors, concept.superclass, concept.templates))
-            for name, change in method.differences(concept.tensors, strength).items():
-                changes.setdefault(name, []).append(change)
-        self.changes = changes
-        self.edits = by_layer([term for own in terms for term in own])
+        self.gates = [concept.gate.but(*own) for concept, *own in zip(concepts, kinds, betas, taus, strict=True)]
+        self.tokens, self.targets = [], []  # of each concept: its word's embeddings, and its gate's i*; either or none
+        self.changes: dict[str, list[nn.Module]] = {}  # tensor of the UNet -> what changes it
+        self.owners, terms = [], []  # of R terms: each one's concept, and its edits by layer
+        for k, (concept, method) in enumerate(zip(concepts, self.methods, strict=True)):
+            self.tokens.append(_blended(method.tokens(concept.tensors), sd, self.nouns[k], strengths[k]))
+            own = method.terms(sd, concept.tensors, concept.superclass, concept.templates)
+            target = method.target(sd, concept.tensors, concept.superclass, concept.templates) if own else None
+            self.targets.append(target)
+            self.owners += [k] * len(own)
+            terms += own
+            for name, change in method.differences(concept.tensors, strengths[k]).items():
+                self.changes.setdefault(name, []).append(change)
+        self.edits = by_layer(terms)
         for edits in self.edits.values():
             edits.to(sd.device)  # a concept lies on the CPU
-        self.owners = [k for k, own in enumerate(terms) for _ in own]  # of R terms: each one's concept
-
-        with torch.no_grad():
-            text, masks = encode(sd.text, templates, nouns, learned)  # (B, L, D), (B, K, L)
-            masks = masks.to(text.device)
-            if scale != 1:
-                text = torch.cat([sd.text(negatives), text])
-                masks = F.pad(masks, (0, 0, 0, 0, len(templates), 0))  # no concept's tokens are in a negative prompt
-            gates = []
-            for k, (concept, method) in enumerate(zip(concepts, methods, strict=True)):
-                target = None
-                if terms[k]:
-                    target = method.target(sd, concept.tensors, concept.superclass, concept.templates)
-                own = concept.gate.but(kinds[k], betas[k], taus[k])
-                gates.append(method.gates(own, text, masks[:, k], target, inverse_covariance))
-            text = text.to(sd.device, sd.dtype)
-        self.text = text  # (B or 2B, L, D)
-        self.gates = torch.cat(gates, dim=1).to(sd.device)  # (B or 2B, R, L)
-        strengths = torch.tensor(strengths, dtype=torch.float32, device=text.device)
-        self.strengths = strengths[self.owners]  # (R,)
-        acting = self.gates[-self.rows :] * (self.strengths != 0)[:, None]
-        self.active = acting.flatten(1).any(1).nonzero().flatten()  # images with terms in them
-        self.customised = self.active[:0] if self.own else self.active  # those with a row behind the others
-        self.stacked = torch.cat([text, text[-self.rows :][self.customised]])  # encodings of all rows
+        self.strengths = torch.tensor(strengths, dtype=torch.float32, device=sd.device)[self.owners]  # (R,)
         self._stack = ExitStack()
 
     def __enter__(self) -> "Customised":
-        self._stack.enter_context(edited(self.unet, self.edits))
-        self._stack.enter_context(weights_edited(self.unet, self.changes))
+        self._stack.enter_context(edited(self.sd.unet, self.edits))
+        self._stack.enter_context(weights_edited(self.sd.unet, self.changes))
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.__exit__(*exception)
+
+    def __call__(self, prompts: Sequence[str], map_grid: tuple[int, int] | None = None) -> "CustomisedDenoiser":
+        """The denoiser of B prompts; arguments and errors as of `CustomisedDenoiser`."""
+        return CustomisedDenoiser(self, prompts, map_grid)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Text encodings (A, L, D) and gates (A, R, L) of B prompts, with the negative prompt's B rows before them.
+
+        A scale of 1 needs no negative prompt.
+        """
+        sd, settings = self.sd, self.settings
+        text, masks = encode(sd.text, prompts, self.nouns, self.tokens)  # (B, L, D), (B, K, L)
+        masks = masks.to(text.device)
+        if settings.scale != 1:
+            text = torch.cat([sd.text([settings.negative_prompt]).expand_as(text), text])
+            masks = F.pad(masks, (0, 0, 0, 0, len(prompts), 0))  # no concept's tokens are in a negative prompt
+        gates = [
+            method.gates(gate, text, masks[:, k], target, self.inverse_covariance)
+            for k, (method, gate, target) in enumerate(zip(self.methods, self.gates, self.targets, strict=True))
+        ]
+        return text.to(sd.device, sd.dtype), torch.cat(gates, dim=1).to(sd.device)
+
+
+class CustomisedDenoiser:
+    """Guidance towards B prompts with concepts in them, one UNet call a step. Use it while its model is edited.
+
+    With the foundation's attention, three rows per image: unconditional, foundation, customised. An image without a
+    concept needs no third row; a scale of 1 needs no first. Concepts with attention "own" take two, and their gates
+    read both: those on the concept's tokens are 0 in an unconditional row, and a "global" one acts there as well, as
+    Perfusion's edit of the weights does.
+
+    Args:
+        model: the base model with the concepts.
+        prompts: B prompts, with placeholders where the concepts are.
+        map_grid: (rows, columns) of the `attention_maps` to collect; None collects none.
+
+    Attributes:
+        text: (A, L, D), encodings of the unconditional and the foundation rows; A is B at a scale of 1, else 2 B.
+        gates: (A, R, L), of R terms.
+
+    Raises:
+        ValueError: no prompts, or whatever `concept_places` refuses in one.
+    """
+
+    def __init__(self, model: Customised, prompts: Sequence[str], map_grid: tuple[int, int] | None = None) -> None:
+        if not prompts:
+            raise ValueError("customised sampling needs at least one prompt")
+        self.model, self.rows, self.map_grid = model, len(prompts), map_grid
+        self.text, self.gates = model.encode(prompts)
+        acting = self.gates[-self.rows :] * (model.strengths != 0)[:, None]
+        self.active = acting.flatten(1).any(1).nonzero().flatten()  # images with terms in them
+        self.customised = self.active[:0] if model.own else self.active  # those with a row behind the others
+        self.stacked = torch.cat([self.text, self.text[-self.rows :][self.customised]])  # encodings of all rows
+        self._maps, self._calls = 0.0, 0
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
@@ -157,14 +167,15 @@ class Customised:
         copies = 2 if guided else 1
         rows = torch.cat([torch.arange(self.rows, device=latents.device).repeat(copies), self.customised])
         context = self._context(tape, latents.shape[2:])
-        prediction = self.unet(latents.to(self.text.dtype)[rows], timestep.expand(self.rows)[rows], context)
+        unet = self.model.sd.unet
+        prediction = unet(latents.to(self.text.dtype)[rows], timestep.expand(self.rows)[rows], context)
         prediction, customised = prediction.to(latents.dtype).split([len(self.text), len(self.customised)])
         conditional = prediction[guided:].index_copy(0, self.customised, customised)
         self._record(tape, latents.shape[2:])
         if not guided:
             return conditional
         unconditional = prediction[:guided]
-        return unconditional + self.scale * (conditional - unconditional)
+        return unconditional + self.model.settings.scale * (conditional - unconditional)
 
     @property
     def attention_maps(self) -> Tensor:
@@ -176,22 +187,23 @@ class Customised:
         Raises:
             ValueError: none were asked for, the concepts' methods have none, or there has been no call.
         """
-        if self.map_grid is None or not self._calls or not self.owners:
-            raise ValueError("no attention maps: construct with map_grid=(rows, columns), and denoise first")
+        if self.map_grid is None or not self._calls or not self.model.owners:
+            raise ValueError("no attention maps: ask for them by map_grid=(rows, columns), and denoise first")
         return self._maps / self._calls
 
     def _context(self, tape: Tape, size: torch.Size) -> Tensor | StackedPass | OwnPass:
-        if not self.owners or not len(self.active) and self.map_grid is None:
+        model = self.model
+        if not model.owners or not len(self.active) and self.map_grid is None:
             return self.text  # no term anywhere
-        regions = weights(self.regions, self.concepts, size)  # (K, h, w)
-        regions = None if regions is None else regions[self.owners].to(self.text.device)
-        if self.own:
-            return OwnPass(self.text, self.gates, tape, self.strengths, regions)
+        regions = weights(model.settings.region, len(model.methods), size)  # (K, h, w)
+        regions = None if regions is None else regions[model.owners].to(self.text.device)
+        if model.own:
+            return OwnPass(self.text, self.gates, tape, model.strengths, regions)
         kept = None if self.map_grid is None else tape
-        return StackedPass(self.stacked, self.gates[-self.rows :], self.customised, self.strengths, regions, kept)
+        return StackedPass(self.stacked, self.gates[-self.rows :], self.customised, model.strengths, regions, kept)
 
     def _record(self, tape: Tape, size: torch.Size) -> None:
-        if self.map_grid is None or not self.owners:
+        if self.map_grid is None or not self.model.owners:
             return
         self._calls += 1
         maps = torch.zeros(self.rows, self.gates.shape[1], *self.map_grid, device=self.text.device)
@@ -239,8 +251,8 @@ def _blended(learned: Tensor | None, sd: StableDiffusion, noun: str, strength: f
     return usual + strength * (learned.to(usual) - usual)
 
 
-def _each(value: Value | Sequence[Value], concepts: int, name: str) -> list[Value]:
-    values = [value] if isinstance(value, int | float | str) else list(value)
+def _for_each(value: Value | Sequence[Value], concepts: int, name: str) -> list[Value]:
+    values = list(each(value))
     if len(values) == 1:
         values = values * concepts
     if len(values) != concepts:

@@ -68,7 +68,7 @@ def check_concepts(sd: "StableDiffusion", files: "Mapping[str, Concept]", invers
     from infusion.sampling.customised import Customised
 
     for file, concept in files.items():
-        with naming(file), Customised(sd, [concept], ["{}"], scale=1.0, inverse_covariance=inverse):
+        with naming(file), Customised(sd, [concept], inverse_covariance=inverse):
             pass
 
 

@@ -10,6 +10,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from infusion.inject import unedited
+from infusion.sampling.sample import sample
 from infusion.tokens import fill
 from infusion.training.trainer import ConceptTrainer
 from ldm.training.callbacks import write_grid
@@ -23,7 +24,7 @@ class ConceptSamples(pl.Callback):
     Args:
         prompts: with {} for the concept.
         every: optimiser steps between two grids.
-        steps, scale, seed: as in `StableDiffusion.sample`.
+        steps, scale, seed: as in `infusion.sample`.
 
     Raises:
         ValueError: no prompts, one without {}, or `every` below 1.
@@ -72,8 +73,8 @@ class ConceptSamples(pl.Callback):
             with unedited(module.sd.unet):
                 prompts = [fill(prompt, [module.superclass]) for prompt in self.prompts]
                 self._base = module.sd.sample(prompts, **settings)
-        settings["inverse_covariance"] = module.inverse_covariance
-        customised = module.sd.sample(self.prompts, concepts=[module.concept()], **settings)
+        concepts, inverse = [module.concept()], module.inverse_covariance
+        customised = sample(module.sd, self.prompts, concepts, inverse_covariance=inverse, **settings)
         grid = write_grid(trainer, torch.cat([self._base, customised]), len(self.prompts))
         if grid is None:
             return

@@ -1,7 +1,7 @@
 """What the timed cases do, and which of them are measured in turn."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -9,6 +9,8 @@ from torch import Tensor
 from data.prompts import TEMPLATES
 from infusion.inject import edited, remove
 from infusion.methods.infusion import Infusion
+from infusion.sampling import settings as sampling
+from infusion.sampling.customised import Customised
 from infusion.training.trainer import ConceptTrainer
 from ldm.pipeline import StableDiffusion
 from scripts.benchmarks.inputs import NOUNS, TIMESTEP, drawn, random_concepts, training_batch
@@ -30,13 +32,14 @@ def guided_step(sd: StableDiffusion, settings: Settings, name: str, concepts: in
     """A guided step with so many concepts; the step gives the prediction (B, C, h, w)."""
     slots = [f"{{{i + 1}}}" for i in range(concepts)] or [NOUNS[0]]
     prompts = [f"a photo of a {', a '.join(slots)}"] * settings.batch
-    denoiser = sd.denoiser(prompts, random_concepts(sd, concepts), "", SCALE)
+    customised = Customised(sd, random_concepts(sd, concepts), sampling.Settings(scale=SCALE)) if concepts else None
+    denoise = customised(prompts) if concepts else sd.guided(prompts, scale=SCALE)
     latents = drawn(settings.batch, sd, settings)
     timestep = torch.tensor(TIMESTEP, device=latents.device)
 
     @contextmanager
     def ready() -> Iterator[Callable[[int], Tensor]]:
-        with denoiser as denoise, torch.no_grad(), autocast(sd, settings):
+        with customised or nullcontext(), torch.no_grad(), autocast(sd, settings):
             yield lambda steps: [denoise(latents, timestep) for _ in range(steps)][-1]
 
     return Case(name, ready)
@@ -102,12 +105,13 @@ def optimiser_steps(sd: StableDiffusion, settings: Settings) -> list[Case]:
 
 def images(sd: StableDiffusion, settings: Settings) -> list[Case]:
     """Guided images with a concept, from noise to pixels; they are (B, 3, H, W) in [0, 1]."""
-    denoiser = sd.denoiser(["a photo of a {}"] * settings.batch, random_concepts(sd, 1), "", SCALE)
+    customised = Customised(sd, random_concepts(sd, 1), sampling.Settings(scale=SCALE))
+    denoise = customised(["a photo of a {}"] * settings.batch)
     side, seeds = settings.latent * sd.vae.factor, range(settings.batch)
 
     @contextmanager
     def ready() -> Iterator[Callable[[int], Tensor]]:
-        with denoiser as denoise, autocast(sd, settings):
+        with customised, autocast(sd, settings):
             yield lambda steps: sd.decode(sd.draw_latents(denoise, seeds, steps, height=side, width=side))
 
     return [Case(IMAGE, ready, STEPS)]

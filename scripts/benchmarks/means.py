@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from infusion.attention import CustomisedPass, EditedCrossAttention, FoundationPass, Tape
 from infusion.inject import cross_attention_layers
+from infusion.sampling import settings as sampling
+from infusion.sampling.customised import Customised
 from ldm.pipeline import StableDiffusion
 from scripts.benchmarks.cases import SCALE, guided_step, train_step
 from scripts.benchmarks.inputs import NOUNS, TIMESTEP, drawn, random_concepts
@@ -56,7 +58,8 @@ def within(case: Case, name: str, change: Callable[[], AbstractContextManager[No
 
 def in_two_calls(sd: StableDiffusion, settings: Settings, name: str) -> Case:
     """The guided step as a foundation pass of two rows an image, and a customised pass of the third."""
-    denoiser = sd.denoiser(["a photo of a {}"] * settings.batch, random_concepts(sd, 1), "", SCALE)
+    customised = Customised(sd, random_concepts(sd, 1), sampling.Settings(scale=SCALE))
+    denoiser = customised(["a photo of a {}"] * settings.batch)
     latents = drawn(settings.batch, sd, settings)
     timesteps, batch = torch.full((2 * settings.batch,), TIMESTEP, device=latents.device), settings.batch
 
@@ -65,14 +68,14 @@ def in_two_calls(sd: StableDiffusion, settings: Settings, name: str) -> Case:
         inputs = latents.to(denoiser.text.dtype).repeat(2, 1, 1, 1)
         foundation = sd.unet(inputs, timesteps, FoundationPass(denoiser.text, denoiser.gates, tape))
         ours = {layer: (out[batch:], mass[batch:]) for layer, (out, mass) in tape.items()}
-        context = CustomisedPass(denoiser.text[batch:], ours, denoiser.strengths)
-        customised = sd.unet(inputs[batch:], timesteps[batch:], context)
+        context = CustomisedPass(denoiser.text[batch:], ours, customised.strengths)
+        conditional = sd.unet(inputs[batch:], timesteps[batch:], context)
         unconditional = foundation[:batch]
-        return unconditional + SCALE * (customised - unconditional)
+        return unconditional + SCALE * (conditional - unconditional)
 
     @contextmanager
     def ready() -> Iterator[Callable[[int], Tensor]]:
-        with denoiser, torch.no_grad(), autocast(sd, settings):
+        with customised, torch.no_grad(), autocast(sd, settings):
             yield lambda steps: [step() for _ in range(steps)][-1]
 
     return Case(name, ready)

@@ -11,8 +11,9 @@ from data.pocket.concepts import CONCEPTS
 from infusion.concepts.concept import Concept
 from infusion.metrics.run.protocol import CONTEXT, Protocol, plain
 from infusion.metrics.run.subject import concept_files
-from infusion.sampling.generate import Settings, generate
 from infusion.sampling.pictures import captioned_grid, png
+from infusion.sampling.sample import sample
+from infusion.sampling.settings import Settings
 from ldm.pipeline import StableDiffusion
 from ldm.util.defaults import POCKET
 from ldm.util.errors import Parser, UserError, report, suggestion
@@ -44,9 +45,9 @@ def main(arguments: list[str] | None = None) -> None:
     noun, settings = CONCEPTS[flags.concept].noun, Settings(STEPS, SCALE)
     templates, seeds = Protocol.of(POCKET).prompts(CONTEXT, noun)[:SHOWN], range(SHOWN)
     prompts = [plain(template, noun) for template in templates]
-    rows = {"base model": generate(sd, prompts, seeds, (), settings)[0]}
+    rows = {"base model": sample(sd, prompts, settings=settings, seed=seeds)}
     for name, concept in concepts.items():
-        rows[name.replace("_", " ")] = generate(sd, templates, seeds, [concept], settings)[0]
+        rows[name.replace("_", " ")] = sample(sd, templates, [concept], settings, seed=seeds)
     sheet = captioned_grid(rows, prompts, {"photos": concept_photos(flags.concept)[0]}, side=96)
     write(Path(flags.picture), png(sheet, {"concept": flags.concept, "prompts": " | ".join(templates)}))
 

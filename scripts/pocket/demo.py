@@ -24,9 +24,11 @@ from data.soft_segment import read_kept, segment_folder
 from infusion.concepts.concept import Concept
 from infusion.gate import IDENTITY
 from infusion.metrics.report.html import data_uri, render
-from infusion.sampling.generate import Settings, generate
+from infusion.sampling.customised import Customised
 from infusion.sampling.pictures import Numbered, captioned_grid, heat, png
 from infusion.sampling.png import describe, hashes
+from infusion.sampling.sample import sample
+from infusion.sampling.settings import Settings
 from infusion.tokens import fill
 from ldm.pipeline import StableDiffusion
 from ldm.util.config import ROOT
@@ -136,10 +138,11 @@ def draw(
         templates = [place.template for place in places[start : start + plan.batch_size]]
         seeds = plan.seeds[start : start + plan.batch_size]
         plain = [fill(template, [concept.superclass]) for template in templates]
-        base.append(generate(sd, plain, seeds, settings=plan.settings)[0])
-        images, maps = generate(sd, templates, seeds, [concept], plan.settings, sd.latent_shape()[1:])
-        ours.append(images)
-        attention.append(maps[:, 0])
+        base.append(sample(sd, plain, settings=plan.settings, seed=seeds))
+        with Customised(sd, [concept], plan.settings) as customised:
+            denoise = customised(templates, map_grid=sd.latent_shape()[1:])
+            ours.append(sd.decode(sd.draw_latents(denoise, seeds, plan.settings.steps)))
+        attention.append(denoise.attention_maps[:, 0])
     return torch.cat(base), torch.cat(ours), torch.cat(attention)
 
 

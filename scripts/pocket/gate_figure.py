@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from infusion.concepts.concept import Concept
-from infusion.sampling.generate import Settings, generate
 from infusion.sampling.pictures import captioned_grid, png
+from infusion.sampling.sample import sample
+from infusion.sampling.settings import Settings
 from infusion.tokens import fill
 from ldm.pipeline import StableDiffusion
 from ldm.util.config import find
@@ -45,9 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     rows = {}
     for tau in flags.tau:
         settings = [Settings(USUAL.steps, USUAL.scale, beta=beta, tau=tau) for beta in flags.beta]
-        images = [generate(sd, [flags.prompt], [flags.seed], [concept], how)[0] for how in settings]
+        images = [sample(sd, [flags.prompt], [concept], how, seed=flags.seed) for how in settings]
         rows[f"tau = {tau:g}"] = torch.cat(images)
-    above = {"base model": generate(sd, [fill(flags.prompt, [concept.superclass])], [flags.seed], (), USUAL)[0]}
+    plain = fill(flags.prompt, [concept.superclass])
+    above = {"base model": sample(sd, [plain], settings=USUAL, seed=flags.seed)}
     sheet = captioned_grid(rows, [f"beta = {beta:g}" for beta in flags.beta], above)
     write(Path(flags.picture), png(sheet, {"prompt": flags.prompt, "seed": flags.seed, "concept": flags.concept}))
 

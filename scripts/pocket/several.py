@@ -20,9 +20,10 @@ from clipseg.weights import POCKET, load
 from data.pocket.backgrounds import BACKGROUNDS
 from data.soft_segment import fill_templates
 from infusion.concepts.concept import Concept
-from infusion.sampling.generate import Settings, generate
 from infusion.sampling.pictures import captioned_grid, png
 from infusion.sampling.regions import Region
+from infusion.sampling.sample import sample
+from infusion.sampling.settings import Settings
 from infusion.tokens import fill
 from ldm.pipeline import StableDiffusion
 from ldm.util.config import find
@@ -89,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
         settings = Settings(usual.steps, usual.scale, region=regions)
         batches = [slice(start, start + 16) for start in range(0, flags.samples, 16)]
         kind = "base model" if not used else "with regions" if regions else f"{len(used)} concepts"
-        images = [generate(sd, templates[b], seeds[b], used, settings)[0] for b in tqdm(batches, kind)]
+        images = [sample(sd, templates[b], used, settings, seed=seeds[b]) for b in tqdm(batches, kind)]
         return torch.cat(images).cpu()
 
     scene = " and ".join(f"a {{{k}}}" for k in range(1, len(nouns) + 1))

@@ -232,12 +232,12 @@ def test_sampling_wants_the_covariance_of_training(sd):
     inverse = spd().float()
     concept = make_concept(sd, covariance=fingerprint(inverse))
     latents, time = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor(500)
-    with Customised(sd, [concept], ["a {}"], inverse_covariance=inverse) as denoise:
-        weighed = denoise(latents, time)
-    with Customised(sd, [make_concept(sd)], ["a {}"]) as denoise:
-        assert not torch.allclose(denoise(latents, time), weighed, atol=1e-4)
+    with Customised(sd, [concept], inverse_covariance=inverse) as customised:
+        weighed = customised(["a {}"])(latents, time)
+    with Customised(sd, [make_concept(sd)]) as customised:
+        assert not torch.allclose(customised(["a {}"])(latents, time), weighed, atol=1e-4)
     with pytest.raises(ValueError, match="'cat' was trained with the covariance .*, and here is identity.*FILE"):
-        Customised(sd, [concept], ["a {}"])
+        Customised(sd, [concept])
     with pytest.raises(ValueError, match="its gate needs the same file"):
         check_covariance([concept], 2 * inverse)
     with pytest.raises(ValueError, match="'cat' was trained without a covariance"):

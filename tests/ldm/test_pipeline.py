@@ -1,4 +1,3 @@
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -6,7 +5,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.pipeline import StableDiffusion
 from ldm.util.config import load_config
@@ -209,51 +208,32 @@ def test_autocast_does_not_reach_the_autoencoder(sd):
         assert not torch.equal((sd.vae.decode(latents).float() / 2 + 0.5).clamp(0, 1), expected)
 
 
-class Recorder:
-    """Stands in for `infusion.sampling.customised.Customised`."""
+def test_any_denoiser_may_draw(sd):
+    """A denoiser of one's own is made for each batch of prompts, and decides on the guidance itself."""
+    batches, text = [], sd.text(["a cat"])
 
-    calls: list["Recorder"] = []
+    def denoiser(prompts):
+        batches.append(prompts)
+        same = text.expand(len(prompts), -1, -1)
+        return lambda latents, timestep: sd.unet(latents, timestep.expand(len(latents)), same)
 
-    def __init__(self, sd, concepts, templates, negative, scale, **blending):
-        self.arguments, self.blending = (list(concepts), templates, negative, scale), blending
-        self.inside, self.times = False, 0
-        Recorder.calls.append(self)
-
-    def __enter__(self) -> "Recorder":
-        self.inside = True
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.inside = False
-
-    def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        assert self.inside
-        self.times += 1
-        return latents
+    images = sd.sample(PROMPTS, denoiser, batch_size=2, **FAST)
+    assert batches == [PROMPTS[:2], PROMPTS[2:]]
+    expected = sd.sample(["a cat"] * 3, steps=FAST["steps"], scale=1)
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
 
 
-def test_concepts_are_sampled_by_the_method(sd, monkeypatch):
-    monkeypatch.setitem(sys.modules, "infusion.sampling.customised", SimpleNamespace(Customised=Recorder))
-    monkeypatch.setattr(Recorder, "calls", [])
-    concept = SimpleNamespace(superclass="cat")
-    prompts = ["a {}", "the {} on a hill", "{}"]
-    inverse = torch.eye(24)
-    blending = {"beta": 0.6, "tau": 0.2, "strengths": 0.5, "gate": "hard", "regions": ["box"]}
-    blending |= {"inverse_covariance": inverse}
-    images = sd.sample(prompts, [concept], negative_prompt="blurry", batch_size=2, **blending, **FAST)
-    assert images.shape == (3, 3, 16, 16)
-    first, second = Recorder.calls
-    assert first.arguments == ([concept], prompts[:2], ["blurry"] * 2, 3.0) and first.blending == blending
-    assert second.arguments == ([concept], prompts[2:], ["blurry"], 3.0) and second.blending == blending
-    assert (first.times, second.times) == (3, 3) and not first.inside and not second.inside
+def test_each_image_may_have_a_seed_of_its_own(sd):
+    images = sd.sample(PROMPTS[:2], seed=[7, 3], **FAST)
+    for i, seed in enumerate((7, 3)):
+        alone = sd.sample(PROMPTS[i : i + 1], seed=seed, **FAST)
+        torch.testing.assert_close(images[i : i + 1], alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"prompts": ["a photo of a {}"]}, r"no concept for \{\} in the prompt 'a photo of a \{\}'"),
-        ({"prompts": ["{1} and {2}"]}, r"no concept for \{1\}"),
-        ({"negative_prompt": "{}"}, "no concept"),
+        ({"seed": [1, 2]}, "one for each of 1 prompts, not 2"),
         ({"prompts": []}, "at least one string"),
         ({"prompts": "a cat"}, "must be a list"),
         ({"batch_size": 0}, "batch_size"),

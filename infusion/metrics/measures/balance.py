@@ -114,11 +114,8 @@ class Balance:
             rows = range(start, min(start + options.batch_size, options.samples))
             latents, regions = self.base["latents"][list(rows)].to(sd.device), self.regions["regions"][list(rows)]
             prompts = self.group.plain(rows)
-            with (
-                sd.denoiser(prompts, (), "", 1.0) as prompted,
-                sd.denoiser([""] * len(prompts), (), "", 1.0) as empty,
-                sd.autocast(options.precision),
-            ):
+            prompted, empty = (sd.guided(words, scale=1.0) for words in (prompts, [""] * len(prompts)))
+            with sd.autocast(options.precision):
                 how = (self.group.seeds(rows), options.strata, options.weighting, regions)
                 found.append(errors(prompted, empty, latents, sd.schedule, *how))
         return Divergence.cat(found).values.mean(1)

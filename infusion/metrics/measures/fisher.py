@@ -69,8 +69,8 @@ def errors(
 ) -> Divergence:
     """Errors of a customised model's predictions for samples of the base model.
 
-    For a few prompts at a time: what `with sd.denoiser(prompts, concepts, "", scale=1.0) as customised` gives, beside
-    the same without concepts; then `Divergence.cat`.
+    For a few prompts at a time: `sd.guided(prompts, scale=1.0)`, and what a `Customised` gives for them at that scale;
+    then `Divergence.cat`.
 
     Args:
         base, customised: (latents (N, C, h, w), timesteps int64 (N,)) -> prediction, ε or v as the schedule says,

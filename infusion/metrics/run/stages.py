@@ -4,8 +4,8 @@ Row i of a group has its i-th prompt, going round, and the seed `options.seed + 
 concept: samples are compared pair by pair, and methods on common random numbers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,8 @@ from infusion.metrics.run.features import pooled_latents
 from infusion.metrics.run.options import Options, Tools
 from infusion.metrics.run.protocol import plain
 from infusion.metrics.run.subject import Checkpoint, ExactMeasures
+from infusion.sampling.customised import Customised
+from infusion.sampling.settings import Settings
 from infusion.tokens import fill
 from ldm.diffusion.sampler import Denoiser
 from ldm.models.autoencoder import coverage
@@ -190,15 +192,14 @@ class Stages:
     def _half(self) -> AbstractContextManager:
         return self.sd.autocast(self.options.precision)
 
-    def _denoiser(
-        self, group: Group, rows: range, checkpoint: Checkpoint | None, scale: float
-    ) -> AbstractContextManager[Denoiser]:
+    @contextmanager
+    def _denoiser(self, group: Group, rows: range, checkpoint: Checkpoint | None, scale: float) -> Iterator[Denoiser]:
         if checkpoint is None:
-            return self.sd.denoiser(group.plain(rows), (), "", scale)
-        options = self.options
-        editing = {"beta": options.beta, "tau": options.tau, "strengths": options.strength}
-        editing |= {"inverse_covariance": self.tools.inverse_covariance}
-        return self.sd.denoiser(group.templates(rows), [checkpoint.concept], "", scale, **editing)
+            yield self.sd.guided(group.plain(rows), scale=scale)
+            return
+        settings = Settings(scale=scale, **self.options.editing())
+        with Customised(self.sd, [checkpoint.concept], settings, self.tools.inverse_covariance) as customised:
+            yield customised(group.templates(rows))
 
 
 def to_regions(masks: Tensor, size: tuple[int, int]) -> Tensor:

@@ -12,6 +12,7 @@ from safetensors.torch import load
 from infusion.concepts import compact
 from infusion.concepts.concept import Concept
 from infusion.inject import cross_attention_layers
+from infusion.sampling.sample import sample
 from ldm.pipeline import StableDiffusion
 from ldm.weights.checkpoint import sha256
 from scripts import compare_forms
@@ -315,7 +316,7 @@ def test_samples_of_sd15_hardly_differ_from_the_full_forms(random_checkpoint, co
 
     def draw(*concepts: Concept) -> torch.Tensor:
         prompt = "a photo of a {}" if concepts else "a photo of a cat"
-        return sd.sample([prompt], concepts, steps=3, scale=7.5, seed=0, height=64, width=64)
+        return sample(sd, [prompt], concepts, steps=3, scale=7.5, seed=0, height=64, width=64)
 
     full = draw(concept)
     (difference,), (compacted,) = psnr(draw(), full), psnr(draw(Concept.load(path)), full)

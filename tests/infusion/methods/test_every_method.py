@@ -12,6 +12,7 @@ from infusion.inject import remove
 from infusion.methods import find_method, method_names
 from infusion.methods.lora import LoRA
 from infusion.sampling.customised import Customised
+from infusion.sampling.settings import Settings
 from infusion.tokens import fill
 from infusion.training.trainer import ConceptTrainer
 
@@ -50,8 +51,8 @@ def train(module, batch, steps=2):
 def predict(sd, concepts, templates, latents, **options):
     """Without guidance, with the gates of training."""
     gates = {"beta": Gate().beta, "tau": Gate().tau} | options
-    with torch.no_grad(), Customised(sd, concepts, templates, scale=1.0, **gates) as denoise:
-        return denoise(latents, torch.tensor(400))
+    with torch.no_grad(), Customised(sd, concepts, Settings(scale=1.0, **gates)) as customised:
+        return customised(templates)(latents, torch.tensor(400))
 
 
 def base(sd, prompts, latents):
@@ -128,7 +129,7 @@ def test_training_and_sampling_are_the_same_model(sd, name, batch, latents):
 def test_strength_zero_is_the_base_model_on_the_same_words(sd, name, batch, latents):
     concept = trained(sd, name, batch)
     prompts = [fill(template, [concept.noun]) for template in TEMPLATES]
-    assert torch.equal(predict(sd, [concept], TEMPLATES, latents, strengths=0.0), base(sd, prompts, latents))
+    assert torch.equal(predict(sd, [concept], TEMPLATES, latents, strength=0.0), base(sd, prompts, latents))
 
 
 @every
@@ -142,8 +143,9 @@ def test_prompts_without_the_concept(sd, name, batch, latents):
 def test_perfusion_edits_the_unconditional_rows_by_a_global_gate_alone(sd, batch, latents, kind):
     """Guidance is between two predictions of one edited UNet, each as without guidance."""
     concept = trained(sd, "perfusion", batch, gate=Gate(kind))
-    gates = {"beta": Gate().beta, "tau": Gate().tau}
-    with torch.no_grad(), Customised(sd, [concept], TEMPLATES, "blurry", scale=3.0, **gates) as denoise:
+    settings = Settings(scale=3.0, negative_prompt="blurry", beta=Gate().beta, tau=Gate().tau)
+    with torch.no_grad(), Customised(sd, [concept], settings) as customised:
+        denoise = customised(TEMPLATES)
         guided, unconditional_gates = denoise(latents, torch.tensor(400)), denoise.gates[:2]
     assert unconditional_gates.any() == (kind == "global")
     conditional, unconditional = (predict(sd, [concept], words, latents) for words in (TEMPLATES, ["blurry"] * 2))
@@ -180,7 +182,7 @@ def test_two_concepts_of_which_one_is_silent(sd, name, batch, latents):
     concept = trained(sd, name, batch)
     other = replace(concept, tensors={key: value + 0.1 for key, value in concept.tensors.items()})
     templates = [template.replace("{}", "{1}") for template in TEMPLATES]
-    both = predict(sd, [concept, other], templates, latents, strengths=[1.0, 0.0])
+    both = predict(sd, [concept, other], templates, latents, strength=[1.0, 0.0])
     torch.testing.assert_close(both, predict(sd, [concept], TEMPLATES, latents), atol=1e-5, rtol=1e-5)
 
 
@@ -243,4 +245,4 @@ def test_a_file_with_options_that_will_not_do_is_refused(sd, options):
     concept = make(sd, "lora").concept()
     release(sd)
     with pytest.raises(ValueError):
-        Customised(sd, [replace(concept, options={**concept.options, **options})], TEMPLATES)
+        Customised(sd, [replace(concept, options={**concept.options, **options})])

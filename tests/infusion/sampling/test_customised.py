@@ -10,8 +10,8 @@ from infusion.gate import Gate, target_input
 from infusion.inject import cross_attention_layers
 from infusion.sampling.customised import Customised
 from infusion.sampling.regions import Region
+from infusion.sampling.settings import Settings
 from infusion.tokens import concept_mask
-from ldm.diffusion.sampler import Guided
 from ldm.models.attention import Context
 from tests.infusion.test_attention import reference
 
@@ -26,9 +26,9 @@ def make_concept(sd, superclass="cat", scale=1.0, seed=0, **fields):
     return Concept(tensors, superclass, TEMPLATES, sd.architecture, **fields)
 
 
-def denoise(sd, concepts, prompts, latents, negative="", scale=7.5, **options):
-    with Customised(sd, concepts, prompts, negative, scale, **options) as denoiser:
-        return denoiser(latents, T)
+def denoise(sd, concepts, prompts, latents, map_grid=None, **settings):
+    with Customised(sd, concepts, Settings(**settings)) as customised:
+        return customised(prompts, map_grid)(latents, T)
 
 
 @pytest.fixture
@@ -43,7 +43,8 @@ PROMPTS = ["a photo of a {} outside", "{} in the rain"]
 @pytest.mark.parametrize("scale", [1, 6.0])
 def test_is_guidance_towards_the_two_stream_definition(sd, latents, scale, own):
     concept = make_concept(sd, "stuffed animal", attention="own" if own else "foundation")
-    result = denoise(sd, [concept], PROMPTS, latents, "blurry", scale, beta=0.6, tau=0.2, strengths=0.8)
+    settings = {"negative_prompt": "blurry", "scale": scale, "beta": 0.6, "tau": 0.2, "strength": 0.8}
+    result = denoise(sd, [concept], PROMPTS, latents, **settings)
 
     prompts, masks = zip(*(concept_mask(sd.text.tokenizer, p, "stuffed animal") for p in PROMPTS), strict=True)
     text, timesteps = sd.text(list(prompts)), T.expand(2)
@@ -57,7 +58,7 @@ def test_is_guidance_towards_the_two_stream_definition(sd, latents, scale, own):
 def test_a_concept_of_zeros_is_the_base(sd, latents):
     result = denoise(sd, [make_concept(sd, scale=0)], PROMPTS, latents)
     prompts = [prompt.format("cat") for prompt in PROMPTS]
-    expected = Guided(sd.unet, sd.text(prompts), sd.text([""]), 7.5)(latents, T)
+    expected = sd.guided(prompts)(latents, T)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
 
 
@@ -66,17 +67,17 @@ def test_a_concept_of_zeros_is_the_base(sd, latents):
 def test_a_strength_of_zero_is_the_base_to_the_bit(sd, latents, own, map_grid):
     concepts = [make_concept(sd, attention="own" if own else "foundation")]
     prompts = [prompt.format("cat") for prompt in PROMPTS]
-    expected = Guided(sd.unet, sd.text(prompts), sd.text([""] * 2), 7.5)(latents, T)
-    none = denoise(sd, concepts, PROMPTS, latents, strengths=0, map_grid=map_grid)
+    expected = sd.guided(prompts)(latents, T)
+    none = denoise(sd, concepts, PROMPTS, latents, strength=0, map_grid=map_grid)
     assert torch.equal(none, expected)
-    both = denoise(sd, concepts * 2, ["a photo of a {1} outside", "{2} in the rain"], latents, strengths=[0, 1])
+    both = denoise(sd, concepts * 2, ["a photo of a {1} outside", "{2} in the rain"], latents, strength=[0, 1])
     assert torch.equal(both[0], expected[0]) and not torch.equal(both[1], expected[1])
 
 
 @pytest.mark.parametrize("own", [False, True])
 def test_strength_is_continuous(sd, latents, own):
     concepts = [make_concept(sd, attention="own" if own else "foundation")]
-    at = {s: denoise(sd, concepts, PROMPTS, latents, scale=1, strengths=s) for s in (0.0, 1e-3, 0.5, 0.501, 1.0)}
+    at = {s: denoise(sd, concepts, PROMPTS, latents, scale=1, strength=s) for s in (0.0, 1e-3, 0.5, 0.501, 1.0)}
     whole = (at[1.0] - at[0.0]).norm()
     assert (at[1e-3] - at[0.0]).norm() < 0.01 * whole and (at[0.501] - at[0.5]).norm() < 0.01 * whole
     assert (at[0.5] - at[0.0]).norm() > 0.1 * whole
@@ -86,7 +87,7 @@ def test_strength_is_continuous(sd, latents, own):
 def test_prompts_without_the_concept_are_the_base_to_the_bit(sd, latents, scale):
     prompts = ["a photo of a dog", "a cat"]
     result = denoise(sd, [make_concept(sd)], prompts, latents, scale=scale)
-    assert torch.equal(result, Guided(sd.unet, sd.text(prompts), sd.text(["", ""]), scale)(latents, T))
+    assert torch.equal(result, sd.guided(prompts, scale=scale)(latents, T))
 
 
 def test_an_image_does_not_depend_on_its_neighbours(sd, latents):
@@ -109,22 +110,20 @@ def test_one_call_with_three_rows_per_image(sd, latents):
 def test_several_concepts_commute_and_have_their_own_blending(sd, latents):
     cat, dog = make_concept(sd, "cat", seed=1), make_concept(sd, "stuffed animal", seed=2)
     prompts, swapped = ["a {1} and a {2}", "a {2}"], ["a {2} and a {1}", "a {1}"]
-    first = denoise(sd, [cat, dog], prompts, latents, beta=[0.6, 0.9], tau=0.1, strengths=[1, 0.5])
-    second = denoise(sd, [dog, cat], swapped, latents, beta=[0.9, 0.6], tau=0.1, strengths=[0.5, 1])
+    first = denoise(sd, [cat, dog], prompts, latents, beta=[0.6, 0.9], tau=0.1, strength=[1, 0.5])
+    second = denoise(sd, [dog, cat], swapped, latents, beta=[0.9, 0.6], tau=0.1, strength=[0.5, 1])
     torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)
     alone = denoise(sd, [cat], ["a {1} and a stuffed animal", "a stuffed animal"], latents, beta=0.6, tau=0.1)
-    silent = denoise(sd, [cat, dog], prompts, latents, beta=0.6, tau=0.1, strengths=[1, 0])
+    silent = denoise(sd, [cat, dog], prompts, latents, beta=0.6, tau=0.1, strength=[1, 0])
     torch.testing.assert_close(silent, alone, atol=1e-4, rtol=1e-4)
 
 
 def test_each_concept_has_its_kind_of_gate(sd, latents):
     cat, dog = make_concept(sd, "cat", seed=1), make_concept(sd, "dog", seed=2)
     prompts = ["a {1} and a {2}"] * 2
-    with Customised(sd, [cat, dog], prompts, gate=["hard", "global"], beta=0.8) as mixed:
-        gates = mixed.gates[2:]
+    gates = Customised(sd, [cat, dog], Settings(gate=["hard", "global"], beta=0.8))(prompts).gates[2:]
     assert set(gates[0, 0].tolist()) == {0.0, 1.0} and gates[0, 0].sum() == 1 and (gates[:, 1] > 0).all()
-    with Customised(sd, [cat, dog], prompts, beta=0.8) as trained:
-        own = trained.gates[2:]
+    own = Customised(sd, [cat, dog], Settings(beta=0.8))(prompts).gates[2:]
     assert ((own > 0).sum(2) == 1).all()
     token = own[0, 1].argmax()
     torch.testing.assert_close(gates[0, 1, token], own[0, 1, token])
@@ -136,22 +135,21 @@ def test_each_concept_has_its_kind_of_gate(sd, latents):
 
 def test_another_word_may_stand_for_the_concept(sd, latents):
     cat = make_concept(sd)
-    said = denoise(sd, [cat], ["a {} outside", "my {}"], latents, nouns=["big kitten"])
-    with Customised(sd, [cat], ["a {} outside", "my {}"], nouns=["big kitten"]) as customised:
-        expected = sd.text(["a big kitten outside", "my big kitten"])
-        torch.testing.assert_close(customised.text[2:], expected)
-        assert ((customised.gates[2:] > 0).sum(2) == 2).all()  # on both tokens of it
+    said = denoise(sd, [cat], ["a {} outside", "my {}"], latents, replace_word=["big kitten"])
+    denoiser = Customised(sd, [cat], Settings(replace_word=["big kitten"]))(["a {} outside", "my {}"])
+    torch.testing.assert_close(denoiser.text[2:], sd.text(["a big kitten outside", "my big kitten"]))
+    assert ((denoiser.gates[2:] > 0).sum(2) == 2).all()  # on both tokens of it
     assert (said - denoise(sd, [cat], ["a {} outside", "my {}"], latents)).abs().max() > 1e-3
 
 
 def test_a_region_over_everything_changes_nothing_and_another_does(sd, latents):
     concept, options = make_concept(sd), {"scale": 3.0}
     free = denoise(sd, [concept], PROMPTS, latents, **options)
-    whole = denoise(sd, [concept], PROMPTS, latents, regions=[Region(1, 0, 0, 1, 1)], **options)
+    whole = denoise(sd, [concept], PROMPTS, latents, region=[Region(1, 0, 0, 1, 1)], **options)
     halves = [Region(1, 0, 0, 0.5, 1), Region(1, 0.5, 0, 1, 1)]
     torch.testing.assert_close(whole, free)
-    torch.testing.assert_close(denoise(sd, [concept], PROMPTS, latents, regions=halves, **options), free)
-    assert (denoise(sd, [concept], PROMPTS, latents, regions=halves[:1], **options) - free).abs().max() > 1e-3
+    torch.testing.assert_close(denoise(sd, [concept], PROMPTS, latents, region=halves, **options), free)
+    assert (denoise(sd, [concept], PROMPTS, latents, region=halves[:1], **options) - free).abs().max() > 1e-3
 
 
 def test_eight_concepts_are_the_sum_of_their_residuals(sd, latents):
@@ -160,14 +158,14 @@ def test_eight_concepts_are_the_sum_of_their_residuals(sd, latents):
     together = {name: sum(concept.tensors[name] for concept in concepts) for name in concepts[0].tensors}
     names = "".join(f"{{{i}}} " for i in range(1, 9))
     one = Concept(together, "cat", TEMPLATES, sd.architecture)
-    options = {"gate": "hard", "nouns": ["cat"]}
+    options = {"gate": "hard", "replace_word": ["cat"]}
     cat = "cat " * 8
-    with Customised(sd, concepts, [names, names], **options) as eight:
-        assert eight.gates[2:].sum((1, 2)).tolist() == [8, 8]
-        assert (eight.gates[2].sum(0) <= 1).all()  # each at an occurrence of its own
-    many = denoise(sd, concepts, ["{1}"] * 2, latents, strengths=[1] + [0] * 7, **options)
+    gates = Customised(sd, concepts, Settings(**options))([names, names]).gates[2:]
+    assert gates.sum((1, 2)).tolist() == [8, 8]
+    assert (gates[0].sum(0) <= 1).all()  # each at an occurrence of its own
+    many = denoise(sd, concepts, ["{1}"] * 2, latents, strength=[1] + [0] * 7, **options)
     torch.testing.assert_close(many, denoise(sd, concepts[:1], ["{}"] * 2, latents, **options), atol=1e-5, rtol=1e-5)
-    everywhere = {"gate": "global", "nouns": ["cat"]}
+    everywhere = {"gate": "global", "replace_word": ["cat"]}
     torch.testing.assert_close(
         denoise(sd, concepts, [names, cat], latents, **everywhere),
         denoise(sd, [one], ["{} " * 8, cat], latents, **everywhere), atol=1e-3, rtol=1e-3,
@@ -184,11 +182,11 @@ def test_concepts_with_residual_keys(sd, latents):
     other = denoise(sd, [replace(with_zero, tensors=plain.tensors | keys)], PROMPTS, latents)
     assert (other - same).abs().max() > 1e-2
     torch.testing.assert_close(
-        denoise(sd, [replace(plain, tensors=plain.tensors | keys), plain], ["{1} {2}"] * 2, latents, strengths=[1, 0]),
+        denoise(sd, [replace(plain, tensors=plain.tensors | keys), plain], ["{1} {2}"] * 2, latents, strength=[1, 0]),
         denoise(sd, [replace(plain, tensors=plain.tensors | keys)], ["{} cat"] * 2, latents), atol=1e-4, rtol=1e-4,
     )  # fmt: skip
     with pytest.raises(ValueError, match="residual keys change an attention map"):
-        Customised(sd, [make_concept(sd), replace(make_concept(sd), tensors=keys)], ["{1} {2}"])
+        Customised(sd, [make_concept(sd), replace(make_concept(sd), tensors=keys)])
 
 
 def test_a_concept_may_cover_some_of_the_layers(sd, latents):
@@ -202,15 +200,16 @@ def test_a_concept_may_cover_some_of_the_layers(sd, latents):
 
 def test_the_unet_is_edited_inside_the_with_only(sd, latents):
     modules = list(sd.unet.named_modules())
-    with Customised(sd, [make_concept(sd)], PROMPTS) as denoiser:
-        denoiser(latents, T)
+    with Customised(sd, [make_concept(sd)]) as customised:
+        customised(PROMPTS)(latents, T)
         assert list(sd.unet.named_modules()) != modules
     assert list(sd.unet.named_modules()) == modules
 
 
 def test_attention_maps(sd, latents):
     concept = make_concept(sd)
-    with Customised(sd, [concept], ["a {}", "a dog"], map_grid=(8, 8)) as denoiser:
+    with Customised(sd, [concept]) as customised:
+        denoiser = customised(["a {}", "a dog"], map_grid=(8, 8))
         for t in (800, 200):
             denoiser(latents, torch.tensor(t))
     maps = denoiser.attention_maps
@@ -242,58 +241,49 @@ def attention_on(layer, x, text, gates):
 
 
 def test_maps_have_to_be_asked_for(sd, latents):
-    with Customised(sd, [make_concept(sd)], PROMPTS) as denoiser:
+    with Customised(sd, [make_concept(sd)]) as customised:
+        denoiser = customised(PROMPTS)
         denoiser(latents, T)
     with pytest.raises(ValueError, match="map_grid"):
         _ = denoiser.attention_maps
-
-
-def test_whole_images(sd):
-    images = sd.sample(["a photo of a {}"] * 2, concepts=[make_concept(sd)], steps=2, seed=5)
-    assert images.shape == (2, 3, 16, 16)
-    alone = sd.sample(["a photo of a {}"], concepts=[make_concept(sd)], steps=2, seed=6)
-    torch.testing.assert_close(images[1:], alone, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(
     "concepts, options, message",
     [
         ([], {}, "at least one concept"),
-        ([{}], {"templates": []}, "at least one concept"),
-        ([{}], {"negative": ["", "", ""]}, "3 negative prompts for 2"),
         ([{}], {"beta": [0.1, 0.2]}, "one beta for all"),
-        ([{}], {"strengths": [1, 1, 1]}, "one strength for all"),
+        ([{}], {"strength": [1, 1, 1]}, "one strength for all"),
         ([{}], {"tau": 0.0}, "tau"),
         ([{}], {"gate": ["hard", "hard"]}, "one gate for all"),
         ([{}], {"gate": "open"}, "the gate must be 'sigmoid', 'hard' or 'global', not 'open'"),
-        ([{}], {"nouns": ["a", "b"]}, "one noun for all"),
-        ([{}], {"regions": [Region(2, 0, 0, 1, 1)]}, "the region 2:0,0,1,1 is of no concept"),
+        ([{}], {"replace_word": ["a", "b"]}, "one noun for all"),
+        ([{}], {"region": [Region(2, 0, 0, 1, 1)]}, "the region 2:0,0,1,1 is of no concept"),
         ([{}, {"attention": "own"}], {}, "cannot be sampled together"),
         ([{"method": "hypnosis"}], {}, "no method 'hypnosis'"),
         ([{"covariance": "ab" * 32}], {}, "its gate needs the same file"),
     ],
 )
 def test_what_does_not_fit_is_an_error(sd, concepts, options, message):
-    options = {"templates": PROMPTS, **options}
-    if len(concepts) > 1:
-        options["templates"] = ["a {1} and a {2}"]
     with pytest.raises(ValueError, match=message):
-        Customised(sd, [make_concept(sd, **fields) for fields in concepts], **options)
+        Customised(sd, [make_concept(sd, **fields) for fields in concepts], Settings(**options))
 
 
 def test_other_bases(sd):
     other = Concept({"input_blocks.99.attn2": torch.zeros(3)}, "cat", TEMPLATES, sd.architecture)
     with pytest.raises(ValueError, match="input_blocks.99.attn2.*has no place"):
-        Customised(sd, [other], PROMPTS)
+        Customised(sd, [other])
     with pytest.raises(ValueError, match="does not fit 'tiny'"):
-        Customised(sd, [Concept({"layer": torch.zeros(3)}, "cat", TEMPLATES, "sd15")], PROMPTS)
+        Customised(sd, [Concept({"layer": torch.zeros(3)}, "cat", TEMPLATES, "sd15")])
     with pytest.warns(UserWarning, match="another checkpoint"):
-        Customised(sd, [make_concept(sd, base_hash="ab" * 32)], PROMPTS)
+        Customised(sd, [make_concept(sd, base_hash="ab" * 32)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Customised(sd, [make_concept(sd)], PROMPTS)
+        Customised(sd, [make_concept(sd)])
 
 
 def test_one_latent_for_each_prompt(sd, latents):
-    with Customised(sd, [make_concept(sd)], PROMPTS) as denoiser, pytest.raises(ValueError, match="1 latents for 2"):
-        denoiser(latents[:1], T)
+    with Customised(sd, [make_concept(sd)]) as customised, pytest.raises(ValueError, match="1 latents for 2"):
+        customised(PROMPTS)(latents[:1], T)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        customised([])

@@ -1,7 +1,7 @@
 import pytest
 
-from infusion.sampling.generate import Settings
 from infusion.sampling.prompts import Job, read_jobs
+from infusion.sampling.settings import Settings
 
 USUAL = Settings(steps=20, scale=5.0)
 

@@ -8,6 +8,7 @@ from PIL import Image
 from data.prompts import TEMPLATES
 from infusion.methods.dreambooth import DreamBooth
 from infusion.methods.infusion import Infusion
+from infusion.sampling.sample import sample
 from infusion.training.callbacks import ConceptSamples
 from infusion.training.trainer import ConceptTrainer
 
@@ -48,7 +49,7 @@ def test_base_above_concept_with_the_same_seeds(module, tmp_path):
     trained = cells(tmp_path / "images" / "step=000005.png")
     assert (trained[0] == untrained[0]).all()
     assert (trained[1] != untrained[1]).any()
-    expected = module.sd.sample(PROMPTS, concepts=[module.concept()], steps=2, scale=7.0, seed=4)
+    expected = sample(module.sd, PROMPTS, [module.concept()], steps=2, scale=7.0, seed=4)
     assert np.abs(trained[1] / 255 - expected.permute(0, 2, 3, 1).numpy()).max() < 0.003
 
 
@@ -76,12 +77,12 @@ def test_a_concept_is_drawn_with_the_covariance_that_it_learns_with(module, tmp_
     module.trainer = None
     trainer = SimpleNamespace(global_step=2, default_root_dir=str(tmp_path), loggers=[])
     ConceptSamples(PROMPTS, steps=2, seed=4).on_train_end(trainer, module)
-    settings = dict(concepts=[module.concept()], steps=2, scale=7.0, seed=4)
-    expected = module.sd.sample(PROMPTS, inverse_covariance=module.inverse_covariance, **settings)
+    settings = {"concepts": [module.concept()], "steps": 2, "scale": 7.0, "seed": 4}
+    expected = sample(module.sd, PROMPTS, inverse_covariance=module.inverse_covariance, **settings)
     drawn = torch.from_numpy(cells(tmp_path / "images" / "step=000002.png")[1]).permute(0, 3, 1, 2) / 255
     torch.testing.assert_close(drawn, expected, atol=1 / 255, rtol=0)
     with pytest.raises(ValueError, match="--covariance FILE"):
-        module.sd.sample(PROMPTS, **settings)
+        sample(module.sd, PROMPTS, **settings)
 
 
 @pytest.mark.parametrize("options", [{"prompts": []}, {"prompts": ["a cat"]}, {"prompts": PROMPTS, "every": 0}])

@@ -15,6 +15,7 @@ from infusion.concepts.concept import Concept
 from infusion.gate import Gate
 from infusion.inject import remove
 from infusion.methods.infusion import Infusion
+from infusion.sampling.sample import sample
 from infusion.training.many import ManyTrainer, SaveConcepts
 from infusion.training.trainer import ConceptTrainer
 from tests.infusion import conftest
@@ -220,10 +221,10 @@ def test_a_batch_that_mixes_concepts_draws_what_each_draws_alone(sd):
     concepts = [module.concept(name) for name in NOUNS]
     settings = {"steps": 3, "scale": 6.0}
     prompts = ["a photo of a {1}", "a photo of a {2}", "the {3} on a hill", "a photo of a {1}", "a photo of a dog"]
-    mixed = sd.sample(prompts, concepts, seed=4, **settings)
+    mixed = sample(sd, prompts, concepts, seed=4, **settings)
     for i, k in enumerate((0, 1, 2, 0)):
         prompt = prompts[i].replace(f"{{{k + 1}}}", "{}")
-        alone = sd.sample([prompt], [concepts[k]], seed=4 + i, **settings)[0]
+        alone = sample(sd, [prompt], [concepts[k]], seed=4 + i, **settings)[0]
         torch.testing.assert_close(mixed[i], alone, atol=2e-5, rtol=0)
         base = sd.sample([prompt.replace("{}", concepts[k].superclass)], seed=4 + i, **settings)[0]
         assert (mixed[i] - base).abs().max() > 1e-3

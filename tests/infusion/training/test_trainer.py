@@ -11,6 +11,7 @@ from infusion.inject import remove
 from infusion.loss import masked_loss
 from infusion.methods.infusion import Infusion
 from infusion.sampling.customised import Customised
+from infusion.sampling.sample import sample
 from infusion.tokens import concept_mask
 from infusion.training.trainer import ConceptTrainer, SaveConcept
 from ldm.diffusion.schedule import Schedule
@@ -96,9 +97,9 @@ def test_residual_keys_are_trained_saved_resumed_and_sampled(sd, tmp_path):
     other.load_state_dict(module.state_dict())
     assert all(torch.equal(tensor, learned[name]) for name, tensor in residuals(other).items())
     remove(sd.unet)
-    images = sd.sample(["a photo of a {}"], [again], steps=2)
+    images = sample(sd, ["a photo of a {}"], [again], steps=2)
     values = {name: tensor for name, tensor in again.tensors.items() if not name.endswith(".key")}
-    without = sd.sample(["a photo of a {}"], [replace(again, tensors=values)], steps=2)
+    without = sample(sd, ["a photo of a {}"], [replace(again, tensors=values)], steps=2)
     assert (images - without).abs().max() > 1e-4
 
 
@@ -214,12 +215,12 @@ def test_images_can_be_sampled_while_training(sd):
     with torch.no_grad():
         for parameter in module.tensors.values():
             parameter.copy_(torch.randn(parameter.shape))
-    with Customised(sd, [module.concept()], ["a {}"]) as denoise:
-        during = denoise(latents, torch.tensor(10))
+    with Customised(sd, [module.concept()]) as customised:
+        during = customised(["a {}"])(latents, torch.tensor(10))
     assert sum(parameter.requires_grad for parameter in sd.unet.parameters()) == len(module.tensors)
     remove(sd.unet)
-    with Customised(sd, [module.concept()], ["a {}"]) as denoise:
-        assert torch.equal(denoise(latents, torch.tensor(10)), during)
+    with Customised(sd, [module.concept()]) as customised:
+        assert torch.equal(customised(["a {}"])(latents, torch.tensor(10)), during)
 
 
 def test_the_base_stays_in_evaluation_mode(sd):

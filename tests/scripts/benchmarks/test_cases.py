@@ -5,6 +5,8 @@ from data.prompts import TEMPLATES
 from infusion.attention import EditedCrossAttention
 from infusion.inject import remove
 from infusion.methods.infusion import Infusion
+from infusion.sampling.customised import Customised
+from infusion.sampling.sample import sample
 from infusion.training.trainer import ConceptTrainer
 from ldm.pipeline import StableDiffusion
 from scripts.benchmarks.cases import guided_steps, images, optimiser_steps, train_step, train_steps
@@ -78,8 +80,8 @@ def test_guided_steps_are_the_samplers(pocket):
     for case, number in ((one, 1), (eight, 8)):
         if number == 8:
             prompt = "a photo of a " + ", a ".join(f"{{{i}}}" for i in range(1, 9))
-        with pocket.denoiser([prompt] * 2, concepts[:number], "", 7.5) as denoise:
-            expected = denoise(latents, torch.tensor(500))
+        with Customised(pocket, concepts[:number]) as customised:
+            expected = customised([prompt] * 2)(latents, torch.tensor(500))
         assert torch.equal(result(case), expected) and torch.equal(result(case, 2), expected)
         assert (expected - result(base)).norm() > 1e-3 * expected.norm()
         assert plain(pocket)
@@ -136,6 +138,6 @@ def test_operations_of_training(pocket):
 def test_an_image_is_what_the_sampler_draws(pocket):
     (case,) = images(pocket, SETTINGS)
     concepts = random_concepts(pocket, 1)
-    expected = pocket.sample(["a photo of a {}"] * 2, concepts, steps=2, scale=7.5, seed=0, height=32, width=32)
+    expected = sample(pocket, ["a photo of a {}"] * 2, concepts, steps=2, scale=7.5, seed=0, height=32, width=32)
     assert case.steps == 50 and torch.equal(result(case, 2), expected)
     assert expected.shape == (2, 3, 32, 32) and plain(pocket)

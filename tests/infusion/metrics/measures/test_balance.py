@@ -73,9 +73,9 @@ def test_a_trial_has_the_report_s_own_figures(sd, options, tools, protocol, phot
 
 def test_the_empty_prompt_s_divergence_is_the_base_model_s_alone(sd, options, tools, protocol, photos):
     weighed = weigher(sd, options, tools, protocol, photos)
-    with sd.denoiser(["a photo of a cat"], (), "", 1.0) as prompted, sd.denoiser([""], (), "", 1.0) as empty:
-        how = (sd.schedule, [0], options.strata, "eps", weighed.regions["regions"][:1])
-        found = errors(prompted, empty, weighed.base["latents"][:1], *how)
+    prompted, empty = (sd.guided([word], scale=1.0) for word in ("a photo of a cat", ""))
+    how = (sd.schedule, [0], options.strata, "eps", weighed.regions["regions"][:1])
+    found = errors(prompted, empty, weighed.base["latents"][:1], *how)
     assert weighed.empty[0].item() == pytest.approx(mean(found.values.mean(1)).value, rel=1e-3)
     single = weigher(sd, Options(**vars(options) | {"batch_size": 1}), tools, protocol, photos)
     assert torch.allclose(weighed.empty, single.empty, rtol=1e-3)

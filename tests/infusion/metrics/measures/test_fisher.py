@@ -5,6 +5,8 @@ from infusion.concepts.concept import Concept
 from infusion.inject import cross_attention_layers
 from infusion.metrics.measures.estimate import mean
 from infusion.metrics.measures.fisher import Divergence, errors
+from infusion.sampling.customised import Customised
+from infusion.sampling.settings import Settings
 from ldm.diffusion.schedule import Schedule
 
 EPS, V = Schedule(), Schedule(prediction_type="v_prediction")
@@ -164,7 +166,8 @@ def test_denoisers_of_the_pipeline(sd):
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def of(prompts, templates):
-        with sd.denoiser(prompts, [], "", scale=1.0) as plain, sd.denoiser(templates, [concept], "", scale=1.0) as ours:
+        with Customised(sd, [concept], Settings(scale=1.0)) as customised:
+            plain, ours = sd.guided(prompts, scale=1.0), customised(templates)
             return errors(plain, ours, latents, sd.schedule, [0, 1], strata=3)
 
     assert not of(["a cat", "on a hill"], ["a cat", "on a hill"]).values.any()

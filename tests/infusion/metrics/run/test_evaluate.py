@@ -16,6 +16,7 @@ from infusion.metrics.run.evaluate import evaluate
 from infusion.metrics.run.options import METRICS, Options, Tools
 from infusion.metrics.run.protocol import CONTEXT, GROUPS
 from infusion.metrics.run.subject import Subject
+from infusion.sampling.sample import sample
 from ldm.util.config import ROOT
 from tests.infusion.metrics.conftest import ROUNDING
 
@@ -75,7 +76,7 @@ def test_figures_are_those_of_the_definitions(sd, protocol, every, tools, known)
     result = evaluate(sd, learned, protocol, every, Cache(), tools)
     templates = protocol.prompts(CONTEXT, "cat") * 2
     drawing = {"steps": 2, "scale": 2.0, "seed": 0}
-    ours = sd.sample(templates, [learned.concept], **drawing)
+    ours = sample(sd, templates, [learned.concept], **drawing)
     base = sd.sample([template.replace("{}", "cat") for template in templates], **drawing)
     clip, figures = tools.clip, result["figures"]
     like = pairwise(clip(ours), clip(PHOTOS))
@@ -88,7 +89,8 @@ def test_figures_are_those_of_the_definitions(sd, protocol, every, tools, known)
     moved = []
     for group in ("none", "superclass", "neighbours"):  # two of each: 4 samples over 3 groups
         prompts = protocol.prompts(group, "cat")[:2]
-        moved.append(drift(clip(sd.sample(prompts, **drawing)), clip(sd.sample(prompts, [learned.concept], **drawing))))
+        base, ours = sd.sample(prompts, **drawing), sample(sd, prompts, [learned.concept], **drawing)
+        moved.append(drift(clip(base), clip(ours)))
     moved = torch.cat(moved)
     assert figures["drift"]["n"] == 6 and figures["drift"]["value"] == pytest.approx(moved.mean().item(), abs=1e-5)
     assert figures["drift"]["value"] > 0 and figures["lfd_none"]["value"] > 0
@@ -114,7 +116,7 @@ def test_best_and_worst_samples_have_their_prompts_and_seeds(sd, protocol, every
     card = pictures["worst"][0]
     template = protocol.prompts(CONTEXT, "cat")[card["seed"] % 2]
     assert card["prompt"] == template.replace("{}", "cat")
-    again = sd.sample([template], [learned.concept], steps=2, scale=2.0, seed=card["seed"])[0]
+    again = sample(sd, [template], [learned.concept], steps=2, scale=2.0, seed=card["seed"])[0]
     torch.testing.assert_close(card["ours"], again, atol=1e-4, rtol=0)
     without = replace(learned, photos=None)
     options = replace(every, metrics=("drift",))

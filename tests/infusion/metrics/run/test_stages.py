@@ -9,6 +9,7 @@ from infusion.metrics.measures.fisher import _draw
 from infusion.metrics.run.cache import Cache
 from infusion.metrics.run.protocol import CONTEXT, GROUPS
 from infusion.metrics.run.stages import OUTSIDE, Group, Stages, to_regions
+from infusion.sampling.sample import sample
 from ldm.pipeline import StableDiffusion
 from ldm.util.config import load_config
 from tests.infusion.metrics.conftest import ROUNDING
@@ -89,7 +90,7 @@ def test_samples_are_the_pipelines_own(stages, groups, subject):
     ours = stages.images(stages.samples(group, trained.last))
     plain = stages.images(stages.samples(group))
     templates = group.templates(range(4))
-    torch.testing.assert_close(ours, stages.sd.sample(templates, [trained.concept], **settings), atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours, sample(stages.sd, templates, [trained.concept], **settings), atol=1e-5, rtol=0)
     filled = [template.replace("{}", "cat") for template in templates]
     torch.testing.assert_close(plain, stages.sd.sample(filled, **settings), atol=1e-5, rtol=0)
     assert (ours - plain).abs().max() > 5e-4  # and the pipeline's agree far more closely

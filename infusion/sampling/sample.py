@@ -1,0 +1,79 @@
+"""Images of prompts with or without concepts: the one way to draw with them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from infusion.concepts.concept import Concept
+from infusion.sampling.customised import Customised
+from infusion.sampling.settings import Settings
+from infusion.tokens import PLACEHOLDER, concept_masks
+from ldm.pipeline import StableDiffusion
+
+
+def check_prompts(
+    sd: StableDiffusion, prompts: Sequence[str], concepts: Sequence[Concept] = (), nouns: Sequence[str] | None = None
+) -> None:
+    """Raises ValueError for a prompt that cannot be drawn with these concepts; `nouns`: see `Settings.replace_word`."""
+    for prompt in prompts:
+        if concepts:
+            concept_masks(sd.text.tokenizer, prompt, nouns or [concept.noun for concept in concepts])
+        elif found := PLACEHOLDER.search(prompt):
+            raise ValueError(f"there is no concept for {found[0]} in the prompt {prompt!r}")
+
+
+def sample(
+    sd: StableDiffusion,
+    prompts: Sequence[str],
+    concepts: Sequence[Concept] = (),
+    settings: Settings | None = None,
+    *,
+    seed: int | Sequence[int] = 0,
+    inverse_covariance: Tensor | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+    **choices: Any,
+) -> Tensor:
+    """One image per prompt; an image depends on its own prompt and seed alone.
+
+        images = infusion.sample(sd, ["a photo of a {}"] * 4, [concept], steps=50, strength=0.8)
+
+    Args:
+        sd: the base model.
+        prompts: B strings; `{}` is the concept (`{1}`, `{2}`, … several) and reads as its superclass word.
+        concepts: what to customise the model with, in the order of `{1}`, `{2}`, …; none is the base model.
+        settings: how to draw; None is `Settings()`.
+        seed: of the first image, where image `i` has `seed + i`; or B seeds, one for each.
+        inverse_covariance: C⁻¹, (D, D), when the concepts were trained with one; None is the identity.
+        batch_size: images at a time; None is all of them.
+        progress: show a progress bar.
+        choices: fields of `Settings` by name, which go before those of `settings`.
+
+    Returns:
+        (B, 3, H, W) float32 in [0, 1], on the model's device.
+
+    Raises:
+        ValueError: a setting is out of range, a prompt has a `{}` and there is no concept for it, or the concepts do
+            not fit the model (`Customised`).
+    """
+    settings = replace(settings or Settings(), **choices)
+    check_prompts(sd, prompts, concepts, settings.replace_word)
+    how = {
+        "steps": settings.steps,
+        "scale": settings.scale,
+        "seed": seed,
+        "negative_prompt": settings.negative_prompt,
+        "eta": settings.ddim_eta,
+        "sampler": settings.sampler,
+        "height": settings.H,
+        "width": settings.W,
+        "precision": settings.precision,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
+    if not concepts:
+        return sd.sample(prompts, **how)
+    with Customised(sd, concepts, settings, inverse_covariance) as customised:
+        return sd.sample(prompts, customised, **how)
