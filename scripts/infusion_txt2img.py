@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 from infusion.concepts.base import architecture_of, check_concepts_there, check_weights, load_base
 from infusion.sampling.prompts import Job, read_jobs
-from infusion.sampling.settings import Settings
+from infusion.sampling.settings import Settings, add_settings_flags
 from infusion.sampling.validate import check_concepts, check_sizes, check_words, fill_in, source
-from ldm.diffusion.schedulers import SAMPLERS
 from ldm.util.config import BACKBONES, find
 from ldm.util.errors import Parser, UserError, naming, report
 from ldm.util.flags import (
@@ -30,8 +29,6 @@ from ldm.util.flags import (
     batch,
     count,
     find_device,
-    number,
-    numbers,
     processes,
     seed,
     words,
@@ -46,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    usual = Settings()
     parser = Parser(description="Draws prompts with learned concepts.")
     add = parser.add_argument
     add("--config", metavar="FILE", help="backbone config; None: the one that the concept file names")
@@ -57,25 +53,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     prompts.add_argument("--from-file", metavar="FILE", help="prompts, one a line, with --n --w --h --s --l --d behind")
     prompts.add_argument("--from-png", metavar="FILE", help="draw a picture again; flags that are given change it")
     add("--target_word", metavar="W[,W]", type=words, help="words of the prompt that are the concepts, in place of {}")
-    add("--replace_word", metavar="W[,W]", type=words, help="what {} reads as; None: as the concept was trained")
-    add("--negative_prompt", help="what to guide away from", default=usual.negative_prompt)
-    add("--gate", type=words, metavar="G[,G]", help="sigmoid, hard or global; None: as the concept was trained")
-    add("--beta", type=numbers, metavar="B[,B]", help="similarity at which the gate is half open", default=usual.beta)
-    add("--tau", type=numbers, metavar="T[,T]", help="temperature of the gate, above 0", default=usual.tau)
-    add("--strength", type=numbers, metavar="S[,S]", help="factor on what was learned", default=usual.strength)
-    add("--region", nargs="+", metavar="K:x0,y0,x1,y1", help="keep concept K to a box, in shares of the image")
+    add_settings_flags(parser)
     add("--covariance", metavar="FILE", help="C⁻¹ that the concept was trained with; None: the identity")
-    add("--scale", type=number, help="classifier-free guidance; 1 is none", default=usual.scale)
-    add("--steps", "--ddim_steps", type=count, help="sampling steps", default=usual.steps)
-    add("--ddim_eta", type=number, help="share of DDIM's noise; 0 is deterministic", default=usual.ddim_eta)
-    add("--sampler", choices=list(SAMPLERS), help="the sampler", default=usual.sampler)
     add("--n_samples", type=batch, help="images of a prompt at a time", default=4)
     add("--n_iter", type=count, help="how often to go through the prompts", default=1)
     add("--n_rows", type=count, metavar="N", help="images in a row of the grid; None: --n_samples")
-    add("--H", type=count, metavar="PIXELS", help="height; None: the size that the base model was trained on")
-    add("--W", type=count, metavar="PIXELS", help="width; None: likewise")
     add("--seed", type=seed, help="of the first image; image i has the seed + i", default=42)
-    add("--precision", choices=["full", "autocast"], help="of the UNet", default=usual.precision)
     add("--outdir", metavar="DIR", type=writable, help="gets samples/ and grid-0000.png", default="outputs/txt2img")
     add("--skip_grid", action="store_true", help="write no grid")
     add("--skip_save", action="store_true", help="write no single images")
@@ -98,11 +81,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.set_defaults(**defaults(said))
         flags = parser.parse_args(arguments)
         flags.said = said
-    for name in ("covariance", "target_word", "replace_word", "region", "gate"):
+    for name in ("covariance", "target_word", "noun", "region", "gate"):
         if getattr(flags, name) and not flags.personalized_ckpt:
             parser.error(f"--{name}: is of a concept, and no --personalized_ckpt is given")
-    if flags.target_word and flags.replace_word:
-        parser.error("--target_word and --replace_word: name the words that are there, or those to write, not both")
+    if flags.target_word and flags.noun:
+        parser.error("--target_word and --noun: name the words that are there, or those to write, not both")
     if flags.skip_grid and flags.skip_save:
         parser.error("--skip_grid and --skip_save together leave nothing to write")
     return flags
@@ -200,9 +183,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     boxes = flags.region or ""
     flags.region = regions(boxes if isinstance(boxes, str) else " ".join(boxes))
-    settings = Settings(**{field.name: getattr(flags, field.name) for field in fields(Settings)})
-    if flags.target_word:
-        settings = replace(settings, replace_word=flags.target_word)
+    flags.noun = flags.noun or flags.target_word
+    try:
+        settings = Settings(**{field.name: getattr(flags, field.name) for field in fields(Settings)})
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
     jobs = read_prompts(flags, settings)
     check_words(flags, jobs)
     if (total := len(jobs) * flags.n_iter * flags.n_samples) > MOST:
@@ -219,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_concepts(sd, files, inverse.matrix)
     check_sizes(sd, jobs)
     with naming(f"--{source(flags)}"):
-        check_prompts(sd, templates, concepts, settings.replace_word)
+        check_prompts(sd, templates, concepts, settings.noun)
     of_files = hashes(sd.hash, list(files), inverse.fingerprint)
     warn_of_change(flags, of_files)
 
@@ -241,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         everyone = [images for of_one in ranks.gather(made) for images in of_one]
         for (job, _, seeds), images in zip(batches[start : start + ranks.world], everyone, strict=True):
-            size = {"H": images.shape[2], "W": images.shape[3]}
+            size = {"height": images.shape[2], "width": images.shape[3]}
             for image, seed_ in zip(images, seeds, strict=True):
                 if not image.isfinite().all():
                     spoilt.append(f"{job.prompt[:80]!r}, seed {seed_}")

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +16,8 @@ from infusion.methods import method_of
 from infusion.methods.base import Method, by_layer
 from infusion.sampling.encode import encode, own_embeddings
 from infusion.sampling.regions import weights
-from infusion.sampling.settings import Settings, each
+from infusion.sampling.settings import Settings, for_each
 from ldm.pipeline import StableDiffusion
-
-Value = TypeVar("Value", float, str)
 
 
 class Customised:
@@ -58,11 +55,10 @@ class Customised:
         check_covariance(concepts, inverse_covariance)
         self.own = concepts[0].attention == "own"
         count = len(concepts)
-        betas, taus = _for_each(settings.beta, count, "beta"), _for_each(settings.tau, count, "tau")
-        kinds = [None] * count if settings.gate is None else _for_each(settings.gate, count, "gate")
-        given = [concept.noun for concept in concepts] if settings.replace_word is None else settings.replace_word
-        self.nouns = _for_each(given, count, "noun")
-        strengths = _for_each(settings.strength, count, "strength")
+        betas, taus = for_each(settings.beta, count, "beta"), for_each(settings.tau, count, "tau")
+        kinds = [None] * count if settings.gate is None else for_each(settings.gate, count, "gate")
+        self.nouns = nouns_of(concepts, settings.noun)
+        strengths = for_each(settings.strength, count, "strength")
         weights(settings.region, count, (1, 1))  # refuses a region of no concept
 
         self.gates = [concept.gate.but(*own) for concept, *own in zip(concepts, kinds, betas, taus, strict=True)]
@@ -229,6 +225,11 @@ def check_covariance(concepts: Sequence[Concept], inverse_covariance: Tensor | N
             )
 
 
+def nouns_of(concepts: Sequence[Concept], noun: str | Sequence[str] | None = None) -> list[str]:
+    """What stands in prompts for each concept; `noun`: see `Settings`."""
+    return [concept.noun for concept in concepts] if noun is None else for_each(noun, len(concepts), "noun")
+
+
 def _methods(sd: StableDiffusion, concepts: Sequence[Concept]) -> list[Method]:
     for concept in concepts:
         concept.check_base(sd.architecture, sd.hash)
@@ -249,12 +250,3 @@ def _blended(learned: Tensor | None, sd: StableDiffusion, noun: str, strength: f
         raise ValueError(f"{noun!r} has {len(usual)} tokens, the concept {len(learned)}: its strength can only be 1")
     usual = usual[: len(learned)]
     return usual + strength * (learned.to(usual) - usual)
-
-
-def _for_each(value: Value | Sequence[Value], concepts: int, name: str) -> list[Value]:
-    values = list(each(value))
-    if len(values) == 1:
-        values = values * concepts
-    if len(values) != concepts:
-        raise ValueError(f"give one {name} for all concepts or one for each of {concepts}, not {len(values)}")
-    return values

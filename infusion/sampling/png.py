@@ -11,7 +11,7 @@ from typing import BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from infusion.sampling.regions import Region
-from infusion.sampling.settings import LONGEST, Settings
+from infusion.sampling.settings import FORMER, LONGEST, Settings
 from ldm.util.config import find
 from ldm.weights.checkpoint import sha256
 
@@ -19,7 +19,7 @@ NEW = ("part", "use_ema")  # flags that older pictures do not have
 FLAGS = ("prompt", "target_word", "seed", "config", "ckpt", *NEW, "personalized_ckpt", "covariance")  # and the settings
 FILES = ("config", "ckpt", "part", "personalized_ckpt", "covariance")  # of these, those that name files to read
 HASHES = ("base_sha256", "personalized_sha256", "covariance_sha256")
-KNOWN = (*FLAGS, *(field.name for field in fields(Settings)), *HASHES)
+KNOWN = (*FORMER, *FLAGS, *(field.name for field in fields(Settings)), *HASHES)
 SHORT = 2000  # characters of a value that is no prompt
 CHUNKS = 1000  # before the pixels of a picture of ours there are 30
 UNREADABLE = (
@@ -37,6 +37,8 @@ ONE_EACH = {"n_samples": "1", "n_iter": "1"}
 def describe(settings: Settings, flags: Mapping[str, object], hashes: Mapping[str, str]) -> dict[str, str]:
     """The text of a PNG: every flag that its pixels depend on, and hashes of the files that they name."""
     values = {name: flags.get(name) for name in FLAGS} | asdict(settings) | {"region": settings.region}
+    if values["target_word"]:
+        values["noun"] = None  # which the target word is
     return {name: joined(value) for name, value in values.items()} | dict(hashes)
 
 
@@ -76,6 +78,7 @@ def recall(path: str | Path) -> dict[str, str]:
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: cannot be read as a picture ({reason})") from error
+    said = {FORMER.get(name, name): value for name, value in said.items()}
     if lacking := [name for name in (*FLAGS, *asdict(Settings())) if name not in {*said, *NEW}]:
         raise ValueError(f"{path}: does not say how it was made ({lacking[0]} is lacking)")
     for name, value in said.items():

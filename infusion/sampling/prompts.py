@@ -15,8 +15,8 @@ from ldm.util.flags import count, number, seed
 
 OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {  # letter -> setting, and how it is read
     "n": ("negative_prompt", str),
-    "w": ("W", count),
-    "h": ("H", count),
+    "w": ("width", count),
+    "h": ("height", count),
     "s": ("steps", count),
     "l": ("scale", number),
     "d": ("seed", seed),

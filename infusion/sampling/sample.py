@@ -7,19 +7,22 @@ from typing import Any
 from torch import Tensor
 
 from infusion.concepts.concept import Concept
-from infusion.sampling.customised import Customised
+from infusion.sampling.customised import Customised, nouns_of
 from infusion.sampling.settings import Settings
 from infusion.tokens import PLACEHOLDER, concept_masks
 from ldm.pipeline import StableDiffusion
 
 
 def check_prompts(
-    sd: StableDiffusion, prompts: Sequence[str], concepts: Sequence[Concept] = (), nouns: Sequence[str] | None = None
+    sd: StableDiffusion,
+    prompts: Sequence[str],
+    concepts: Sequence[Concept] = (),
+    noun: str | Sequence[str] | None = None,
 ) -> None:
-    """Raises ValueError for a prompt that cannot be drawn with these concepts; `nouns`: see `Settings.replace_word`."""
+    """Raises ValueError for a prompt that cannot be drawn with these concepts; `noun`: see `Settings`."""
     for prompt in prompts:
         if concepts:
-            concept_masks(sd.text.tokenizer, prompt, nouns or [concept.noun for concept in concepts])
+            concept_masks(sd.text.tokenizer, prompt, nouns_of(concepts, noun))
         elif found := PLACEHOLDER.search(prompt):
             raise ValueError(f"there is no concept for {found[0]} in the prompt {prompt!r}")
 
@@ -59,16 +62,16 @@ def sample(
             not fit the model (`Customised`).
     """
     settings = replace(settings or Settings(), **choices)
-    check_prompts(sd, prompts, concepts, settings.replace_word)
+    check_prompts(sd, prompts, concepts, settings.noun)
     how = {
         "steps": settings.steps,
         "scale": settings.scale,
         "seed": seed,
         "negative_prompt": settings.negative_prompt,
-        "eta": settings.ddim_eta,
+        "eta": settings.eta,
         "sampler": settings.sampler,
-        "height": settings.H,
-        "width": settings.W,
+        "height": settings.height,
+        "width": settings.width,
         "precision": settings.precision,
         "batch_size": batch_size,
         "progress": progress,

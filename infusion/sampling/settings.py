@@ -1,11 +1,13 @@
-"""How to sample: what a command lets one choose, and what is usual."""
+"""How to draw: every choice is declared here once, for Python, flags, prompt files and the text of PNGs."""
 
+import argparse
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from ldm.diffusion.schedulers import SAMPLERS
+from ldm.util.flags import count, number, numbers, words
 
 if TYPE_CHECKING:
     from infusion.sampling.regions import Region
@@ -16,67 +18,88 @@ PIXELS = 8192  # of a picture's side, at most
 LONGEST = 10_000  # characters of a prompt; text encoders read 75 tokens of it
 
 
+def setting(default: object, convert: Callable[[str], object], text: str, also: str = "", **flag: object) -> Any:
+    """A field of `Settings`: its default, how a flag's value is read, its help, and a flag's other name."""
+    return field(default=default, metadata={"type": convert, "help": text, "also": also, **flag})
+
+
 @dataclass(frozen=True)
 class Settings:
-    """How to sample; the names are those of the flags of `scripts/infusion_txt2img.py`.
+    """How to draw. Height and width None are the size of training; gate and noun None are as a concept was trained.
 
-    Attributes:
-        steps: sampling steps. scale: classifier-free guidance, 1 is none.
-        sampler: a key of `ldm.diffusion.schedulers.SAMPLERS`.
-        ddim_eta: share of DDIM's noise, in [0, 1].
-        negative_prompt: what to guide away from.
-        H, W: pixels; None is the size of training.
-        beta, tau, strength: one value, or one for each concept.
-        gate: kind of gate, one or one for each concept; None is what each was trained with.
-        replace_word: what stands in the prompts for each concept; None is what each was trained with.
-        region: boxes that concepts keep to.
-        precision: "full" is the model's own; "autocast" runs the UNet in half precision (`StableDiffusion.autocast`).
+    Of beta, tau, strength, gate and noun there is one value, or one for each concept. With the precision "autocast" the
+    UNet runs in half precision (`StableDiffusion.autocast`); "full" is the model's own.
 
     Raises:
-        ValueError: something out of range, whatever the model; the message names the flag.
+        ValueError: something out of range, whatever the model; the message begins with the field's name.
     """
 
-    steps: int = 50
-    scale: float = 7.5
-    sampler: str = "ddim"
-    ddim_eta: float = 0.0
-    negative_prompt: str = ""
-    H: int | None = None
-    W: int | None = None
-    beta: float | Sequence[float] = BETA
-    tau: float | Sequence[float] = TAU
-    strength: float | Sequence[float] = 1.0
-    gate: str | Sequence[str] | None = None
-    replace_word: Sequence[str] | None = None
-    region: "Sequence[Region]" = ()
-    precision: str = "full"
+    steps: int = setting(50, count, "sampling steps", "ddim_steps")
+    scale: float = setting(7.5, number, "classifier-free guidance; 1 is none")
+    sampler: str = setting("ddim", str, "the sampler", choices=tuple(SAMPLERS))
+    eta: float = setting(0.0, number, "share of DDIM's noise; 0 is deterministic", "ddim_eta")
+    negative_prompt: str = setting("", str, "what to guide away from")
+    height: int | None = setting(None, count, "None: the size of the base model's training", "H", metavar="PIXELS")
+    width: int | None = setting(None, count, "None: likewise", "W", metavar="PIXELS")
+    beta: float | Sequence[float] = setting(BETA, numbers, "similarity at which the gate is half open", metavar="B[,B]")
+    tau: float | Sequence[float] = setting(TAU, numbers, "temperature of the gate, above 0", metavar="T[,T]")
+    strength: float | Sequence[float] = setting(1.0, numbers, "factor on what was learned", metavar="S[,S]")
+    gate: str | Sequence[str] | None = setting(
+        None, words, "sigmoid, hard or global; None: as the concept was trained", metavar="G[,G]"
+    )
+    noun: str | Sequence[str] | None = setting(
+        None, words, "what {} reads as; None: as the concept was trained", "replace_word", metavar="W[,W]"
+    )
+    region: "Sequence[Region]" = setting(
+        (), str, "keep concept K to a box, in shares of the image", nargs="+", metavar="K:x0,y0,x1,y1"
+    )
+    precision: str = setting("full", str, "of the UNet", choices=PRECISIONS)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"--steps: must be at least 1, not {self.steps}")
+            raise ValueError(f"steps: must be at least 1, not {self.steps}")
         if not math.isfinite(self.scale):
-            raise ValueError(f"--scale: must be a finite number, not {self.scale}")
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"--sampler: there is no {self.sampler!r}; there are {', '.join(SAMPLERS)}")
-        if not 0 <= self.ddim_eta <= 1:
-            raise ValueError(f"--ddim_eta: must be between 0 and 1, not {self.ddim_eta}")
-        if self.ddim_eta and self.sampler != "ddim":
-            raise ValueError(f"--ddim_eta: only the ddim sampler takes it, not {self.sampler}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"--precision: must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
-        for name, side in (("H", self.H), ("W", self.W)):
+            raise ValueError(f"scale: must be a finite number, not {self.scale}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta: must be between 0 and 1, not {self.eta}")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta: only the ddim sampler takes it, not {self.sampler}")
+        for name, side in (("height", self.height), ("width", self.width)):
             if side is not None and not 1 <= side <= PIXELS:
-                raise ValueError(f"--{name}: must be from 1 to {PIXELS} pixels, not {side}")
+                raise ValueError(f"{name}: must be from 1 to {PIXELS} pixels, not {side}")
         for name in ("beta", "tau", "strength"):
             for value in each(getattr(self, name)):
                 if not math.isfinite(value) or (name == "tau" and value <= 0):
                     limit = "above 0 and finite" if name == "tau" else "finite"
-                    raise ValueError(f"--{name}: {name} must be {limit}, not {value}")
-        for kind in each(self.gate or ()):
-            if kind not in GATES:
-                raise ValueError(f"--gate: the gate must be 'sigmoid', 'hard' or 'global', not {kind!r}")
+                    raise ValueError(f"{name}: must be {limit}, not {value}")
+        named = (("sampler", [self.sampler], SAMPLERS), ("precision", [self.precision], PRECISIONS))
+        for name, values, known in (*named, ("gate", each(self.gate or ()), GATES)):
+            for value in values:
+                if value not in known:
+                    raise ValueError(f"{name}: must be one of {', '.join(known)}, not {value!r}")
+
+
+FORMER = {own.metadata["also"]: own.name for own in fields(Settings) if own.metadata["also"]}  # older name -> name
+
+
+def add_settings_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for each setting, by its name and its older one."""
+    for own in fields(Settings):
+        flag = dict(own.metadata)
+        names = [f"--{name}" for name in (own.name, flag.pop("also")) if name]
+        parser.add_argument(*names, default=None if own.default == () else own.default, **flag)
 
 
 def each(value: float | str | Sequence) -> Sequence:
     """One value as a sequence of one; a sequence as it is."""
     return (value,) if isinstance(value, float | int | str) else value
+
+
+def for_each(value: Any, concepts: int, name: str) -> list:
+    """The values of K concepts, of which one or K are given; raises ValueError for another number of them."""
+    values = list(each(value))
+    if len(values) == 1:
+        values = values * concepts
+    if len(values) != concepts:
+        raise ValueError(f"give one {name} for all concepts or one for each of {concepts}, not {len(values)}")
+    return values

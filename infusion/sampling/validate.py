@@ -23,7 +23,7 @@ def check_words(flags: argparse.Namespace, jobs: list[Job]) -> None:
     """Raises UserError for words too long to be meant, or that are no text, and for a prompt without the concept."""
     said = [("prompt", job.prompt) for job in jobs]
     said += [("negative_prompt", job.settings.negative_prompt) for job in jobs]
-    said += [(name, word) for name in ("target_word", "replace_word") for word in getattr(flags, name) or ()]
+    said += [(name, word) for name in ("target_word", "noun") for word in getattr(flags, name) or ()]
     for flag, text in said:
         if len(text) > LONGEST:
             raise UserError(f"--{flag}: has {len(text):,} characters; at most {LONGEST:,} are read: {text[:20]!r} …")
@@ -37,7 +37,7 @@ def fill_in(flags: argparse.Namespace, jobs: list[Job], concepts: "list[Concept]
     Raises:
         UserError: no prompt has one, or one has a placeholder or a word of no concept.
     """
-    for name in ("target_word", "replace_word"):
+    for name in ("target_word", "noun"):
         given = getattr(flags, name)
         if given and len(given) != len(concepts):
             raise UserError(f"--{name}: {len(given)} for {len(concepts)} of --personalized_ckpt; give one for each")
@@ -74,8 +74,9 @@ def check_concepts(sd: "StableDiffusion", files: "Mapping[str, Concept]", invers
 
 def check_sizes(sd: "StableDiffusion", jobs: list[Job]) -> None:
     """Raises UserError for what this model cannot draw, in any of the jobs."""
-    for settings in {(job.settings.H, job.settings.W, job.settings.steps): job.settings for job in jobs}.values():
-        for flag, size in (("H", (settings.H, None)), ("W", (None, settings.W))):
+    chosen = [job.settings for job in jobs]
+    for settings in {(own.height, own.width, own.steps): own for own in chosen}.values():
+        for flag, size in (("height", (settings.height, None)), ("width", (None, settings.width))):
             try:
                 sd.latent_shape(*size)
             except ValueError as error:

@@ -43,7 +43,7 @@ def test_a_prompt_that_cannot_be_drawn_is_named(bench, case):
     bench.refuse("txt2img", *DRAW, f"--prompt={prompt}", says=says)
 
 
-@pytest.mark.parametrize("flag", ["--negative_prompt", "--replace_word", "--target_word"])
+@pytest.mark.parametrize("flag", ["--negative_prompt", "--noun", "--target_word"])
 def test_other_words_are_no_longer_than_prompts(bench, flag):
     words = "a dog", f"{flag}={'word' * 10_000}"
     bench.refuse("txt2img", *DRAW, f"--prompt={'a {}' if flag != '--target_word' else words[0]}", words[1], says=flag)
@@ -137,7 +137,7 @@ PNGS: dict[str, tuple[dict[str, str], str]] = {
     "sampler": ({"sampler": "heun"}, "heun"),
     "sampler of an attribute": ({"sampler": "__class__"}, "__class__"),
     "precision": ({"precision": "double"}, "double"),
-    "size": ({"H": "1000000000"}, "H"),
+    "size": ({"height": "1000000000"}, "--height"),
     "tau": ({"tau": "0"}, "tau"),
     "beta": ({"beta": "nan"}, "--beta"),
     "gate": ({"gate": "soft"}, "soft"),

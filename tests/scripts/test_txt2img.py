@@ -133,9 +133,9 @@ def test_the_png_says_how_it_was_made(draw, sd, concept, tiny):
     said = text(out / "samples/00000.png")
     concept_hash = hashlib.sha256(concept.read_bytes()).hexdigest()
     assert said == {
-        "prompt": "a “{}”", "seed": "42", "steps": "2", "scale": "7.5", "sampler": "ddim", "ddim_eta": "0.0",
-        "negative_prompt": "fog", "H": "16", "W": "16", "beta": "0.7", "tau": "0.2", "strength": "0.5", "gate": "",
-        "precision": "full", "target_word": "", "replace_word": "", "region": "", "config": str(tiny), "ckpt": "",
+        "prompt": "a “{}”", "seed": "42", "steps": "2", "scale": "7.5", "sampler": "ddim", "eta": "0.0", "negative_prompt": "fog",
+        "height": "16", "width": "16", "beta": "0.7", "tau": "0.2", "strength": "0.5", "gate": "",
+        "precision": "full", "target_word": "", "noun": "", "region": "", "config": str(tiny), "ckpt": "",
         "part": "", "use_ema": "False",
         "personalized_ckpt": str(concept), "personalized_sha256": concept_hash, "base_sha256": sd.hash,
         "covariance": "", "covariance_sha256": "identity",
@@ -161,13 +161,12 @@ def test_lines_of_a_file_have_options_of_their_own(draw, sd, concept, tmp_path):
     said = [text(path) for path in sorted((out / "samples").iterdir())]
     assert [one["seed"] for one in said] == ["9", "5", "11", "6"]
     assert [one["prompt"] for one in said] == ["a {} outside", "the {}"] * 2
-    assert {"negative_prompt": "", "W": "16", "steps": "2", "scale": "7.5"}.items() <= said[0].items()
-    assert {"negative_prompt": "fog, rain", "W": "24", "H": "16", "steps": "3", "scale": "2.5"}.items() <= said[
-        1
-    ].items()
+    assert {"negative_prompt": "", "width": "16", "steps": "2", "scale": "7.5"}.items() <= said[0].items()
+    own = {"negative_prompt": "fog, rain", "width": "24", "height": "16", "steps": "3", "scale": "2.5"}
+    assert own.items() <= said[1].items()
     shapes = [pixels(out / f"grid-000{i}.png").shape for i in range(2)]
     assert shapes == [(16 + 4, 16 + 4, 3), (16 + 4, 24 + 4, 3)] or shapes[0][0] > 20  # one of each size
-    settings = Settings(steps=3, scale=2.5, negative_prompt="fog, rain", W=24)
+    settings = Settings(steps=3, scale=2.5, negative_prompt="fog, rain", width=24)
     alone = sample(sd, ["the {}"], [Concept.load(concept)], settings, seed=5)[0].permute(1, 2, 0).numpy()
     assert np.abs(pixels(out / "samples/00001.png") / 255 - alone).max() < 0.01
 
@@ -326,7 +325,7 @@ def test_a_concept_trained_with_a_covariance_wants_its_file(draw, refused, sd, c
         (["--H", "30"], "error: height must be a multiple of 4 pixels, not 30"),
         (["--n_samples", "0"], "argument --n_samples: `0` is not a whole number above 0"),
         (["--seed", "-1"], "argument --seed"),
-        (["--tau", "0"], "tau must be above 0"),
+        (["--tau", "0"], "--tau: must be above 0"),
         (["--beta", "a,b"], "argument --beta: `a,b` is not a number"),
         (["--strength", "nan"], "`nan` is not a finite number"),
         (["--strength", "1,2"], "give one strength for all concepts"),
@@ -334,13 +333,13 @@ def test_a_concept_trained_with_a_covariance_wants_its_file(draw, refused, sd, c
         (["--sampler", "magic"], "argument --sampler: invalid choice"),
         (["--device", "warp:9"], "error: --device: warp:9 cannot be used here"),
         (["--skip_grid", "--skip_save"], "leave nothing to write"),
-        (["--gate", "soft"], "the gate must be 'sigmoid', 'hard' or 'global', not 'soft'"),
+        (["--gate", "soft"], "--gate: must be one of sigmoid, hard, global, not 'soft'"),
         (["--region", "1:0,0,1"], "write a region as CONCEPT:x0,y0,x1,y1"),
         (["--region", "2:0,0,1,1"], "the region 2:0,0,1,1 is of no concept"),
         (["--region", "1:0.5,0,0.5,1"], "a region's corners are"),
         (["--target_word", "dog", "--prompt", "a cat"], "has no word 'dog'"),
         (["--target_word", "cat"], "by a placeholder or by a word, not by both"),
-        (["--target_word", "cat", "--replace_word", "cat"], "not both"),
+        (["--target_word", "cat", "--noun", "cat"], "not both"),
         (["--from-png", "nowhere.png"], "error: nowhere.png: cannot be read as a picture"),
         (["--from-png", str(ROOT / "docs/pocket-world.png")], "pocket-world.png: does not say how it was made"),
         (["--steps", "1000"], "steps must lie between 1 and 999"),

@@ -135,8 +135,8 @@ def test_each_concept_has_its_kind_of_gate(sd, latents):
 
 def test_another_word_may_stand_for_the_concept(sd, latents):
     cat = make_concept(sd)
-    said = denoise(sd, [cat], ["a {} outside", "my {}"], latents, replace_word=["big kitten"])
-    denoiser = Customised(sd, [cat], Settings(replace_word=["big kitten"]))(["a {} outside", "my {}"])
+    said = denoise(sd, [cat], ["a {} outside", "my {}"], latents, noun=["big kitten"])
+    denoiser = Customised(sd, [cat], Settings(noun=["big kitten"]))(["a {} outside", "my {}"])
     torch.testing.assert_close(denoiser.text[2:], sd.text(["a big kitten outside", "my big kitten"]))
     assert ((denoiser.gates[2:] > 0).sum(2) == 2).all()  # on both tokens of it
     assert (said - denoise(sd, [cat], ["a {} outside", "my {}"], latents)).abs().max() > 1e-3
@@ -158,14 +158,14 @@ def test_eight_concepts_are_the_sum_of_their_residuals(sd, latents):
     together = {name: sum(concept.tensors[name] for concept in concepts) for name in concepts[0].tensors}
     names = "".join(f"{{{i}}} " for i in range(1, 9))
     one = Concept(together, "cat", TEMPLATES, sd.architecture)
-    options = {"gate": "hard", "replace_word": ["cat"]}
+    options = {"gate": "hard", "noun": ["cat"]}
     cat = "cat " * 8
     gates = Customised(sd, concepts, Settings(**options))([names, names]).gates[2:]
     assert gates.sum((1, 2)).tolist() == [8, 8]
     assert (gates[0].sum(0) <= 1).all()  # each at an occurrence of its own
     many = denoise(sd, concepts, ["{1}"] * 2, latents, strength=[1] + [0] * 7, **options)
     torch.testing.assert_close(many, denoise(sd, concepts[:1], ["{}"] * 2, latents, **options), atol=1e-5, rtol=1e-5)
-    everywhere = {"gate": "global", "replace_word": ["cat"]}
+    everywhere = {"gate": "global", "noun": ["cat"]}
     torch.testing.assert_close(
         denoise(sd, concepts, [names, cat], latents, **everywhere),
         denoise(sd, [one], ["{} " * 8, cat], latents, **everywhere), atol=1e-3, rtol=1e-3,
@@ -256,8 +256,8 @@ def test_maps_have_to_be_asked_for(sd, latents):
         ([{}], {"strength": [1, 1, 1]}, "one strength for all"),
         ([{}], {"tau": 0.0}, "tau"),
         ([{}], {"gate": ["hard", "hard"]}, "one gate for all"),
-        ([{}], {"gate": "open"}, "the gate must be 'sigmoid', 'hard' or 'global', not 'open'"),
-        ([{}], {"replace_word": ["a", "b"]}, "one noun for all"),
+        ([{}], {"gate": "open"}, "gate: must be one of sigmoid, hard, global, not 'open'"),
+        ([{}], {"noun": ["a", "b"]}, "one noun for all"),
         ([{}], {"region": [Region(2, 0, 0, 1, 1)]}, "the region 2:0,0,1,1 is of no concept"),
         ([{}, {"attention": "own"}], {}, "cannot be sampled together"),
         ([{"method": "hypnosis"}], {}, "no method 'hypnosis'"),

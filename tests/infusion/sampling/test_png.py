@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from infusion.sampling.png import CHUNKS, FILES, FLAGS, KNOWN, NEW, defaults, describe, recall
-from infusion.sampling.settings import Settings
+from infusion.sampling.settings import FORMER, Settings
 
 SAID = describe(Settings(), {"prompt": "a {}", "seed": 3, "config": "c.yaml"}, {"base_sha256": "ab"})
 
@@ -48,6 +48,19 @@ def test_pictures_from_before_a_flag_was_there_are_recalled(tmp_path):
     old = {name: value for name, value in SAID.items() if name not in NEW}
     found = defaults(recall(save(tmp_path / "a.png", old)))
     assert found["prompt"] == "a {}" and not set(NEW) & set(found)
+
+
+def test_pictures_that_say_settings_by_their_older_names_are_recalled(tmp_path):
+    old = {older: SAID[name] for older, name in FORMER.items() if older != "ddim_steps"}
+    rest = {name: value for name, value in SAID.items() if name not in FORMER.values()} | {"steps": "7"}
+    found = defaults(recall(save(tmp_path / "a.png", rest | old | {"ddim_eta": "0.5", "W": "24"})))
+    assert found["eta"] == "0.5" and found["width"] == "24" and found["steps"] == "7"
+    assert not set(FORMER) & set(found)
+
+
+def test_a_target_word_is_said_once():
+    said = describe(Settings(noun=["cat"]), {"target_word": ["cat"]}, {})
+    assert said["target_word"] == "cat" and not said["noun"]
 
 
 def test_the_base_models_weights_are_said_as_their_flags_take_them():

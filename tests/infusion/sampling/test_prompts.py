@@ -15,7 +15,7 @@ def test_a_line_without_options_is_drawn_as_usual():
 
 def test_options_follow_the_prompt():
     (job,) = read_jobs("a {}, close-up -- nice --n dull, grey --w 640 --h 512 --s 30 --l 6.5 --d 12", USUAL)
-    own = Settings(steps=30, scale=6.5, negative_prompt="dull, grey", W=640, H=512)
+    own = Settings(steps=30, scale=6.5, negative_prompt="dull, grey", width=640, height=512)
     assert job == Job("a {}, close-up -- nice", own, 12)
 
 

@@ -14,7 +14,7 @@ PROMPTS = ["a photo of a {} outside", "a {} in the rain", "a dog"]
 def test_without_concepts_it_is_the_pipeline(sd):
     plain = ["a cat", "a dog"]
     expected = sd.sample(plain, steps=2, scale=3.0, seed=5, negative_prompt="fog", height=8, width=24)
-    assert torch.equal(sample(sd, plain, (), FAST, seed=5, negative_prompt="fog", H=8, W=24), expected)
+    assert torch.equal(sample(sd, plain, (), FAST, seed=5, negative_prompt="fog", height=8, width=24), expected)
 
 
 def test_settings_may_be_an_object_or_keywords(sd):
