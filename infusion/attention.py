@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from infusion.deltas import kept
+from infusion.deltas import as_parameter
 from infusion.sampling.regions import shrink
 from ldm.models.attention import Context, CrossAttention
 
@@ -32,20 +33,34 @@ class FoundationPass(Context):
     gates: Tensor
     tape: Tape
 
+    def attend(self, layer: "EditedCrossAttention", x: Tensor) -> Tensor:
+        out, mass = layer.attention(x, self.text, self.gates)
+        self.tape[layer.name] = out, mass
+        return layer.base.to_out(out)
+
 
 @dataclass(frozen=True, eq=False)
 class CustomisedPass(Context):
-    """A pass that takes the attention of every edited layer from the tape of a foundation pass.
+    """A pass that takes the attention of every edited layer from the tape of a foundation pass: no query, no softmax.
 
     Attributes:
         tape: as a foundation pass of the same text, latents and timesteps left it.
         strengths: (K,), the factor on each concept's residual.
-        chosen: (B,), which residual of a bank each row has, where the edits are banks (`infusion.training.many`).
     """
 
     tape: Tape
     strengths: Tensor
-    chosen: Tensor | None = None
+
+    def attend(self, layer: "EditedCrossAttention", x: Tensor) -> Tensor:
+        """Raises ValueError where the tape has no entry for this layer."""
+        if layer.name not in self.tape:
+            raise ValueError(f"nothing on the tape for {layer.name}: a customised pass follows a foundation pass")
+        out, mass = self.tape[layer.name]
+        return layer.base.to_out(layer.blend(out, mass, self.residuals(layer)))
+
+    def residuals(self, layer: "EditedCrossAttention") -> Tensor:
+        """Each concept's residual times its strength, (K, C); (B, K, C) where rows have residuals of their own."""
+        return layer.residuals(self.strengths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +84,16 @@ class StackedPass(Context):
     regions: Tensor | None = None
     tape: Tape | None = None
 
+    def attend(self, layer: "EditedCrossAttention", x: Tensor) -> Tensor:
+        first = len(x) - len(self.rows)
+        out, mass = layer.attention(x[:first], self.text[:first], self.gates)
+        conditional = out[first - len(mass) :]
+        if self.tape is not None:
+            self.tape[layer.name] = conditional, mass
+        residuals = layer.residuals(self.strengths)
+        customised = layer.blend(conditional[self.rows], mass[self.rows], residuals, self.regions)
+        return layer.base.to_out(torch.cat([out, customised]))
+
 
 @dataclass(frozen=True, eq=False)
 class OwnPass(Context):
@@ -88,6 +113,19 @@ class OwnPass(Context):
     strengths: Tensor
     regions: Tensor | None = None
 
+    def attend(self, layer: "EditedCrossAttention", x: Tensor) -> Tensor:
+        out, mass = layer.attention(x, self.text, self.gates, self.keys(layer))
+        self.tape[layer.name] = out.detach(), mass.detach()
+        return layer.base.to_out(layer.blend(out, mass, layer.residuals(self.strengths), self.regions))
+
+    def keys(self, layer: "EditedCrossAttention") -> Tensor | None:
+        """`Σ_k strength_k g_k ⊗ r_K,k`, (B, L, C): what the concepts add to the text's keys; None without any."""
+        if all(edit.key is None for edit in layer.edits):
+            return None
+        keys = [torch.zeros_like(edit.residual) if edit.key is None else edit.key for edit in layer.edits]
+        keys = torch.stack(keys) * self.strengths[:, None]  # (K, C)
+        return torch.einsum("bkl,kc->blc", self.gates.to(keys), keys).to(self.text.dtype)
+
 
 def key_name(layer: str) -> str:
     """What a layer's residual key is called in a concept; its residual value has the layer's name."""
@@ -100,13 +138,13 @@ class ResidualValue(nn.Module):
     The key is heeded by an `OwnPass` only.
 
     Args:
-        residual, key: see `infusion.deltas.kept`; no residual key with None.
+        residual, key: see `infusion.deltas.as_parameter`; no residual key with None.
     """
 
     def __init__(self, residual: Tensor, key: Tensor | None = None):
         super().__init__()
-        self.residual = kept(residual)
-        self.key = None if key is None else kept(key)
+        self.residual = as_parameter(residual)
+        self.key = None if key is None else as_parameter(key)
 
     @classmethod
     def zeros(cls, width: int, keys: bool = False) -> "ResidualValue":
@@ -115,15 +153,9 @@ class ResidualValue(nn.Module):
 
 
 class EditedCrossAttention(nn.Module):
-    """A frozen cross-attention with the residuals of K concepts. What it does is decided by the context of the call:
+    """A frozen cross-attention with the residuals of K concepts. The context of a call decides what it does with them.
 
-    - plain `Context`: the base layer, exactly.
-    - `FoundationPass`: the base layer's output; its attention goes on the tape.
-    - `CustomisedPass`: the taped output plus the gated residuals; no query, no softmax.
-    - `StackedPass`: the former for the first rows, the latter for the others.
-    - `OwnPass`: the same sum, over attention computed here.
-
-    Nothing is kept on the module between calls.
+    Under a plain `Context` it is the base layer, exactly. Nothing is kept on the module between calls.
 
     Args:
         base: the frozen layer; while it is wrapped, its tensors are called `….base.to_q.weight` and so on.
@@ -138,36 +170,11 @@ class EditedCrossAttention(nn.Module):
         self.edits = edits
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """(B, N, query_dim) -> (B, N, query_dim).
+        """(B, N, query_dim) -> (B, N, query_dim)."""
+        return context.attend(self, x)
 
-        Raises:
-            ValueError: a customised pass whose tape has no entry for this layer.
-        """
-        if isinstance(context, FoundationPass):
-            out, mass = self.attend(x, context.text, context.gates)
-            context.tape[self.name] = out, mass
-        elif isinstance(context, CustomisedPass):
-            if self.name not in context.tape:
-                raise ValueError(f"nothing on the tape for {self.name}: a customised pass follows a foundation pass")
-            out = self.blend(*context.tape[self.name], context.strengths, chosen=context.chosen)
-        elif isinstance(context, StackedPass):
-            first = len(x) - len(context.rows)
-            out, mass = self.attend(x[:first], context.text[:first], context.gates)
-            conditional = out[first - len(mass) :]
-            if context.tape is not None:
-                context.tape[self.name] = conditional, mass
-            followed = conditional[context.rows], mass[context.rows]
-            out = torch.cat([out, self.blend(*followed, context.strengths, context.regions)])
-        elif isinstance(context, OwnPass):
-            out, mass = self.attend(x, context.text, context.gates, self.keys(context))
-            context.tape[self.name] = out.detach(), mass.detach()
-            out = self.blend(out, mass, context.strengths, context.regions)
-        else:
-            return self.base(x, context)
-        return self.base.to_out(out)
-
-    def attend(self, x: Tensor, text: Tensor, gates: Tensor, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Attention output `A V` and mass `A g`.
+    def attention(self, x: Tensor, text: Tensor, gates: Tensor, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Attention output `A V` and mass `a = A g`, with the map `A = softmax(Q Kᵀ / √D)`.
 
         The output is computed by the base layer's own call, so that the foundation stream is the base model to the bit
         on every machine. Gates as extra channels of the values would save the second softmax over the text tokens (half
@@ -182,33 +189,27 @@ class EditedCrossAttention(nn.Module):
         """
         base, (gated, concepts, _) = self.base, gates.shape
         keyed = base.to_k(text) if keys is None else base.to_k(text) + keys
-        q, k, v = base.split(base.to_q(x)), base.split(keyed), base.split(base.to_v(text))  # (B, H, N|L, D)
+        q, k, v = base.split(base.to_q(x)), base.split(keyed), base.split(base.to_v(text))  # (R, H, N|L, D)
         out = base.merge(base.attend(q, k, v))
-        values = F.pad(gates.to(v.dtype).mT, (0, max(0, base.dim_head - concepts)))  # (B, L, D): fused kernels want D
-        mass = base.attend(q[-gated:], k[-gated:], values[:, None].expand(-1, base.heads, -1, -1))  # (B, H, N, D)
-        return out, mass[..., :concepts].permute(0, 3, 1, 2)
+        values = repeat(gates.to(v.dtype), "b k l -> b h l k", h=base.heads)
+        values = F.pad(values, (0, max(0, base.dim_head - concepts)))  # (B, H, L, D): fused kernels want D
+        mass = base.attend(q[-gated:], k[-gated:], values)  # (B, H, N, D)
+        return out, rearrange(mass[..., :concepts], "b h n k -> b k h n")
 
-    def keys(self, context: OwnPass) -> Tensor | None:
-        """`Σ_k strength_k g_k ⊗ r_K,k`, (B, L, C): what the concepts add to the text's keys; None without any."""
-        if all(edit.key is None for edit in self.edits):
-            return None
-        keys = [torch.zeros_like(edit.residual) if edit.key is None else edit.key for edit in self.edits]
-        keys = torch.stack(keys) * context.strengths[:, None]  # (K, C)
-        return torch.einsum("bkl,kc->blc", context.gates.to(keys), keys).to(context.text.dtype)
+    def residuals(self, strengths: Tensor) -> Tensor:
+        """Each concept's residual times its strength: (K,) -> (K, C)."""
+        return torch.stack([edit.residual for edit in self.edits]) * strengths[:, None]
 
-    def blend(
-        self, out: Tensor, mass: Tensor, strengths: Tensor, regions: Tensor | None = None, chosen: Tensor | None = None
-    ) -> Tensor:
-        """`out + Σ_k strength_k (m_k a_k) ⊗ r_k`, with the regions m_k at this layer's size.
+    def blend(self, out: Tensor, mass: Tensor, residuals: Tensor, regions: Tensor | None = None) -> Tensor:
+        """`out_F + Σ_k (m_k a_k) ⊗ r_k`, the customised stream, with the regions m_k at this layer's size.
 
-        (B, N, C), (B, K, H, N), (K,), (K, h, w), (B,) -> (B, N, C).
+        (B, N, C), (B, K, H, N), (K, C) or (B, K, C), (K, h, w) -> (B, N, C).
         """
-        residuals = [edit.residual if chosen is None else edit.residuals[chosen] for edit in self.edits]
-        residuals = torch.stack(residuals, -2) * strengths[:, None]  # (K, C) | (B, K, C)
-        residuals = residuals.to(mass.dtype).unflatten(-1, (self.base.heads, -1))  # (K, H, D) | (B, K, H, D)
+        residuals = rearrange(residuals.to(mass.dtype), "... k (h d) -> ... k h d", h=self.base.heads)
         if regions is not None:
             mass = mass * shrink(regions, mass.shape[-1]).to(mass.dtype)[:, None]  # (K, 1, N)
-        return out + torch.einsum("...khn,...khd->...nhd", mass, residuals).flatten(2).to(out.dtype)
+        added = torch.einsum("...khn,...khd->...nhd", mass, residuals)
+        return out + rearrange(added, "b n h d -> b n (h d)").to(out.dtype)
 
 
 @torch.no_grad()
@@ -224,7 +225,7 @@ def residual_share(out: Tensor, mass: Tensor, residuals: Tensor) -> Tensor:
         (B,) float32.
     """
     mass = mass.float()
-    residuals = residuals.float().unflatten(1, (mass.shape[2], -1))  # (K, H, D)
+    residuals = rearrange(residuals.float(), "k (h d) -> k h d", h=mass.shape[2])
     overlap = torch.einsum("bkhn,bjhn->bhkj", mass, mass)
     gram = torch.einsum("khd,jhd->hkj", residuals, residuals)
     squared = (overlap * gram).sum(dim=(1, 2, 3)).clamp(min=0)  # (B,)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 
-def kept(tensor: Tensor) -> nn.Parameter:
+def as_parameter(tensor: Tensor) -> nn.Parameter:
     """A parameter as it is, so that it can be learned; any other tensor as a fixed parameter in float32."""
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach().float(), requires_grad=False)
 
@@ -20,13 +20,13 @@ class Difference(nn.Module):
     """W + s·ΔW, with ΔW of W's own shape.
 
     Args:
-        difference: ΔW, see `kept`.
+        difference: ΔW, see `as_parameter`.
         strength: s.
     """
 
     def __init__(self, difference: Tensor, strength: float = 1.0) -> None:
         super().__init__()
-        self.difference, self.strength = kept(difference), strength
+        self.difference, self.strength = as_parameter(difference), strength
 
     @property
     def shape(self) -> torch.Size:
@@ -40,14 +40,14 @@ class LowRank(nn.Module):
     """W + s·(α / r)·B A (Hu et al. 2021, arXiv 2106.09685, eq. 3).
 
     Args:
-        down: A, (r, in). up: B, (out, r). See `kept`.
+        down: A, (r, in). up: B, (out, r). See `as_parameter`.
         alpha: α.
         strength: s.
     """
 
     def __init__(self, down: Tensor, up: Tensor, alpha: float, strength: float = 1.0) -> None:
         super().__init__()
-        self.down, self.up = kept(down), kept(up)
+        self.down, self.up = as_parameter(down), as_parameter(up)
         self.scale = strength * alpha / len(down)
 
     @property

@@ -6,7 +6,7 @@ AdamW works number by number. What is learned is therefore what K trainings apar
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from data.many import entries, of_concept
 from data.prompts import TEMPLATES
-from infusion.attention import CustomisedPass, FoundationPass, Tape, residual_share
+from infusion.attention import CustomisedPass, EditedCrossAttention, FoundationPass, Tape, residual_share
 from infusion.concepts.concept import Concept
 from infusion.covariance import InverseCovariance
-from infusion.deltas import kept
+from infusion.deltas import as_parameter
 from infusion.gate import Gate
 from infusion.inject import cross_attention_layers, inject, remove
 from infusion.loss import masked_loss
@@ -32,12 +32,26 @@ class ResidualBank(nn.Module):
     """The residual value embeddings of K concepts at one layer, float32 (K, C); each row of a batch has one of them.
 
     Args:
-        residuals: (K, C), see `infusion.deltas.kept`.
+        residuals: (K, C), see `infusion.deltas.as_parameter`.
     """
 
     def __init__(self, residuals: Tensor) -> None:
         super().__init__()
-        self.residuals = kept(residuals)
+        self.residuals = as_parameter(residuals)
+
+
+@dataclass(frozen=True, eq=False)
+class BankPass(CustomisedPass):
+    """A customised pass over banks; each row has one residual of them.
+
+    Attributes:
+        chosen: (B,) int64, which residual each row has.
+    """
+
+    chosen: Tensor
+
+    def residuals(self, layer: EditedCrossAttention) -> Tensor:
+        return torch.stack([edit.residuals[self.chosen] for edit in layer.edits], 1)  # (B, 1, C)
 
 
 class ManyTrainer(Learner):
@@ -155,7 +169,7 @@ class ManyTrainer(Learner):
         with torch.no_grad():
             self.sd.unet(latents, timesteps, FoundationPass(text, gates, tape))
         ones = torch.ones(1, device=latents.device)
-        return self.sd.unet(latents, timesteps, CustomisedPass(text, tape, ones, chosen=chosen))
+        return self.sd.unet(latents, timesteps, BankPass(text, tape, ones, chosen))
 
     def shares(self, tape: Tape, sizes: Sequence[int]) -> dict[str, Tensor]:
         """As `ConceptTrainer.shares`, averaged over the rows of all concepts, of which there are `sizes`."""

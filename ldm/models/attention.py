@@ -4,10 +4,11 @@ Legend for shapes: B batch, N image tokens, L text tokens, H heads, D head width
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -28,25 +29,36 @@ def zeroed(module: nn.Module) -> nn.Module:
 
 def tokens(x: Tensor) -> Tensor:
     """Pixels as a sequence: (B, C, h, w) -> (B, h·w, C), laid out so that nothing that follows has to copy it."""
-    return x.flatten(2).transpose(1, 2).contiguous()
+    return rearrange(x, "b c h w -> b (h w) c").contiguous()
 
 
 def pixels(x: Tensor, size: torch.Size) -> Tensor:
     """The inverse of `tokens`, given (h, w): (B, h·w, C) -> (B, C, h, w)."""
-    return x.transpose(1, 2).unflatten(2, size).contiguous()
+    return rearrange(x, "b (h w) c -> b c h w", h=size[0]).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
 class Context:
     """What one UNet call hands to every cross-attention layer, untouched by the UNet itself.
 
-    A customisation method subclasses it to carry its own per-call data.
+    A method that customises the model subclasses it: to carry data of its own, and to attend otherwise in the layers
+    that it has wrapped.
 
     Attributes:
         text: encodings of the prompts, float (B, L, D_text).
+        vector: what the UNet's time embedding is conditioned on beside the timestep, (B, D_vector); None is nothing.
     """
 
     text: Tensor
+    vector: Tensor | None = field(default=None, kw_only=True)
+
+    def attend(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """What a wrapped layer gives for image tokens, (B, N, D) -> (B, N, D): here what the frozen one in it gives.
+
+        Args:
+            layer: it holds the frozen `CrossAttention` as `base`.
+        """
+        return layer.base(x, self)
 
 
 class CrossAttention(nn.Module):
@@ -76,11 +88,11 @@ class CrossAttention(nn.Module):
 
     def split(self, t: Tensor) -> Tensor:
         """(B, N, H·D) -> (B, H, N, D)."""
-        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return rearrange(t, "b n (h d) -> b h n d", h=self.heads)
 
     def merge(self, t: Tensor) -> Tensor:
         """(B, H, N, D) -> (B, N, H·D)."""
-        return t.transpose(1, 2).flatten(2)
+        return rearrange(t, "b h n d -> b n (h d)")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q kᵀ / √D) v, with v of any width: (B, H, N, D), (B, H, L, D), (B, H, L, E) -> (B, H, N, E)."""

@@ -100,6 +100,7 @@ class UNet(nn.Module):
         checkpoint: recompute each block in the backward pass instead of storing its activations; an attribute of
             the same name switches it later.
         norm_groups: groups of every GroupNorm; fewer where a width has no such divisor.
+        vector_dim: width of the context's `vector`, which conditions the time embedding (SDXL); None takes none.
 
     Attributes:
         factor: the ratio of the finest level's size to the coarsest's; sides of latents must be divisible by it.
@@ -124,6 +125,7 @@ class UNet(nn.Module):
         upcast_attention: bool = False,
         checkpoint: bool = False,
         norm_groups: int = 32,
+        vector_dim: int | None = None,
     ):
         super().__init__()
         divisor = num_head_channels if num_heads is None else num_heads
@@ -151,6 +153,11 @@ class UNet(nn.Module):
             )
 
         self.time_embed = nn.Sequential(nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.label_emb = (
+            None
+            if vector_dim is None
+            else nn.Sequential(nn.Sequential(nn.Linear(vector_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)))
+        )
 
         channels = model_channels
         self.input_blocks = nn.ModuleList([Block(nn.Conv2d(in_channels, channels, 3, padding=1))])
@@ -203,13 +210,20 @@ class UNet(nn.Module):
             (B, out_channels, h, w).
 
         Raises:
-            ValueError: if h or w is not divisible by `self.factor`.
+            ValueError: if h or w is not divisible by `self.factor`, or the context has no vector and the UNet takes one,
+                or the other way round.
         """
         if latents.shape[2] % self.factor or latents.shape[3] % self.factor:
             raise ValueError(f"latents of shape {tuple(latents.shape)}: sides must be divisible by {self.factor}")
         if not isinstance(context, Context):
             context = Context(context)
         time = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(latents.dtype))  # (B, time_dim)
+        if (self.label_emb is None) != (context.vector is None):
+            raise ValueError(
+                f"the context has {'no' if context.vector is None else 'a'} vector: the UNet wants otherwise"
+            )
+        if self.label_emb is not None:
+            time = time + self.label_emb(context.vector)
         h, skips = latents, []
         for block in self.input_blocks:
             h = self._run(block, h, time, context)

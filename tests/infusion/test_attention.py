@@ -216,8 +216,12 @@ def test_concepts_add_up_and_commute():
     randomise(edits)
     out, mass = torch.randn(2, 16, 64).double(), torch.rand(2, 2, 2, 16).double()
     one, two = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    added = layer.blend(out, mass, 0.5 * one + 2 * two)
-    alone = 0.5 * (layer.blend(out, mass, one) - out) + 2 * (layer.blend(out, mass, two) - out)
+
+    def blend(strengths):
+        return layer.blend(out, mass, layer.residuals(strengths))
+
+    added = blend(0.5 * one + 2 * two)
+    alone = 0.5 * (blend(one) - out) + 2 * (blend(two) - out)
     torch.testing.assert_close(added, out + alone)
 
     arguments = inputs(2, 2)
@@ -264,10 +268,23 @@ def test_mass_is_the_attention_on_the_gates(heads, dim_head, concepts, upcast):
     base = CrossAttention(24, 16, heads, dim_head, upcast)
     layer = EditedCrossAttention(base, "layer", nn.ModuleList())
     x, text, gates = torch.randn(2, 7, 24), torch.randn(2, 5, 16), torch.rand(2, concepts, 5)
-    out, mass = layer.attend(x, text, gates)
+    out, mass = layer.attention(x, text, gates)
     attention = (base.split(base.to_q(x)) @ base.split(base.to_k(text)).mT / dim_head**0.5).softmax(-1)  # (B, H, N, L)
     torch.testing.assert_close(mass, torch.einsum("bhnl,bkl->bkhn", attention, gates))
     torch.testing.assert_close(base.to_out(out), base(x, Context(text)))
+
+
+def test_a_pass_of_another_kind_is_a_class():
+    """The layers ask the context; neither they nor the UNet know the passes there are."""
+
+    class Doubled(Context):
+        def attend(self, layer, x):
+            return 2 * layer.base(x, self)
+
+    unet, edits = edited_unet()
+    layer = unet.get_submodule("middle_block.1.transformer_blocks.0.attn2")
+    x, text = torch.randn(2, 16, 64).double(), inputs()[2]
+    assert torch.equal(layer(x, Doubled(text)), 2 * layer(x, Context(text)))
 
 
 def test_customised_pass_needs_the_foundation_pass():

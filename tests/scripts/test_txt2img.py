@@ -133,9 +133,9 @@ def test_the_png_says_how_it_was_made(draw, sd, concept, tiny):
     said = text(out / "samples/00000.png")
     concept_hash = hashlib.sha256(concept.read_bytes()).hexdigest()
     assert said == {
-        "prompt": "a “{}”", "seed": "42", "steps": "2", "scale": "7.5", "sampler": "ddim", "eta": "0.0", "negative_prompt": "fog",
-        "height": "16", "width": "16", "beta": "0.7", "tau": "0.2", "strength": "0.5", "gate": "",
-        "precision": "full", "target_word": "", "noun": "", "region": "", "config": str(tiny), "ckpt": "",
+        "prompt": "a “{}”", "seed": "42", "steps": "2", "scale": "7.5", "sampler": "ddim", "eta": "0.0",
+        "negative_prompt": "fog", "height": "16", "width": "16", "beta": "0.7", "tau": "0.2", "strength": "0.5",
+        "gate": "", "precision": "full", "target_word": "", "noun": "", "region": "", "config": str(tiny), "ckpt": "",
         "part": "", "use_ema": "False",
         "personalized_ckpt": str(concept), "personalized_sha256": concept_hash, "base_sha256": sd.hash,
         "covariance": "", "covariance_sha256": "identity",

@@ -241,3 +241,26 @@ def test_equals_diffusers(version):
         ours, theirs = unet(latents, timesteps, text), peer(latents, timesteps, text).sample
     assert ours.std() > 0.1
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_vector_conditions_the_time_embedding():
+    options = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "num_heads": 2, "context_dim": 8}
+    torch.manual_seed(0)
+    unet = UNet(attention_resolutions=(1,), vector_dim=6, **options)
+    nn.init.normal_(unet.out[2].weight)
+    for module in unet.modules():
+        if isinstance(module, ResBlock):
+            nn.init.normal_(module.out_layers[3].weight, std=0.1)
+    latents, timesteps, text = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 8)
+    first, other = (unet(latents, timesteps, Context(text, vector=torch.randn(2, 6))) for _ in range(2))
+    assert not torch.allclose(first, other)
+    nn.init.zeros_(unet.label_emb[0][2].weight)
+    nn.init.zeros_(unet.label_emb[0][2].bias)
+    without = UNet(attention_resolutions=(1,), **options)
+    without.load_state_dict({name: t for name, t in unet.state_dict().items() if not name.startswith("label_emb")})
+    same = unet(latents, timesteps, Context(text, vector=torch.randn(2, 6)))
+    assert torch.equal(same, without(latents, timesteps, text))
+    with pytest.raises(ValueError, match="the context has no vector"):
+        unet(latents, timesteps, text)
+    with pytest.raises(ValueError, match="the context has a vector"):
+        without(latents, timesteps, Context(text, vector=torch.randn(2, 6)))
