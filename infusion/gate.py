@@ -1,15 +1,15 @@
 """The gate: how strongly a concept is blended at each text token (README, Method; sigmoid of Perfusion, 2305.01644)."""
 
+import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from infusion.tokens import concept_mask
+from infusion.tokens import Word, concept_mask
 from ldm.models.tokenizer import Tokenizer
 
 IDENTITY = "identity"  # the fingerprint of having no covariance file
@@ -63,10 +63,10 @@ class Gate:
         gates = torch.sigmoid((similarity(encodings, target_input, inverse_covariance) - self.beta) / self.tau)
         return gates if self.kind == "global" else gates * mask.to(gates)
 
-    def but(self, kind: str | None = None, beta: float | None = None, tau: float | None = None) -> "Gate":
+    def replace(self, kind: str | None = None, beta: float | None = None, tau: float | None = None) -> "Gate":
         """The gate with another kind, beta or tau; None keeps this one's."""
         given = {"kind": kind, "beta": beta, "tau": tau}
-        return replace(self, **{name: value for name, value in given.items() if value is not None})
+        return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
 def similarity(encodings: Tensor, target_input: Tensor, inverse_covariance: Tensor | None = None) -> Tensor:
@@ -87,15 +87,15 @@ def similarity(encodings: Tensor, target_input: Tensor, inverse_covariance: Tens
 
 
 @torch.no_grad()
-def target_input(text_encoder: torch.nn.Module, templates: Sequence[str], noun: str) -> Tensor:
-    """i*: the mean encoding of the concept's tokens over the training prompts.
+def target_input(text_encoder: torch.nn.Module, word: Word) -> Tensor:
+    """i*: the mean encoding of the concept's tokens over the training prompts (Perfusion, arXiv 2305.01644).
 
-    Each prompt counts the same, whatever the number of its concept tokens.
+    Perfusion keeps a running mean while its embedding is learned; here the text encoder is frozen, so the mean is
+    exact. Each prompt counts the same, whatever the number of its concept tokens.
 
     Args:
         text_encoder: as in `ldm.models.text`: a list of B strings to (B, L, D), with a `tokenizer`.
-        templates: training prompts, each with a placeholder for the concept.
-        noun: the superclass word.
+        word: the superclass word in its training prompts.
 
     Returns:
         (D,), in float32 or the encoder's own type where that is wider.
@@ -103,7 +103,7 @@ def target_input(text_encoder: torch.nn.Module, templates: Sequence[str], noun: 
     Raises:
         ValueError: whatever `training_prompts` refuses.
     """
-    prompts, masks = training_prompts(text_encoder.tokenizer, templates, noun)
+    prompts, masks = training_prompts(text_encoder.tokenizer, word)
     encodings = text_encoder(prompts)  # (B, L, D)
     encodings = encodings.to(torch.promote_types(encodings.dtype, torch.float32))
     weights = masks.to(encodings)  # (B, L)
@@ -111,12 +111,13 @@ def target_input(text_encoder: torch.nn.Module, templates: Sequence[str], noun: 
     return torch.einsum("bl,bld->bd", weights, encodings).mean(0)
 
 
-def training_prompts(tokenizer: Tokenizer, templates: Sequence[str], noun: str) -> tuple[list[str], Tensor]:
+def training_prompts(tokenizer: Tokenizer, word: Word) -> tuple[list[str], Tensor]:
     """The prompts that the templates make, and the concept's tokens in them, bool (B, L).
 
     Raises:
         ValueError: no templates, or one without a placeholder; a noun without tokens; whatever `concept_mask` refuses.
     """
+    noun, templates = word.superclass, word.templates
     if not templates:
         raise ValueError("templates: a concept needs at least one training prompt")
     if not tokenizer.encode(noun):

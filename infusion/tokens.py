@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,19 @@ LONGEST, WORD = 20_000, 4000  # characters of a filled prompt, and of one word: 
 PLACEHOLDER = re.compile(r"\{(\d*)\}")  # "{}" for the only concept, "{1}", "{2}" for several
 ARTICLE = re.compile(r"(?<!\w)([Aa])n?(\s+)\Z")  # right before a placeholder
 VOWELS = tuple("aeiou")  # a noun is taken to sound as it is spelt
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word in its training prompts: what a concept's target input is averaged over.
+
+    Attributes:
+        superclass: the noun in place of {}.
+        templates: the training prompts, with {} for the concept.
+    """
+
+    superclass: str
+    templates: tuple[str, ...]
 
 
 def concept_mask(tokenizer: "Tokenizer", template: str, noun: str) -> tuple[str, "Tensor"]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from infusion.concepts import compact, fields
 from infusion.concepts.forms import COMPACT, FORMS
 from infusion.gate import IDENTITY, Gate
+from infusion.tokens import Word
 from ldm.util.files import write
 from ldm.weights.checkpoint import write as write_tensors
 
@@ -105,6 +106,11 @@ class Concept:
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "templates", tuple(self.templates))
         object.__setattr__(self, "noun", self.noun.strip() or self.superclass)
+
+    @property
+    def word(self) -> Word:
+        """The superclass word in its training prompts."""
+        return Word(self.superclass, self.templates)
 
     @property
     def numbers(self) -> int:

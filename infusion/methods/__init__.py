@@ -37,7 +37,7 @@ def method_of(concept: "Concept") -> Method:
     method = find_method(concept.method)
     check_params(method, dict(concept.options), "options")
     try:
-        return method.of(concept)
+        return method.from_concept(concept)
     except TypeError as error:
         raise ValueError(
             f"{concept.superclass!r}: the options {concept.options} are none of {concept.method}"

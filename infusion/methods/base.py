@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from infusion.attention import OwnPass, Tape
 from infusion.deltas import Difference
 from infusion.gate import Gate, target_input
+from infusion.tokens import Word
 from ldm.pipeline import StableDiffusion
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Method:
     options: Mapping[str, Any] = {}
 
     @classmethod
-    def of(cls, concept: "Concept") -> Self:
+    def from_concept(cls, concept: "Concept") -> Self:
         """The method as a concept was trained with it."""
         return cls(**concept.options)
 
@@ -44,7 +45,7 @@ class Method:
         """The words that stand in prompts for the concept."""
         return superclass
 
-    def start(self, sd: StableDiffusion, superclass: str, templates: Sequence[str]) -> dict[str, nn.Parameter]:
+    def start(self, sd: StableDiffusion, word: Word) -> dict[str, nn.Parameter]:
         """What a concept is before training, float32; what requires gradients is learned."""
         raise NotImplementedError
 
@@ -59,9 +60,7 @@ class Method:
         """
         return {name: Difference(tensor, strength) for name, tensor in tensors.items() if name != TOKENS}
 
-    def terms(
-        self, sd: StableDiffusion, tensors: Tensors, superclass: str, templates: Sequence[str]
-    ) -> list[dict[str, nn.Module]]:
+    def terms(self, sd: StableDiffusion, tensors: Tensors, word: Word) -> list[dict[str, nn.Module]]:
         """R rank-one terms, each with a `ResidualValue` for every cross-attention layer. Parameters are kept."""
         return []
 
@@ -71,12 +70,26 @@ class Method:
         """How strongly each term is blended at each token, (B, R, L); arguments as of a `Gate`."""
         return torch.zeros(len(mask), 0, mask.shape[1], device=encodings.device)
 
-    def target(self, sd: StableDiffusion, tensors: Tensors, superclass: str, templates: Sequence[str]) -> Tensor:
+    def target(self, sd: StableDiffusion, tensors: Tensors, word: Word) -> Tensor:
         """The gate's target input i*, (D,)."""
-        return target_input(sd.text, templates, superclass)
+        return target_input(sd.text, word)
 
     def observe(self, tensors: Tensors, encodings: Tensor, mask: Tensor) -> None:
         """Sees encodings (B, L, D) and the concept's tokens (B, L) whenever prompts are encoded for training."""
+
+    def regularise(
+        self, sd: StableDiffusion, tensors: Tensors, prompts: Sequence[str], text: Tensor, step: int
+    ) -> Tensor | None:
+        """A term of the loss beside the denoising loss, a scalar with its weight; None adds nothing.
+
+        Args:
+            sd: the base model with this method's edits.
+            tensors: the learned ones, with their gradients' graph.
+            prompts: the batch's B prompts, with `noun` in place of {}.
+            text: their encodings as the UNet reads them, (B, L, D), with gradients where the word itself is learned.
+            step: optimiser steps done so far.
+        """
+        return None
 
     def groups(self, tensors: Tensors) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser; a group may have a learning rate of its own, `lr`."""
@@ -98,6 +111,19 @@ class Method:
         if not gates.shape[1]:
             return unet(latents, timesteps, text)
         return unet(latents, timesteps, OwnPass(text, gates, tape, torch.ones(gates.shape[1], device=latents.device)))
+
+
+class Wrapper(Method):
+    """A method around another one: what a subclass does not say itself, such as `regularise`, is as in the inner one.
+
+    A concept that is learned with it is one of the inner method's.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method, self.name = method, method.name
+        for name, default in vars(Method).items():
+            if not name.startswith("_") and getattr(type(self), name) is default:
+                setattr(self, name, getattr(method, name))
 
 
 class RareWord(Method):

@@ -3,14 +3,13 @@
 Its regularisation images are the node `prior` of `data.latents.ConceptData`.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
 from infusion.inject import cross_attention_layers
 from infusion.methods.base import TOKENS, RareWord
 from infusion.sampling.encode import own_embeddings
+from infusion.tokens import Word
 from ldm.pipeline import StableDiffusion
 
 
@@ -22,7 +21,7 @@ class CustomDiffusion(RareWord):
 
     name = "custom_diffusion"
 
-    def start(self, sd: StableDiffusion, superclass: str, templates: Sequence[str]) -> dict[str, nn.Parameter]:
+    def start(self, sd: StableDiffusion, word: Word) -> dict[str, nn.Parameter]:
         if not sd.text.tokenizer.encode(self.identifier):
             raise ValueError(f"identifier: {self.identifier!r} has no tokens: give a rare word such as 'sks'")
         learned = {TOKENS: nn.Parameter(own_embeddings(sd.text, self.identifier))}

@@ -3,12 +3,11 @@
 Prior preservation is a matter of the data: its class images are the node `prior` of `data.latents.ConceptData`.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
 from infusion.methods.base import RareWord
+from infusion.tokens import Word
 from ldm.pipeline import StableDiffusion
 
 
@@ -20,6 +19,6 @@ class DreamBooth(RareWord):
 
     name = "dreambooth"
 
-    def start(self, sd: StableDiffusion, superclass: str, templates: Sequence[str]) -> dict[str, nn.Parameter]:
+    def start(self, sd: StableDiffusion, word: Word) -> dict[str, nn.Parameter]:
         weights = sd.unet.named_parameters()
         return {name: nn.Parameter(torch.zeros_like(weight, dtype=torch.float32)) for name, weight in weights}

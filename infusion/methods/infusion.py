@@ -1,7 +1,6 @@
 """Infusion: a residual value embedding per cross-attention layer, on the foundation's attention (README, Method)."""
 
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -11,6 +10,7 @@ from infusion.attention import CustomisedPass, FoundationPass, ResidualValue, Ta
 from infusion.gate import Gate
 from infusion.inject import cross_attention_layers
 from infusion.methods.base import Method, Tensors, check_names
+from infusion.tokens import Word
 from ldm.pipeline import StableDiffusion
 
 if TYPE_CHECKING:
@@ -50,10 +50,10 @@ class Infusion(Method):
         self.attention, self.keys = attention, keys
 
     @classmethod
-    def of(cls, concept: "Concept") -> "Infusion":
+    def from_concept(cls, concept: "Concept") -> "Infusion":
         return cls(concept.attention, any(name.endswith(key_name("")) for name in concept.tensors))
 
-    def start(self, sd: StableDiffusion, superclass: str, templates: Sequence[str]) -> dict[str, nn.Parameter]:
+    def start(self, sd: StableDiffusion, word: Word) -> dict[str, nn.Parameter]:
         """A residual of zero for each layer, by the layer's name, and the residual keys.
 
         Raises:
@@ -70,9 +70,7 @@ class Infusion(Method):
     def differences(self, tensors: Tensors, strength: float = 1.0) -> dict[str, nn.Module]:
         return {}
 
-    def terms(
-        self, sd: StableDiffusion, tensors: Tensors, superclass: str, templates: Sequence[str]
-    ) -> list[dict[str, ResidualValue]]:
+    def terms(self, sd: StableDiffusion, tensors: Tensors, word: Word) -> list[dict[str, ResidualValue]]:
         layers = cross_attention_layers(sd.unet)
         check_names(tensors, [*layers, *map(key_name, layers)])
         return [

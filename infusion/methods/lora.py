@@ -1,7 +1,6 @@
 """LoRA: low-rank changes of the cross-attentions' projections (Hu et al. 2021, arXiv 2106.09685)."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -9,6 +8,7 @@ from torch import nn
 from infusion.deltas import LowRank
 from infusion.inject import cross_attention_layers
 from infusion.methods.base import RareWord, Tensors
+from infusion.tokens import Word
 from ldm.pipeline import StableDiffusion
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -40,7 +40,7 @@ class LoRA(RareWord):
             raise ValueError(f"seed: must be from 0 to 2**63 - 1, not {seed}")
         self.options = {"rank": rank, "alpha": self.alpha, **self.options}
 
-    def start(self, sd: StableDiffusion, superclass: str, templates: Sequence[str]) -> dict[str, nn.Parameter]:
+    def start(self, sd: StableDiffusion, word: Word) -> dict[str, nn.Parameter]:
         generator, learned = torch.Generator().manual_seed(self.seed), {}
         for name, layer in cross_attention_layers(sd.unet).items():
             for part in PROJECTIONS:

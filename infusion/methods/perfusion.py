@@ -7,7 +7,6 @@ like its superclass.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from infusion.gate import Gate, similarity, target_input
 from infusion.inject import cross_attention_layers
 from infusion.methods.base import TOKENS, Method, Tensors, check_names
 from infusion.sampling.encode import own_embeddings
+from infusion.tokens import Word
 from ldm.models.attention import CrossAttention
 from ldm.pipeline import StableDiffusion
 
@@ -67,9 +67,9 @@ class Perfusion(Method):
             raise ValueError(f"momentum: must be between 0 and 1, not {momentum}")
         self.token_learning_rate, self.momentum = token_learning_rate, momentum
 
-    def start(self, sd: StableDiffusion, superclass: str, templates: Sequence[str]) -> dict[str, nn.Parameter]:
-        target = target_input(sd.text, templates, superclass)
-        learned = {TOKENS: nn.Parameter(own_embeddings(sd.text, superclass))}
+    def start(self, sd: StableDiffusion, word: Word) -> dict[str, nn.Parameter]:
+        target = target_input(sd.text, word)
+        learned = {TOKENS: nn.Parameter(own_embeddings(sd.text, word.superclass))}
         learned |= {TARGET: nn.Parameter(target.float(), requires_grad=False)}
         for name, layer in cross_attention_layers(sd.unet).items():
             learned[name] = nn.Parameter(layer.to_v.weight.float() @ learned[TARGET])
@@ -78,12 +78,10 @@ class Perfusion(Method):
     def differences(self, tensors: Tensors, strength: float = 1.0) -> dict[str, nn.Module]:
         return {}
 
-    def terms(
-        self, sd: StableDiffusion, tensors: Tensors, superclass: str, templates: Sequence[str]
-    ) -> list[dict[str, nn.Module]]:
+    def terms(self, sd: StableDiffusion, tensors: Tensors, word: Word) -> list[dict[str, nn.Module]]:
         layers = cross_attention_layers(sd.unet)
         check_names(tensors, [TOKENS, TARGET, *layers])
-        lock = target_input(sd.text, templates, superclass).float()
+        lock = target_input(sd.text, word).float()
         put_in = {
             name: ResidualValue(tensors[name], layer.to_k.weight.float() @ lock) for name, layer in layers.items()
         }
@@ -96,7 +94,7 @@ class Perfusion(Method):
         share = share if gate.kind == "global" else share * mask.to(share)
         return torch.stack([gate(encodings, mask, target, inverse_covariance), share], 1)
 
-    def target(self, sd: StableDiffusion, tensors: Tensors, superclass: str, templates: Sequence[str]) -> Tensor:
+    def target(self, sd: StableDiffusion, tensors: Tensors, word: Word) -> Tensor:
         return tensors[TARGET]
 
     @torch.no_grad()

@@ -1,11 +1,10 @@
 """Textual Inversion: an input embedding for the concept's word, nothing else (Gal et al. 2022, arXiv 2208.01618)."""
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from infusion.methods.base import TOKENS, Method
 from infusion.sampling.encode import own_embeddings
+from infusion.tokens import Word
 from ldm.pipeline import StableDiffusion
 
 
@@ -14,5 +13,5 @@ class TextualInversion(Method):
 
     name = "textual_inversion"
 
-    def start(self, sd: StableDiffusion, superclass: str, templates: Sequence[str]) -> dict[str, nn.Parameter]:
-        return {TOKENS: nn.Parameter(own_embeddings(sd.text, superclass))}
+    def start(self, sd: StableDiffusion, word: Word) -> dict[str, nn.Parameter]:
+        return {TOKENS: nn.Parameter(own_embeddings(sd.text, word.superclass))}

@@ -61,15 +61,14 @@ class Customised:
         strengths = for_each(settings.strength, count, "strength")
         weights(settings.region, count, (1, 1))  # refuses a region of no concept
 
-        self.gates = [concept.gate.but(*own) for concept, *own in zip(concepts, kinds, betas, taus, strict=True)]
+        self.gates = [concept.gate.replace(*own) for concept, *own in zip(concepts, kinds, betas, taus, strict=True)]
         self.tokens, self.targets = [], []  # of each concept: its word's embeddings, and its gate's i*; either or none
         self.changes: dict[str, list[nn.Module]] = {}  # tensor of the UNet -> what changes it
         self.owners, terms = [], []  # of R terms: each one's concept, and its edits by layer
         for k, (concept, method) in enumerate(zip(concepts, self.methods, strict=True)):
             self.tokens.append(_blended(method.tokens(concept.tensors), sd, self.nouns[k], strengths[k]))
-            own = method.terms(sd, concept.tensors, concept.superclass, concept.templates)
-            target = method.target(sd, concept.tensors, concept.superclass, concept.templates) if own else None
-            self.targets.append(target)
+            own = method.terms(sd, concept.tensors, concept.word)
+            self.targets.append(method.target(sd, concept.tensors, concept.word) if own else None)
             self.owners += [k] * len(own)
             terms += own
             for name, change in method.differences(concept.tensors, strengths[k]).items():

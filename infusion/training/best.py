@@ -162,10 +162,10 @@ class BestConcept(pl.Callback):
     def _weigher(self, trainer: pl.Trainer, module: ConceptTrainer) -> Balance:
         data: ConceptData = trainer.datamodule
         photos = (data.images.images + 1) / 2
-        prompts = self.prompts or tuple(Protocol.of(module.sd.architecture).prompts(CONTEXT, module.superclass))
+        prompts = self.prompts or tuple(Protocol.of(module.sd.architecture).prompts(CONTEXT, module.word.superclass))
         tools = Tools(**vars(self.tools) | {"inverse_covariance": module.inverse_covariance})
         options = replace(self.options, precision="autocast" if "mixed" in str(trainer.precision) else "full")
-        return Balance(Stages(module.sd, options, tools, Cache()), prompts, module.superclass, photos)
+        return Balance(Stages(module.sd, options, tools, Cache()), prompts, module.word.superclass, photos)
 
     @staticmethod
     def _folder(trainer: pl.Trainer) -> Path:

@@ -71,7 +71,7 @@ class ConceptSamples(pl.Callback):
         settings = {"steps": self.steps, "scale": self.scale, "seed": self.seed}
         if self._base is None:
             with unedited(module.sd.unet):
-                prompts = [fill(prompt, [module.superclass]) for prompt in self.prompts]
+                prompts = [fill(prompt, [module.word.superclass]) for prompt in self.prompts]
                 self._base = module.sd.sample(prompts, **settings)
         concepts, inverse = [module.concept()], module.inverse_covariance
         customised = sample(module.sd, self.prompts, concepts, inverse_covariance=inverse, **settings)

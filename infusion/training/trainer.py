@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from infusion.inject import inject
 from infusion.loss import masked_loss
 from infusion.methods.base import Method, by_layer
 from infusion.sampling.encode import encode
+from infusion.tokens import Word, fill
 from infusion.training.learner import Learner
 from ldm.pipeline import StableDiffusion
 from ldm.util.finite import NonFinite
@@ -80,8 +82,7 @@ class ConceptTrainer(Learner):
             raise ValueError(f"seed: must be from 0 to 2**32 - 1, not {seed}")
         self.sd = sd.requires_grad_(False).eval()
         self.method = method
-        self.superclass = superclass
-        self.templates = tuple(templates)
+        self.word = Word(superclass, tuple(templates))
         self.gate = Gate() if gate is None else gate
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.prior_weight, self.normalise_loss = prior_weight, normalise_loss
@@ -90,11 +91,11 @@ class ConceptTrainer(Learner):
         if self.inverse_covariance is not None:
             covariance.check_base(sd.architecture, sd.digests.get("text"), sd.text.width)
         self.noun = method.noun(superclass)
-        check_words(superclass, self.templates, self.noun)  # what no concept file may say …
-        training_prompts(sd.text.tokenizer, self.templates, self.noun)  # … and what cannot be trained
-        self.tensors = method.start(sd, superclass, self.templates)
+        check_words(superclass, self.word.templates, self.noun)  # what no concept file may say …
+        training_prompts(sd.text.tokenizer, replace(self.word, superclass=self.noun))  # … and what cannot be trained
+        self.tensors = method.start(sd, self.word)
         self.tokens = method.tokens(self.tensors)
-        terms = method.terms(sd, self.tensors, superclass, self.templates)
+        terms = method.terms(sd, self.tensors, self.word)
         attach(sd.unet, {name: [edit] for name, edit in method.differences(self.tensors).items()})
         self.edits = by_layer(terms)  # layer name -> terms; registered by inject() as parts of the UNet
         if self.edits:
@@ -104,12 +105,18 @@ class ConceptTrainer(Learner):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         tape: Tape = {}
-        loss = self.denoising_loss(batch, self.generator(batch_idx), tape)
+        text, gates = self.encode(batch["template"])
+        loss = self.denoising_loss(batch, self.generator(batch_idx), tape, (text, gates))
         size = len(batch["latents"])
         if "prior" in batch:
             prior = self.denoising_loss(batch["prior"], self.generator(batch_idx, 1), {})
             self.log_dict({"train/concept": loss, "train/prior": prior}, batch_size=size)
             loss = loss + self.prior_weight * prior
+        prompts = [fill(template, [self.noun]) for template in batch["template"]]
+        term = self.method.regularise(self.sd, self.tensors, prompts, text, self.global_step)
+        if term is not None:
+            self.log("train/regularise", term, batch_size=size)
+            loss = loss + term
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         if self.logs_now:
             self.log_dict({f"share/{name}": s for name, s in self.shares(tape).items()}, batch_size=size)
@@ -131,11 +138,20 @@ class ConceptTrainer(Learner):
         noise = torch.randn((world * rows, *latents.shape[1:]), generator=generator)[own]
         return timesteps.to(latents.device), noise.to(latents)
 
-    def denoising_loss(self, batch: Mapping[str, Any], generator: torch.Generator, tape: Tape) -> Tensor:
-        """The masked loss of a batch, with timesteps and noise by the generator; fills the tape."""
+    def denoising_loss(
+        self,
+        batch: Mapping[str, Any],
+        generator: torch.Generator,
+        tape: Tape,
+        encoded: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The masked loss of a batch, with timesteps and noise by the generator; fills the tape.
+
+        `encoded` is what `encode` gives for its templates; None encodes them.
+        """
         latents, schedule = batch["latents"], self.sd.schedule
         timesteps, noise = self.draw(latents, generator)
-        text, gates = self.encode(batch["template"])
+        text, gates = self.encode(batch["template"]) if encoded is None else encoded
         noisy = schedule.add_noise(latents, noise, timesteps).to(text.dtype)
         prediction = self.method.predict(self.sd.unet, noisy, timesteps, text, gates, tape)
         target = schedule.target(latents, noise, timesteps)
@@ -186,8 +202,8 @@ class ConceptTrainer(Learner):
         """
         return Concept(
             tensors=dict(self.tensors),
-            superclass=self.superclass,
-            templates=self.templates,
+            superclass=self.word.superclass,
+            templates=self.word.templates,
             architecture=self.sd.architecture,
             base_hash=self.sd.hash,
             base_use_ema=self.sd.use_ema,
@@ -222,7 +238,7 @@ class ConceptTrainer(Learner):
         mask = masks[:, 0].to(text.device)
         self.method.observe(self.tensors, *(self._everyone(rows) for rows in (text.detach(), mask)))
         if self.edits and (self._target_input is None or self.tokens is not None):
-            self._target_input = self.method.target(self.sd, self.tensors, self.superclass, self.templates)
+            self._target_input = self.method.target(self.sd, self.tensors, self.word)
         gates = self.method.gates(self.gate, text, mask, self._target_input, self.inverse_covariance)
         return text.to(self.sd.dtype), gates
 

@@ -210,8 +210,8 @@ class UNet(nn.Module):
             (B, out_channels, h, w).
 
         Raises:
-            ValueError: if h or w is not divisible by `self.factor`, or the context has no vector and the UNet takes one,
-                or the other way round.
+            ValueError: if h or w is not divisible by `self.factor`, or if the context lacks the vector that the UNet
+                takes, or has one that it does not take.
         """
         if latents.shape[2] % self.factor or latents.shape[3] % self.factor:
             raise ValueError(f"latents of shape {tuple(latents.shape)}: sides must be divisible by {self.factor}")
@@ -219,9 +219,7 @@ class UNet(nn.Module):
             context = Context(context)
         time = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(latents.dtype))  # (B, time_dim)
         if (self.label_emb is None) != (context.vector is None):
-            raise ValueError(
-                f"the context has {'no' if context.vector is None else 'a'} vector: the UNet wants otherwise"
-            )
+            raise ValueError(f"the context has {'no' if context.vector is None else 'a'} vector, unlike the UNet")
         if self.label_emb is not None:
             time = time + self.label_emb(context.vector)
         h, skips = latents, []

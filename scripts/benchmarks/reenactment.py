@@ -12,6 +12,7 @@ from infusion.loss import masked_loss
 from infusion.methods.base import by_layer
 from infusion.methods.infusion import Infusion
 from infusion.sampling.encode import encode
+from infusion.tokens import Word
 from ldm.pipeline import StableDiffusion
 
 LEARNING_RATE = 0.01
@@ -50,10 +51,10 @@ class ReleasedDesign:
     """
 
     def __init__(self, sd: StableDiffusion, noun: str, templates: Sequence[str]) -> None:
-        method = Infusion(attention="own")
+        method, word = Infusion(attention="own"), Word(noun, tuple(templates))
         self.sd, self.noun = sd, noun
-        self.tensors = method.start(sd, noun, templates)
-        self.edits = by_layer(method.terms(sd, self.tensors, noun, templates))
+        self.tensors = method.start(sd, word)
+        self.edits = by_layer(method.terms(sd, self.tensors, word))
         for edit in self.edits.values():
             edit.to(sd.device)
         self.optimiser = torch.optim.AdamW(self.tensors.values(), lr=LEARNING_RATE)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from infusion.attention import ResidualValue
 from infusion.methods.infusion import Infusion
+from infusion.tokens import Word
 from ldm.diffusion.schedule import Schedule
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text import ClipText
@@ -48,7 +49,8 @@ def tiny_unet(checkpoint: bool = False) -> UNet:
 def infusion_edits(unet: UNet, method: Infusion | None = None) -> dict[str, ResidualValue]:
     """What the method edits before training, layer by layer."""
     method, sd = Infusion() if method is None else method, SimpleNamespace(unet=unet)
-    return method.terms(sd, method.start(sd, "cat", ["a {}"]), "cat", ["a {}"])[0]
+    word = Word("cat", ("a {}",))
+    return method.terms(sd, method.start(sd, word), word)[0]
 
 
 def random_residuals(edits: dict[str, nn.Module], scale: float = 1.0) -> None:

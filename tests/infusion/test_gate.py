@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from infusion.gate import Gate, fingerprint, target_input
-from infusion.tokens import concept_mask
+from infusion.tokens import Word, concept_mask
 
 
 def sigmoid(x):
@@ -71,9 +71,9 @@ def test_a_target_without_energy_is_an_error(encodings, mask):
 
 
 def test_another_gate_keeps_what_is_not_given():
-    assert Gate("global", 0.75, 0.1).but(beta=0.7) == Gate("global", 0.7, 0.1)
-    assert Gate("global", 0.75, 0.1).but("hard", tau=0.2) == Gate("hard", 0.75, 0.2)
-    assert Gate().but() == Gate()
+    assert Gate("global", 0.75, 0.1).replace(beta=0.7) == Gate("global", 0.7, 0.1)
+    assert Gate("global", 0.75, 0.1).replace("hard", tau=0.2) == Gate("hard", 0.75, 0.2)
+    assert Gate().replace() == Gate()
 
 
 def test_target_input_is_the_mean_over_prompts(sd):
@@ -82,13 +82,13 @@ def test_target_input_is_the_mean_over_prompts(sd):
     for template in templates:
         prompt, mask = concept_mask(sd.text.tokenizer, template, noun)
         means.append(sd.text([prompt])[0, mask].mean(0))
-    torch.testing.assert_close(target_input(sd.text, templates, noun), torch.stack(means).mean(0))
+    torch.testing.assert_close(target_input(sd.text, Word(noun, tuple(templates))), torch.stack(means).mean(0))
 
 
 @pytest.mark.parametrize("templates", [[], ["a photo of a cat"]])
 def test_target_input_needs_the_concept(sd, templates):
     with pytest.raises(ValueError):
-        target_input(sd.text, templates, "cat")
+        target_input(sd.text, Word("cat", tuple(templates)))
 
 
 def test_fingerprint():

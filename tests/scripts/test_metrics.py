@@ -48,7 +48,7 @@ def concepts(wide, tmp_path_factory) -> Path:
         replace(whole, steps=step, tensors=part).save(folder / f"ours/models/step={step:06d}.safetensors")
     lora = find_method("lora")()
     learned = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in
-               lora.start(sd, "elephant", whole.templates).items()}  # fmt: skip
+               lora.start(sd, whole.word).items()}  # fmt: skip
     settings = {"method": "lora", "attention": "own", "options": lora.options, "noun": "sks elephant"}
     replace(whole, tensors=learned, **settings).save(folder / "theirs.safetensors")
     return folder

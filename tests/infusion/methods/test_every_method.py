@@ -10,6 +10,7 @@ from infusion.deltas import detach
 from infusion.gate import Gate
 from infusion.inject import remove
 from infusion.methods import find_method, method_names
+from infusion.methods.base import Wrapper
 from infusion.methods.lora import LoRA
 from infusion.sampling.customised import Customised
 from infusion.sampling.settings import Settings
@@ -213,6 +214,32 @@ def test_images_of_the_superclass_pull_towards_it(sd, name, batch):
     torch.testing.assert_close(whole, own + 0.5 * alone, atol=1e-4, rtol=1e-4)
 
 
+class Shrunk(Wrapper):
+    """Pulls what is learned to zero."""
+
+    def regularise(self, sd, tensors, prompts, text, step):
+        assert prompts == [fill(template, [self.noun("cat")]) for template in TEMPLATES] and step == 0
+        assert text.shape == (2, 77, sd.text.width)
+        return 3.0 * sum(tensor.square().sum() for tensor in tensors.values() if tensor.requires_grad)
+
+
+@every
+def test_a_wrapper_may_add_a_term_to_the_loss(sd, name, batch):
+    module = ConceptTrainer(sd, Shrunk(find_method(name)()), "cat", TEMPLATES)
+    module.log = module.log_dict = lambda *_, **__: None
+    learned = [tensor for tensor in module.tensors.values() if tensor.requires_grad]
+    with torch.no_grad():
+        for tensor in learned:
+            tensor.add_(0.01)
+    whole = module.training_step(batch, 0)
+    alone = module.denoising_loss(batch, module.generator(0), {})
+    term = 3.0 * sum(tensor.square().sum() for tensor in learned)
+    torch.testing.assert_close(whole, alone + term)
+    (pulled,), (free,) = (torch.autograd.grad(loss, learned[-1:]) for loss in (whole, alone))
+    torch.testing.assert_close(pulled - free, 6.0 * learned[-1], atol=1e-4, rtol=1e-3)
+    assert module.concept().method == name and module.concept().attention == find_method(name)().attention
+
+
 def test_weights_that_a_low_rank_reaches(sd, batch):
     concept = trained(sd, "lora", batch)
     method = LoRA(**concept.options)
@@ -228,14 +255,14 @@ def test_perfusion_locks_its_keys_to_the_superclass(sd, batch, latents):
     """A token that is the target input exactly has, with its gate open, the superclass's key."""
     concept = trained(sd, "perfusion", batch)
     method = find_method("perfusion")()
-    (put_in, removed) = method.terms(sd, concept.tensors, "cat", TEMPLATES)
+    (put_in, removed) = method.terms(sd, concept.tensors, concept.word)
     target = concept.tensors["target_input"]
     for name, term in put_in.items():
         layer = removed[name].layer[0]
         projected = layer.to_k.weight @ target
         torch.testing.assert_close(projected + removed[name].key, torch.zeros_like(projected), atol=1e-5, rtol=1e-5)
         assert torch.equal(term.residual, concept.tensors[name])
-    assert (target - method.start(sd, "cat", TEMPLATES)["target_input"]).abs().max() > 1e-6  # the mean has moved
+    assert (target - method.start(sd, concept.word)["target_input"]).abs().max() > 1e-6  # the mean has moved
 
 
 @pytest.mark.parametrize(

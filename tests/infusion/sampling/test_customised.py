@@ -11,7 +11,7 @@ from infusion.inject import cross_attention_layers
 from infusion.sampling.customised import Customised
 from infusion.sampling.regions import Region
 from infusion.sampling.settings import Settings
-from infusion.tokens import concept_mask
+from infusion.tokens import Word, concept_mask
 from ldm.models.attention import Context
 from tests.infusion.test_attention import reference
 
@@ -48,7 +48,9 @@ def test_is_guidance_towards_the_two_stream_definition(sd, latents, scale, own):
 
     prompts, masks = zip(*(concept_mask(sd.text.tokenizer, p, "stuffed animal") for p in PROMPTS), strict=True)
     text, timesteps = sd.text(list(prompts)), T.expand(2)
-    gates = Gate("sigmoid", 0.6, 0.2)(text, torch.stack(masks), target_input(sd.text, TEMPLATES, "stuffed animal"))
+    gates = Gate("sigmoid", 0.6, 0.2)(
+        text, torch.stack(masks), target_input(sd.text, Word("stuffed animal", TEMPLATES))
+    )
     residuals = {name: [0.8 * tensor] for name, tensor in concept.tensors.items()}
     _, customised, _ = reference(sd.unet, residuals, latents, timesteps, text, gates[:, None], own)
     unconditional = sd.unet(latents, timesteps, sd.text(["blurry"] * 2))
@@ -220,7 +222,7 @@ def test_attention_maps(sd, latents):
     # one layer at the grid's own size: the attention itself
     prompt, mask = concept_mask(sd.text.tokenizer, "a {}", "cat")
     text = sd.text([prompt])
-    gates = Gate("sigmoid", 0.7, 0.15)(text, mask[None], target_input(sd.text, TEMPLATES, "cat"))
+    gates = Gate("sigmoid", 0.7, 0.15)(text, mask[None], target_input(sd.text, Word("cat", TEMPLATES)))
     totals = []
     for layer in cross_attention_layers(sd.unet).values():
         layer.register_forward_pre_hook(lambda module, args: totals.append(attention_on(module, args[0], text, gates)))

@@ -12,7 +12,7 @@ from infusion.loss import masked_loss
 from infusion.methods.infusion import Infusion
 from infusion.sampling.customised import Customised
 from infusion.sampling.sample import sample
-from infusion.tokens import concept_mask
+from infusion.tokens import Word, concept_mask
 from infusion.training.trainer import ConceptTrainer, SaveConcept
 from ldm.diffusion.schedule import Schedule
 from tests.infusion import conftest
@@ -176,7 +176,7 @@ def test_encoding_runs_once_for_each_template(sd):
     module = make(sd)
     prompt, mask = concept_mask(sd.text.tokenizer, "the {}", "cat")
     expected = sd.text([prompt])
-    gate = Gate()(expected, mask[None], target_input(sd.text, TEMPLATES, "cat"))
+    gate = Gate()(expected, mask[None], target_input(sd.text, Word("cat", tuple(TEMPLATES))))
     seen = []
     sd.text.register_forward_pre_hook(lambda _, args: seen.extend(args[0]))
     for _ in range(3):
