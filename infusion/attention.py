@@ -2,9 +2,10 @@
 
 Legend for shapes: B batch, N image tokens, L text tokens, K concepts, H heads, D head width, C = H·D.
 
-The customised stream is `A_F (V + g rᵀ)`, with the foundation's attention map A_F. Both streams read the same text, so
-`A_F V` is the foundation's own output and the edit is a rank-one addition: `out_F + a ⊗ r` with the attention mass
-`a = A_F g` (README, Method).
+The customised stream is `A_F (V + g rᵀ)`, with the attention map A_F of the foundation stream and a residual value
+embedding r in each layer (Zeng et al. 2024, arXiv 2404.14007). Both streams read the same text, so `A_F V` is the
+foundation's own output and the edit is a rank-one addition: `out_F + a ⊗ r` with the attention mass `a = A_F g`. A
+customised stream therefore needs no query, no softmax and no backward pass through an attention (README, Method).
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""The gate: how strongly a concept is blended at each text token (README, Method; sigmoid of Perfusion, 2305.01644)."""
+"""The gate: how strongly a concept is blended at each text token.
+
+Its sigmoid and its similarity are those of Perfusion's gated rank-one update (Tewel et al. 2023, arXiv 2305.01644).
+"""
 
 import dataclasses
 import hashlib
@@ -17,7 +20,7 @@ IDENTITY = "identity"  # the fingerprint of having no covariance file
 
 @dataclass(frozen=True)
 class Gate:
-    """g_j = sigmoid((s_j / E - beta) / tau), with s_j = e_j' C^-1 i* and E = i*' C^-1 i*.
+    """`g_j = σ((s_j / E − β) / τ)`, with `s_j = e_jᵀ C⁻¹ i*` and `E = i*ᵀ C⁻¹ i*` (Perfusion, arXiv 2305.01644).
 
     Attributes:
         kind: "sigmoid": on the concept's tokens, 0 elsewhere. "hard": 1 on the concept's tokens, 0 elsewhere (what
@@ -70,7 +73,7 @@ class Gate:
 
 
 def similarity(encodings: Tensor, target_input: Tensor, inverse_covariance: Tensor | None = None) -> Tensor:
-    """s / E of every text token: (B, L) for encodings (B, L, D); the rest as `Gate` has it.
+    """`s / E` of every text token (Perfusion, arXiv 2305.01644): (B, L) for encodings (B, L, D), the rest as in `Gate`.
 
     Raises:
         ValueError: the target input has no energy E > 0.

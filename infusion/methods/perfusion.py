@@ -1,9 +1,9 @@
 """Perfusion: gated rank-one changes of keys and values, with the keys locked (Tewel et al. 2023, arXiv 2305.01644).
 
-A text encoding e is projected as `h = W (e − i* s/E) + σ((s/E − β)/τ) o*`, with s = e' C^-1 i* and E = i*' C^-1 i*: its
-share along the target input i* is taken out, and o* is put in. That is two rank-one terms on W e: `− s/E ⊗ W i*`, and
-the gate times o*. Values learn o*; keys have `o* = W_K i` with the superclass word's own i, so that the concept attends
-like its superclass.
+Its gated rank-one update projects a text encoding e as `h = W (e − i* s/E) + σ((s/E − β)/τ) o*`, with `s = eᵀ C⁻¹ i*`
+and `E = i*ᵀ C⁻¹ i*`: e's share along the target input i* is taken out, and o* is put in. That is two rank-one terms on
+W e: `− s/E ⊗ W i*`, and the gate times o*. Values learn o*; keys have `o* = W_K i` with the superclass word's own i, so
+that the concept attends like its superclass.
 """
 
 import math
@@ -25,7 +25,7 @@ TARGET = "target_input"  # i*
 
 
 class Removed(nn.Module):
-    """The term that takes the target input's share out: a residual of `−W i*`, which follows i*."""
+    """The term `−(s/E) W i*`, which takes the share along the target input out: its residual `−W i*` follows i*."""
 
     def __init__(self, layer: CrossAttention, target: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What cannot be drawn is said with its flag or file, before anything is."""
+"""Checks what is asked for before anything is drawn; errors name the flag or file."""
 
 import argparse
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_words(flags: argparse.Namespace, jobs: list[Job]) -> None:
-    """Raises UserError for words too long to be meant, or that are no text, and for a prompt without the concept."""
+    """Raises UserError for words that are too long, or that cannot be written in UTF-8."""
     said = [("prompt", job.prompt) for job in jobs]
     said += [("negative_prompt", job.settings.negative_prompt) for job in jobs]
     said += [(name, word) for name in ("target_word", "noun") for word in getattr(flags, name) or ()]

@@ -87,8 +87,8 @@ class ClipText(nn.Module):
 class OpenClipText(nn.Module):
     """OpenCLIP's text tower: penultimate layer, then the final norm (SD 2.x; Cherti et al. 2022, arXiv 2212.07143).
 
-    Parameters are named `model.*`, as in the published checkpoints. The last layer, `text_projection` and
-    `logit_scale` are stored there too, and unused.
+    Parameters are named `model.*`, as in the published checkpoints. The last layer and `text_projection` are for
+    `pooled` alone; `logit_scale` is stored there too, and unused.
 
     Args:
         tokenizer: its `context_length` must be `max_length`.
@@ -140,11 +140,24 @@ class OpenClipText(nn.Module):
 
     def encode_tokens(self, tokens: Tensor, learned: Tensor | None = None) -> Tensor:
         """Encodings (B, L, D) of token ids (B, L) int64, on any device; `learned` (T, D) embeds the ids from V on."""
+        return self._run(tokens, learned, self.skip)
+
+    def pooled(self, tokens: Tensor, learned: Tensor | None = None) -> Tensor:
+        """One vector (B, P) for each text: the last layer's state at the end token, projected; arguments as above.
+
+        SDXL conditions its time embedding on it (Podell et al. 2023, arXiv 2307.01952).
+        """
+        states = self._run(tokens, learned, skip=0)  # (B, L, D)
+        ends = (tokens == self.tokenizer.eos).int().argmax(1).to(states.device)  # (B,), the first one
+        return states[torch.arange(len(states), device=states.device), ends] @ self.model.text_projection
+
+    def _run(self, tokens: Tensor, learned: Tensor | None, skip: int) -> Tensor:
+        """States (B, L, D) behind all layers but the last `skip`, normalised."""
         model, mask, rows = self.model, self.model.attn_mask, self.embeddings
         rows = rows if learned is None else torch.cat([rows, learned.to(rows)])
         x = F.embedding(tokens.to(mask.device), rows) + model.positional_embedding  # (B, L, D)
         blocks = model.transformer.resblocks
-        for block in blocks[: len(blocks) - self.skip]:
+        for block in blocks[: len(blocks) - skip]:
             x = block(x, attn_mask=mask)
         return model.ln_final(x)
 

@@ -77,6 +77,11 @@ def test_openclip_is_the_penultimate_layer_under_the_final_norm(tokenizer):
     torch.testing.assert_close(text(["a photo of a cat"]), text.model.ln_final(outputs[0]))
 
 
+def test_openclip_s_pooled_vector_is_the_one_it_compares_with_images(tokenizer):
+    text, tokens = openclip(tokenizer), tokenizer(["a photo of a cat", "the"])
+    torch.testing.assert_close(text.pooled(tokens), text.model.encode_text(tokens))
+
+
 def test_both_towers_compute_the_same_from_the_same_weights(tokenizer):
     a, b = clip(tokenizer, hidden_act="gelu"), openclip(tokenizer, skip=0)
     tower, model = a.transformer["text_model"], b.model
