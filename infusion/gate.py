@@ -102,9 +102,6 @@ def target_input(text_encoder: torch.nn.Module, word: Word) -> Tensor:
 
     Returns:
         (D,), in float32 or the encoder's own type where that is wider.
-
-    Raises:
-        ValueError: whatever `training_prompts` refuses.
     """
     prompts, masks = training_prompts(text_encoder.tokenizer, word)
     encodings = text_encoder(prompts)  # (B, L, D)
@@ -118,7 +115,7 @@ def training_prompts(tokenizer: Tokenizer, word: Word) -> tuple[list[str], Tenso
     """The prompts that the templates make, and the concept's tokens in them, bool (B, L).
 
     Raises:
-        ValueError: no templates, or one without a placeholder; a noun without tokens; whatever `concept_mask` refuses.
+        ValueError: no templates, or one without a placeholder; a noun without tokens.
     """
     noun, templates = word.superclass, word.templates
     if not templates:

@@ -128,7 +128,7 @@ class CustomisedDenoiser:
         gates: (A, R, L), of R terms.
 
     Raises:
-        ValueError: no prompts, or whatever `concept_places` refuses in one.
+        ValueError: no prompts, or a placeholder that is no word of its own or of no concept.
     """
 
     def __init__(self, model: Customised, prompts: Sequence[str], map_grid: tuple[int, int] | None = None) -> None:

@@ -27,7 +27,7 @@ def encode(
         Encodings (B, L, D), with gradients to what is learned, and bool masks (B, K, L) of the concepts' tokens.
 
     Raises:
-        ValueError: embeddings of another width; whatever `concept_places` refuses.
+        ValueError: embeddings of another width, or a placeholder that is no word of its own or of no concept.
     """
     prompts, places = zip(*(concept_places(text.tokenizer, template, nouns) for template in templates), strict=True)
     places = torch.stack(places)  # (B, K, L)

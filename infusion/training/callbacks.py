@@ -41,10 +41,13 @@ class ConceptSamples(pl.Callback):
             raise ValueError(f"scale: must be a finite number, not {scale}")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed: must be from 0 to 2**63 - 1, not {seed}")
-        if odd := [prompt for prompt in prompts if set("{}") & set(prompt.replace("{}", ""))]:
-            raise ValueError(f"prompts: {odd[0]!r} has other braces than {{}} for the concept")
-        if not prompts or any("{}" not in prompt for prompt in prompts):
-            raise ValueError(f"prompts: every one must have {{}} for the concept: {list(prompts)}")
+        for prompt in prompts:
+            if "{}" not in prompt or set("{}") & set(prompt.replace("{}", "")):
+                raise ValueError(
+                    f"prompts: every one must have {{}} for the concept and no other braces, not {prompt!r}"
+                )
+        if not prompts:
+            raise ValueError("prompts: give at least one, with {} for the concept")
         self.prompts = list(prompts)
         self.every = every
         self.steps, self.scale, self.seed = steps, scale, seed

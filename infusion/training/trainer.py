@@ -161,9 +161,6 @@ class ConceptTrainer(Learner):
         """Text encodings (B, L, D) and gates (B, R, L).
 
         The text encoder runs once for each template, unless the concept's own word is learned.
-
-        Raises:
-            ValueError: whatever `concept_places` refuses.
         """
         if self.tokens is not None:
             text, gates = self._encode(templates)
