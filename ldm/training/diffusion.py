@@ -17,11 +17,11 @@ class LatentDiffusion(pl.LightningModule):
     """The denoising loss of Ho et al. 2020 (eq. 14) on latents (Rombach et al. 2022, eq. 3).
 
     The UNet is trained, the text tower if `train_text`, the autoencoder is not. A share of the captions is emptied, for
-    classifier-free guidance. `min_snr` is γ of Hang et al. 2023 (eq. 7): the loss on ε is weighted by min(SNR, γ) / SNR,
-    so that steps with little noise do not take most of the capacity. `clean_weight` adds so much of the loss on the
-    clean latents, which is the one on ε by the SNR, and `layout_share` of the timesteps come from the last fifth alone:
-    where things stand is decided there, and ε hardly depends on it. Batches: {"latents": (B, C, h, w), "captions": list
-    of B}.
+    classifier-free guidance. `min_snr` is γ of Hang et al. 2023 (eq. 7): the loss on ε is weighted by
+    min(SNR, γ) / SNR, so that steps with little noise do not take most of the capacity. `clean_weight` adds so much of
+    the loss on the clean latents, which is the one on ε by the SNR, and `layout_share` of the timesteps come from the
+    last fifth alone: where things stand is decided there, and ε hardly depends on it. Batches: {"latents":
+    (B, C, h, w), "captions": list of B}.
     """
 
     def __init__(
