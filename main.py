@@ -23,7 +23,17 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ldm.util.config import ConfigError, build, check, check_params, find, load_config, override, refuse_unused, resolve
+from ldm.util.config import (
+    ConfigError,
+    check,
+    check_params,
+    find,
+    instantiate,
+    load_config,
+    override,
+    refuse_unused,
+    resolve,
+)
 from ldm.util.defaults import POCKET, PREFIXES
 from ldm.util.errors import Parser, UserError, report, suggestion
 from ldm.util.runs import at_work, folder_of, is_run, new_folder, rank, resume_state
@@ -242,15 +252,15 @@ def build_model(config: DictConfig, files: dict[str, Path], meta: bool = False) 
     device = torch.device("meta" if meta or "ckpt" in files else "cpu")  # a checkpoint brings the values of all tensors
     if "sd" in (config.model.get("params") or {}):
         with device:
-            sd = build(config.model.params.sd, "model.params.sd")
+            sd = instantiate(config.model.params.sd, "model.params.sd")
         sd.config = OmegaConf.to_container(config.model.params.sd)
         load_weights(sd, files, config.get("use_ema", False))
         sd.cast(getattr(torch, config.get("weights", "float32")))
-        return build(config.model, "model", given={"sd": sd})
+        return instantiate(config.model, "model", given={"sd": sd})
     if files:
         raise ConfigError(f"{next(iter(files))}: names weights, and model.params has no `sd` to load them into")
     with device:
-        return build(config.model, "model")
+        return instantiate(config.model, "model")
 
 
 def make_trainer(folder: Path, config: DictConfig, params: dict, signals: "Signals", step: int = 0) -> "pl.Trainer":
@@ -263,12 +273,12 @@ def make_trainer(folder: Path, config: DictConfig, params: dict, signals: "Signa
     from ldm.util.logs import Log
     from ldm.util.resume import ResumeState, StateFile
 
-    params = build(params, "trainer")
+    params = instantiate(params, "trainer")
     bars = [StepBar()] if params.get("enable_progress_bar", True) else []
     purge = {"purge_step": step} if step else {}  # of what was logged after the state
     params.setdefault("logger", Log(folder, name="", version="tensorboard", **purge))
     params["callbacks"] = [
-        *build(callback_nodes(config), "callbacks"),
+        *instantiate(callback_nodes(config), "callbacks"),
         *bars,
         Finite(config.non_finite),
         ResumeState(config.save_every, config.keep, signals),
@@ -316,7 +326,7 @@ def main() -> None:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     try:
         with Signals() as signals:
-            data = build(config.data, "data")
+            data = instantiate(config.data, "data")
             model = build_model(config, files)
             trainer = make_trainer(folder, config, params, signals, step)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

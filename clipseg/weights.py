@@ -11,7 +11,7 @@ from transformers import CLIPSegConfig
 from clipseg.convert import SHOWN, convert_clip, convert_decoder, refined_config
 from clipseg.model import ClipSeg
 from ldm.models.tokenizer import Tokenizer
-from ldm.util.config import ConfigError, build, find, load_config, resolve
+from ldm.util.config import ConfigError, find, instantiate, load_config, resolve
 from ldm.util.defaults import CLIPSEG as USUAL
 from ldm.util.defaults import POCKET
 from ldm.util.defaults import POCKET_CLIPSEG as POCKET_WEIGHTS
@@ -61,7 +61,7 @@ def from_config(config: str | Path, file: Path) -> ClipSeg:
     if "clipseg" not in nodes:
         raise ConfigError(f"{config}: the config has no node `clipseg`")
     with torch.device("meta"):
-        model = build(nodes.clipseg, "clipseg")
+        model = instantiate(nodes.clipseg, "clipseg")
     if nodes.get("clip") is None:
         return fill(model, read(file), file)
     return fill(model, read_clip(nodes.clip, model) | read(file), f"{file} and {nodes.clip}")

@@ -17,7 +17,7 @@ from ldm.diffusion.schedule import Schedule
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text import ClipText, OpenClipText
 from ldm.models.unet import UNet
-from ldm.util.config import ConfigError, build, find, load_config
+from ldm.util.config import ConfigError, find, instantiate, load_config
 from ldm.util.errors import suggestion
 from ldm.weights import checkpoint as files
 from ldm.weights.recognise import guess
@@ -87,7 +87,7 @@ class StableDiffusion(nn.Module):
         if "sd" not in config:
             raise ConfigError("sd: the config has no such node, so it names no model")
         node = OmegaConf.to_container(config.sd, resolve=True)
-        pipeline = build(node, "sd")
+        pipeline = instantiate(node, "sd")
         if not isinstance(pipeline, cls):
             raise ConfigError(f"sd.target: must be a {cls.__name__}, not a {type(pipeline).__name__}")
         pipeline.config = node

@@ -28,14 +28,6 @@ KNOWN: set[str] = {  # what is still to go
     "infusion.training.best -> data.prompts",
     "infusion.training.many -> data.many",
     "infusion.training.many -> data.prompts",
-    "ldm.util.targets -> data.dataset",
-    "ldm.util.targets -> data.pocket.module",
-    "ldm.util.targets -> data.prior",
-    "ldm.util.targets -> infusion.covariance",
-    "ldm.util.targets -> infusion.gate",
-    "ldm.util.targets -> infusion.methods.base",
-    "ldm.util.targets -> infusion.training.best",
-    "ldm.util.targets -> infusion.training.trainer",
     "ldm.weights.inspection -> infusion.concepts.concept",
 }
 

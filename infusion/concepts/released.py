@@ -18,7 +18,7 @@ from infusion.attention import key_name
 from infusion.concepts.concept import Concept
 from infusion.gate import Gate
 from infusion.inject import cross_attention_layers
-from ldm.util.config import backbones, build
+from ldm.util.config import backbones, instantiate
 from ldm.weights.files import TensorFile
 from ldm.weights.names import PREFIXES
 from ldm.weights.recognise import LEARNED
@@ -133,7 +133,7 @@ def _fitting(values: Mapping[str, Tensor], architecture: str) -> dict[str, Tenso
     if architecture not in backbones():
         raise ValueError(f"the architecture must be one of {', '.join(backbones())}, not {architecture!r}")
     with torch.device("meta"):
-        layers = cross_attention_layers(build(backbones()[architecture], "sd").unet)
+        layers = cross_attention_layers(instantiate(backbones()[architecture], "sd").unet)
     if unknown := [name for name in values if name not in layers]:
         raise ValueError(f"{architecture} has no cross-attention layer {unknown[0][:100]!r}")
     fitting = {}

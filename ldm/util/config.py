@@ -7,33 +7,35 @@ the keys `target` (a class) and `params` (its arguments) stands for an object. B
 - an entry file includes a backbone and refers to it as `${sd}`, or to a part of it as `${sd.params.vae}`,
 - every other top-level key exists to be referred to (`superclass: cat` … `${superclass}`); one that nobody refers to is
   an error.
+
+A config is code: it can build any class of our packages, so run only what you have read.
 """
 
+import importlib
 import inspect
+import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from ldm.util import yamlfile
 from ldm.util.errors import suggestion
-from ldm.util.includes import ROOT, with_included
-from ldm.util.references import Endless, measure
-from ldm.util.targets import OTHERS, UnknownTarget, find_class, full_name, refusals, refuse_param
-from ldm.util.yamlfile import NotPlain
 
+ROOT = Path(__file__).resolve().parents[2]
 BACKBONES = ROOT / "configs" / "backbone"
-KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+|\[\d{1,6}\])*", re.ASCII)  # of an override
+OWN = ("ldm", "clipseg", "data", "infusion")
+TARGETS = (*OWN, "pytorch_lightning.callbacks", "transformers.CLIPSegConfig")  # what a target begins with
 
 
 class ConfigError(ValueError):
-    """A mistake in a config; the message names the config path."""
+    """A mistake in a config; the message names the file or the config path."""
 
 
 def load_config(
@@ -41,62 +43,55 @@ def load_config(
 ) -> DictConfig:
     """Merges `defaults` and files from left to right (each after what it includes), then `key.path=value` overrides.
 
-    Files are read as what a stranger may have written (`ldm.util.yamlfile`): plain values, and `${key}` for another key
-    of the config. They include files of the repository's `configs` and of their own folder, and of no other.
-
-    Raises ConfigError for a file that is missing, malformed or too large, for an include that is circular or elsewhere,
-    for references without an end, and for an override whose first key is not there.
+    Raises ConfigError for a file that is missing or malformed, a circular include, and an override whose first key is
+    not in the config.
     """
-    paths = [paths] if isinstance(paths, str | Path) else list(paths)
     config = OmegaConf.create(defaults or {})
-    for path in paths:
+    for path in [paths] if isinstance(paths, str | Path) else paths:
         for file, values in _read(Path(path)):
-            config = _merged(config, values, file)
+            try:
+                config = OmegaConf.merge(config, values)
+            except (OmegaConfBaseException, TypeError, ValueError) as error:
+                raise ConfigError(f"{file}: {_first_line(error)}") from error
     for word in overrides:
         override(config, word)
     return config
 
 
+def _read(path: Path, parents: tuple[Path, ...] = ()) -> Iterator[tuple[Path, DictConfig]]:
+    """The files that a file includes, in order, then the file itself."""
+    by = f" (included by {parents[-1]})" if parents else ""
+    if path.resolve() in map(Path.resolve, parents):
+        raise ConfigError(f"{path}: includes itself, by way of {parents[-1]}")
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file{by}")
+    try:
+        values = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise ConfigError(f"{path}: not a readable YAML file ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(values, DictConfig):
+        raise ConfigError(f"{path}: a config is a mapping of keys to values, not a list")
+    included = values.pop("include", None) or []
+    names = [included] if isinstance(included, str) else included
+    if not isinstance(names, list | ListConfig) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: include: a file, or a list of files, is wanted")
+    for name in names:
+        yield from _read(path.parent / name, (*parents, path))
+    yield path, values
+
+
 def override(config: DictConfig, word: str) -> None:
-    """Sets `key.path=value`; raises ConfigError for anything else, and for a first key that is not there."""
+    """Sets `key.path=value`; raises ConfigError for anything else, and for a first key that is not in the config."""
     key, sign, text = word.partition("=")
-    shown = f"override `{word[:80]}`"
     if not sign or not key:
-        raise ConfigError(f"{shown}: write it as key=value")
-    if not KEY.fullmatch(key) or len(key) > 200:
-        raise ConfigError(
-            f"{shown}: `{key[:80]}` is no key; write it as key=value, with a key such as data.params.seed"
-        )
+        raise ConfigError(f"override `{word}`: write it as key=value")
     top = re.split(r"[.\[]", key)[0]
     if top not in config.keys():  # noqa: SIM118 (`in config` leaves out what is open: ???)
-        hint = suggestion(top, [str(name) for name in config])
-        raise ConfigError(f"{shown}: the config has no key `{top}`{hint}")
+        raise ConfigError(f"override `{word}`: the config has no key `{top}`{suggestion(top, list(map(str, config)))}")
     try:
-        OmegaConf.update(config, key, yamlfile.value(text), force_add=True)
-        measure(OmegaConf.to_container(config))
-    except (OmegaConfBaseException, AttributeError, TypeError, LookupError, ValueError) as error:
-        raise ConfigError(f"{shown}: {_first_line(error)}") from error
-
-
-def _read(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    try:
-        return with_included(path)
-    except NotPlain as error:
-        raise ConfigError(str(error)) from error
-
-
-def _merged(config: DictConfig, values: dict[str, Any], file: Path) -> DictConfig:
-    try:
-        measure(values)
-        config = OmegaConf.merge(config, OmegaConf.create(values))
-        measure(OmegaConf.to_container(config))
-        return config
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        raise ConfigError(f"{file}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+        OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={text}"]).value, force_add=True)
+    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, LookupError, ValueError) as error:
+        raise ConfigError(f"override `{word}`: {_first_line(error)}") from error
 
 
 def find(path: str | Path) -> Path:
@@ -122,68 +117,11 @@ def refuse_unused(config: DictConfig, used: Iterable[str]) -> None:
 
 
 def resolve(config: DictConfig) -> DictConfig:
-    """A copy without interpolations, in which nothing is left that would become one.
-
-    Raises ConfigError for an interpolation that leads nowhere, has no end or is put together of others, and for a value
-    left open (`???`).
-    """
-    try:
-        measure(OmegaConf.to_container(config))
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        _refuse_references(values, "")
-        return OmegaConf.create(values)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'config'}: {_first_line(error)}") from error
-    except Endless as error:
-        raise ConfigError(str(error)) from error
+    """A copy without interpolations; raises ConfigError for one that leads nowhere and for an open value (`???`)."""
+    return OmegaConf.create(_plain(config))
 
 
-def _refuse_references(value: Any, path: str) -> None:
-    for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-        where = _join(path, key)
-        if isinstance(child, dict | list):
-            _refuse_references(child, where)
-        elif isinstance(child, str) and "${" in child:
-            raise ConfigError(f"{where}: `${{` is left in it once every `${{key}}` is replaced; write it without")
-
-
-def check(node: Any, path: str = "") -> None:
-    """Checks a node without building it: targets, names of parameters, and types of plain values, all the way down."""
-    if isinstance(node, DictConfig | ListConfig):
-        node = OmegaConf.to_container(resolve(OmegaConf.create({"node": node})))["node"]
-    if isinstance(node, dict) and "target" in node:
-        _check_node(node, path)
-        check_params(_locate(node["target"], path), node.get("params") or {}, _join(path, "params"))
-    elif isinstance(node, dict | list):
-        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
-            check(child, _join(path, key))
-
-
-def check_params(cls: type, params: dict, path: str) -> None:
-    """Checks a class's parameters as `check` does: names known, none missing, plain values of the annotated type."""
-    if not isinstance(params, dict):
-        raise ConfigError(f"{path}: a mapping of names to values is wanted, not {_short(params)}")
-    signature = inspect.signature(cls).parameters
-    named = [name for name, p in signature.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values()) and full_name(cls) not in OTHERS
-    unknown = [str(name)[:100] for name in params if name not in named]
-    if unknown and not open_ended:
-        hint = suggestion(unknown[0], named)
-        raise ConfigError(f"{_join(path, unknown[0])}: {cls.__name__} has no parameter `{unknown[0]}`{hint}")
-    missing = [name for name in named if signature[name].default is inspect.Parameter.empty and name not in params]
-    if missing:
-        raise ConfigError(f"{path}: {cls.__name__} also needs {', '.join(f'`{name}`' for name in missing)}")
-    hints = _hints(cls)
-    for name, value in params.items():
-        check(value, _join(path, name))
-        if refused := refuse_param(cls, name, value):
-            raise ConfigError(f"{_join(path, name)}: {refused}")
-        if not _fits(value, hints.get(name, Any)):
-            wanted = inspect.formatannotation(hints[name]).replace("typing.", "")
-            raise ConfigError(f"{_join(path, name)}: {cls.__name__} wants {wanted} here, not {_short(value)}")
-
-
-def build(node: Any, path: str = "", given: dict[str, Any] | None = None) -> Any:
+def instantiate(node: Any, path: str = "", given: dict[str, Any] | None = None) -> Any:
     """Turns a config node into objects, children first; mappings, lists and plain values stay what they are.
 
     Args:
@@ -191,13 +129,62 @@ def build(node: Any, path: str = "", given: dict[str, Any] | None = None) -> Any
         path: where the node stands in the config, for messages.
         given: parameters of the node that are built already; they take the place of the node's own.
 
-    Raises ConfigError, before anything is built, for a target that `ldm.util.targets` does not know, and for an
-    unknown, missing or mistyped parameter; later, for parameters of which a class cannot be built.
+    Raises ConfigError before anything is built, as `check` does, and later for a child of another class.
     """
-    if isinstance(node, DictConfig | ListConfig):
-        node = OmegaConf.to_container(resolve(OmegaConf.create({"node": node})))["node"]
+    node = _plain(node)
     check(node, path)
     return _build(node, path, given or {})
+
+
+def check(node: Any, path: str = "") -> None:
+    """Checks a node without building it: targets, names of parameters, and types of plain values, all the way down."""
+    node = _plain(node)
+    if isinstance(node, dict) and "target" in node:
+        if unknown := sorted(node.keys() - {"target", "params"}):
+            raise ConfigError(f"{_join(path, unknown[0])}: a node has the keys `target` and `params` only")
+        check_params(find_class(node["target"], path), node.get("params") or {}, _join(path, "params"))
+    elif isinstance(node, dict | list):
+        for key, child in _items(node):
+            check(child, _join(path, key))
+
+
+def check_params(cls: type, params: dict[str, Any], path: str) -> None:
+    """Checks a class's parameters as `check` does: names known, none missing, plain values of the annotated type."""
+    if not isinstance(params, dict):
+        raise ConfigError(f"{path}: a mapping of names to values is wanted, not {params!r}")
+    signature = inspect.signature(cls).parameters
+    names = [name for name, p in signature.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for name in params:
+        if name not in names:
+            hint = suggestion(str(name), names)
+            raise ConfigError(f"{_join(path, name)}: {cls.__name__} has no parameter `{name}`{hint}")
+    missing = [name for name in names if signature[name].default is inspect.Parameter.empty and name not in params]
+    if missing:
+        raise ConfigError(f"{path}: {cls.__name__} also needs {', '.join(f'`{name}`' for name in missing)}")
+    hints = _hints(cls)
+    for name, value in params.items():
+        check(value, _join(path, name))
+        if not _fits(value, hints.get(name, Any)):
+            wanted = inspect.formatannotation(hints[name]).replace("typing.", "")
+            raise ConfigError(f"{_join(path, name)}: {cls.__name__} wants {wanted} here, not {value!r}")
+
+
+def find_class(target: object, path: str = "") -> type:
+    """The class that a config names; raises ConfigError for one outside `TARGETS`, and where there is none."""
+    where = _join(path, "target")
+    module, _, name = str(target).rpartition(".")
+    if not module or not name or not any(f"{target}.".startswith(f"{allowed}.") for allowed in TARGETS):
+        raise ConfigError(f"{where}: `{target}` is not a class of {', '.join(TARGETS)}")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if not error.name or not f"{module}.".startswith(f"{error.name}."):  # a dependency of the module's
+            raise
+        raise ConfigError(f"{where}: there is no module `{module}`") from error
+    if not isinstance(found, type) or found.__module__.split(".")[0] != module.split(".")[0]:
+        classes = [key for key, value in vars(importlib.import_module(module)).items() if isinstance(value, type)]
+        raise ConfigError(f"{where}: `{module}` has no class `{name}`{suggestion(name, classes)}")
+    return found
 
 
 def _build(node: Any, path: str, given: dict[str, Any]) -> Any:
@@ -207,41 +194,20 @@ def _build(node: Any, path: str, given: dict[str, Any]) -> Any:
         return node
     if "target" not in node:
         return {key: _build(child, _join(path, key), {}) for key, child in node.items()}
-    cls = _locate(node["target"], path)
+    cls, path = find_class(node["target"]), _join(path, "params")
     own = {name: child for name, child in (node.get("params") or {}).items() if name not in given}
-    params = {name: _build(child, _join(path, f"params.{name}"), {}) for name, child in own.items()} | given
+    params = given | {name: _build(child, _join(path, name), {}) for name, child in own.items()}
     hints = _hints(cls)
     for name, value in params.items():
         if not _fits(value, hints.get(name, Any)):
-            where = _join(path, f"params.{name}")
-            raise ConfigError(f"{where}: {cls.__name__} does not take a {type(value).__name__} here")
+            raise ConfigError(f"{_join(path, name)}: {cls.__name__} does not take a {type(value).__name__} here")
     try:
         return cls(**params)
-    except refusals(cls) as error:
-        if "memory" in str(error):  # which is no mistake in the config
-            raise
-        reason = f"no {cls.__name__} can be built of these ({_first_line(error)})"
-        raise ConfigError(f"{_join(path, 'params')}: {reason}") from error
-
-
-def _check_node(node: dict, path: str) -> None:
-    for key in node:
-        if key not in ("target", "params"):
-            raise ConfigError(f"{_join(path, key)}: a node has the keys `target` and `params` only")
-
-
-def _locate(target: object, path: str) -> type:
-    try:
-        return find_class(target)
-    except UnknownTarget as error:
-        raise ConfigError(f"{_join(path, 'target')}: {error}") from error
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(cls.__init__)
-    except (NameError, TypeError):
-        return {}
+    except ValueError as error:
+        raise ConfigError(f"{path}: no {cls.__name__} can be built of these ({_first_line(error)})") from error
+    except Exception as error:
+        error.add_note(f"while building {cls.__name__} for {path}")
+        raise
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -264,13 +230,37 @@ def _fits(value: Any, hint: Any) -> bool:
         return all(_fits(item, args[0]) for item in value) if args else True
     if isinstance(value, str) and issubclass(Path, kind):
         return True
-    return isinstance(value, int | float if kind is float else kind)
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls.__init__)
+    except (NameError, TypeError):
+        return {}
+
+
+def _plain(node: Any) -> Any:
+    """Mappings and lists of OmegaConf as those of Python, with every reference resolved."""
+    if not isinstance(node, DictConfig | ListConfig):
+        return node
+    try:
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'config'}: {_first_line(error)}") from error
+    except RecursionError as error:
+        raise ConfigError("config: a value refers to itself, by way of its `${…}`") from error
+
+
+def _items(node: dict | list) -> Iterable[tuple[Any, Any]]:
+    return node.items() if isinstance(node, dict) else enumerate(node)
 
 
 def _join(path: str, key: object) -> str:
-    return f"{path}.{str(key)[:100]}" if path else str(key)[:100]
+    return f"{path}.{key}" if path else str(key)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ldm.util.config import backbones, build
+from ldm.util.config import backbones, instantiate
 from ldm.weights.checkpoint import sha256
 from ldm.weights.diffusers_layout import PARTS, Folder, open_checkpoint
 from ldm.weights.files import TensorFile
@@ -67,7 +67,7 @@ def _base(file: TensorFile | Folder, kind: Kind, counts: dict[str, int]) -> dict
     }
     if kind.architectures:
         with torch.device("meta"):
-            sd = build(backbones()[kind.architectures[0]], "sd")
+            sd = instantiate(backbones()[kind.architectures[0]], "sd")
         found = match(file, {prefix: getattr(sd, component) for component, prefix in PREFIXES.items()})
         facts |= {"missing": found.missing, "wrong_shapes": found.wrong, "unexpected": found.unexpected}
     return facts

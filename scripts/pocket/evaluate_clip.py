@@ -14,7 +14,7 @@ import torch
 
 from data.pocket.world import CHOICES, World, caption, draw_scene
 from ldm.models.clip import Clip
-from ldm.util.config import build, find, load_config, resolve
+from ldm.util.config import find, instantiate, load_config, resolve
 from ldm.util.errors import Parser, report
 from ldm.weights.checkpoint import load_into
 from scripts.pocket.judge import CLIP_CONFIG, CLIP_WEIGHTS
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=400, help="number of scenes")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes")
     flags = parser.parse_args(arguments)
-    clip = build(resolve(load_config(find(flags.config))).clip, "clip")
+    clip = instantiate(resolve(load_config(find(flags.config))).clip, "clip")
     load_into({"": clip}, find(flags.ckpt))
     figures = {"right": accuracy(clip.eval(), flags.n, flags.seed)}
     print(

@@ -12,7 +12,7 @@ from clipseg.weights import POCKET_CONFIG
 from data.pocket.prompted import draw_batch
 from data.pocket.world import World
 from ldm.models.tokenizer import Tokenizer
-from ldm.util.config import build, find, load_config, resolve
+from ldm.util.config import find, instantiate, load_config, resolve
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_clip_that_does_not_fit_is_refused(small_config, clip):
 
 
 def test_the_config_trains_a_decoder_of_less_than_two_megabytes_in_half_precision():
-    module = build(resolve(load_config(find(POCKET_CONFIG))).model, "model")
+    module = instantiate(resolve(load_config(find(POCKET_CONFIG))).model, "model")
     assert 2 * sum(tensor.numel() for tensor in module.weights().values()) < 2e6
     module.log_dict = lambda values, **options: None
     loss = module.training_step(draw_batch(World(), np.random.default_rng(0), 4), 0).item()

@@ -5,7 +5,7 @@ import torch
 
 from infusion.concepts.concept import Concept
 from infusion.inject import cross_attention_layers
-from ldm.util.config import build
+from ldm.util.config import instantiate
 from ldm.weights.recognise import backbones
 from scripts.convert_concept import main
 
@@ -14,7 +14,7 @@ from scripts.convert_concept import main
 def widths() -> dict[str, int]:
     """Layer of SD 1.5 -> width."""
     with torch.device("meta"):
-        unet = build(backbones()["sd15"], "sd").unet
+        unet = instantiate(backbones()["sd15"], "sd").unet
     return {name: layer.heads * layer.dim_head for name, layer in cross_attention_layers(unet).items()}
 
 

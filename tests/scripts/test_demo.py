@@ -14,7 +14,7 @@ from clipseg.training import ClipSegTraining
 from clipseg.weights import POCKET_CONFIG
 from data.pocket.classifier import SceneClassifier
 from infusion.concepts.concept import Concept
-from ldm.util.config import ROOT, build, load_config, resolve
+from ldm.util.config import ROOT, instantiate, load_config, resolve
 from scripts.demo import main
 from scripts.infusion_txt2img import main as txt2img
 from scripts.pocket import demo
@@ -35,8 +35,8 @@ def judges(tmp_path_factory) -> list[str]:
     """Flags that name judges and a CLIPSeg with random weights."""
     folder = tmp_path_factory.mktemp("judges")
     torch.manual_seed(0)
-    clip = build(resolve(load_config(ROOT / CLIP_CONFIG)).clip, "clip")
-    decoder = ClipSegTraining(build(resolve(load_config(ROOT / POCKET_CONFIG)).clipseg, "clipseg"), CLIP_WEIGHTS)
+    clip = instantiate(resolve(load_config(ROOT / CLIP_CONFIG)).clip, "clip")
+    decoder = ClipSegTraining(instantiate(resolve(load_config(ROOT / POCKET_CONFIG)).clipseg, "clipseg"), CLIP_WEIGHTS)
     weights = {"clip": clip.state_dict(), "classifier": SceneClassifier().state_dict(), "clipseg": decoder.weights()}
     flags = []
     for name, tensors in weights.items():

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from ldm.models.clip import Clip
-from ldm.util.config import ConfigError, build, find, load_config, resolve
+from ldm.util.config import ConfigError, find, instantiate, load_config, resolve
 from ldm.util.defaults import POCKET
 from ldm.util.defaults import POCKET_CLIP as POCKET_WEIGHTS
 from ldm.weights.checkpoint import load_into
@@ -88,7 +88,7 @@ def load_pocket_clip(config: str | Path = POCKET_CONFIG, weights: str | Path = P
     nodes = resolve(load_config(find(config)))
     if "clip" not in nodes:
         raise ConfigError(f"{config}: the config has no node `clip`")
-    clip = build(nodes.clip, "clip")
+    clip = instantiate(nodes.clip, "clip")
     load_into({"": clip}, find(weights))
     return clip.requires_grad_(False).eval()
 

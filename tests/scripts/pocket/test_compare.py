@@ -9,7 +9,7 @@ import torch
 
 from data.pocket.concepts import CONCEPTS
 from infusion.methods import method_names
-from ldm.util.config import build, check, find, load_config, resolve
+from ldm.util.config import check, find, instantiate, load_config, resolve
 from ldm.util.errors import UserError
 from ldm.util.files import locked
 from scripts.pocket import compare
@@ -45,7 +45,7 @@ def test_every_run_is_a_config_that_can_be_built(variant, tmp_path):
     )
     check(config.model, "model")
     check(config.data, "data")
-    method = build(config.model.params.method, "method")
+    method = instantiate(config.model.params.method, "method")
     assert method.name == ("infusion" if variant in ABLATIONS else variant)
     assert config.model.params.seed == config.data.params.seed == 5
     assert config.data.params.batch_size == 8  # the budget of docs/comparison.md
