@@ -36,13 +36,23 @@ from ldm.util.config import (
 )
 from ldm.util.defaults import POCKET, PREFIXES
 from ldm.util.errors import Parser, UserError, report, suggestion
-from ldm.util.runs import at_work, folder_of, is_run, new_folder, rank, resume_state
+from ldm.util.run import (
+    Finite,
+    Log,
+    ResumeState,
+    StateFile,
+    Stopped,
+    folder_of,
+    is_run,
+    new_folder,
+    resume_state,
+    working_in,
+)
 
 if TYPE_CHECKING:  # what takes seconds to import is imported where it works, after the flags have been read
     import pytorch_lightning as pl
 
     from ldm.pipeline import StableDiffusion
-    from ldm.util.signals import Signals
 
 DEFAULTS = {"trainer": {}, "callbacks": {}, "parts": {}, "use_ema": False, "weights": "float32", "seed": 23,
             "save_every": 500, "keep": 1, "non_finite": "stop"}  # fmt: skip
@@ -263,15 +273,12 @@ def build_model(config: DictConfig, files: dict[str, Path], meta: bool = False) 
         return instantiate(config.model, "model")
 
 
-def make_trainer(folder: Path, config: DictConfig, params: dict, signals: "Signals", step: int = 0) -> "pl.Trainer":
+def make_trainer(folder: Path, config: DictConfig, params: dict, step: int = 0) -> "pl.Trainer":
     """A Trainer that keeps everything in the run folder; one that goes on does so at a step."""
     import pytorch_lightning as pl
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
     from ldm.training.callbacks import StepBar
-    from ldm.util.finite import Finite
-    from ldm.util.logs import Log
-    from ldm.util.resume import ResumeState, StateFile
 
     params = instantiate(params, "trainer")
     bars = [StepBar()] if params.get("enable_progress_bar", True) else []
@@ -281,7 +288,7 @@ def make_trainer(folder: Path, config: DictConfig, params: dict, signals: "Signa
         *instantiate(callback_nodes(config), "callbacks"),
         *bars,
         Finite(config.non_finite),
-        ResumeState(config.save_every, config.keep, signals),
+        ResumeState(config.save_every, config.keep),
     ]
     params |= {"plugins": [*params.get("plugins", ()), StateFile()], "enable_checkpointing": False}
     try:
@@ -313,9 +320,9 @@ def main() -> None:
         print(summarise(config))
         return
     import pytorch_lightning as pl
+    import torch
 
     from ldm.util.dist import leave
-    from ldm.util.signals import Signals, Stopped
 
     for library in ("pytorch_lightning", "lightning_fabric"):  # which set their own level when they are imported
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -324,22 +331,22 @@ def main() -> None:
     folder = folder_of(flags.resume) if flags.resume else new_folder(flags.logdir, flags.basedir, name)
     state, step = resume_state(flags.resume) if flags.resume else (None, 0)
     pl.seed_everything(config.seed, workers=True, verbose=False)
+    data = instantiate(config.data, "data")
+    model = build_model(config, files)
+    trainer = make_trainer(folder, config, params, step)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logging.info("%s: %s trainable parameters, %s", type(model).__name__, f"{trained:,}", folder)
+    if not flags.train:
+        return
+    torch.manual_seed(config.seed + step)  # what draws from it does not draw the first steps' numbers again
     try:
-        with Signals() as signals:
-            data = instantiate(config.data, "data")
-            model = build_model(config, files)
-            trainer = make_trainer(folder, config, params, signals, step)
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            logging.info("%s: %s trainable parameters, %s", type(model).__name__, f"{trained:,}", folder)
-            if flags.train:
-                with at_work(folder, OmegaConf.to_yaml(config)):
-                    for log in trainer.loggers:
-                        log.log_hyperparams(OmegaConf.to_container(config))
-                    trainer.fit(model, data, ckpt_path=state, weights_only=True)
+        with working_in(folder, OmegaConf.to_yaml(config)):
+            for log in trainer.loggers:
+                log.log_hyperparams(OmegaConf.to_container(config))
+            trainer.fit(model, data, ckpt_path=state, weights_only=True)
     except Stopped:
-        if not rank():
-            again = resume_command(flags, folder) if is_run(folder) else "the same command"
-            logging.info("stopped; go on by: %s", again)
+        if trainer.is_global_zero:
+            logging.info("stopped; resume by: %s", resume_command(flags, folder))
 
 
 if __name__ == "__main__":

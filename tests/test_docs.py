@@ -12,7 +12,6 @@ from infusion.concepts.concept import Concept
 from infusion.inject import cross_attention_layers
 from infusion.sampling.sample import sample
 from ldm.pipeline import StableDiffusion
-from ldm.util import targets
 from ldm.util.config import ROOT
 
 
@@ -41,10 +40,6 @@ def test_the_sixth_method_is_one_file_and_one_config(tmp_path, monkeypatch, tiny
     (tmp_path / "package").mkdir()
     (tmp_path / "package/bitfit.py").write_text(method)
     monkeypatch.setattr(infusion.methods, "__path__", [*infusion.methods.__path__, str(tmp_path / "package")])
-    there = {"infusion.methods.bitfit": tmp_path / "package/bitfit.py"}
-    monkeypatch.setattr(
-        targets, "source_of", lambda module, found=targets.source_of: there.get(module) or found(module)
-    )
     (tmp_path / "bitfit.yaml").write_text(config.replace("concept.yaml", f"{ROOT}/configs/method/concept.yaml"))
     bases = (tiny, tmp_path / "bitfit.yaml")
     options = ("data_root=" + str(photos), "superclass=cat", "callbacks.samples=null", "trainer.max_steps=2")

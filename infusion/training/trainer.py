@@ -25,7 +25,7 @@ from infusion.sampling.encode import encode
 from infusion.tokens import Word, fill
 from infusion.training.learner import Learner
 from ldm.pipeline import StableDiffusion
-from ldm.util.finite import NonFinite
+from ldm.util.run import NonFinite
 
 
 class ConceptTrainer(Learner):
@@ -276,7 +276,7 @@ class SaveConcept(pl.Callback):
         self._save(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: ConceptTrainer, exception: BaseException) -> None:
-        if isinstance(exception, NonFinite) and exception.intact:
+        if isinstance(exception, NonFinite):
             self._save(trainer, pl_module)
 
     @rank_zero_only

@@ -89,7 +89,8 @@ def override(config: DictConfig, word: str) -> None:
     if top not in config.keys():  # noqa: SIM118 (`in config` leaves out what is open: ???)
         raise ConfigError(f"override `{word}`: the config has no key `{top}`{suggestion(top, list(map(str, config)))}")
     try:
-        OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={text}"]).value, force_add=True)
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        OmegaConf.update(config, key, value, force_add=True)
     except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, LookupError, ValueError) as error:
         raise ConfigError(f"override `{word}`: {_first_line(error)}") from error
 

@@ -27,7 +27,7 @@ from ldm.util.config import ROOT, find
 from ldm.util.errors import Parser, UserError, report, suggestion
 from ldm.util.files import copy, locked
 from ldm.util.flags import count, processes, words
-from ldm.util.runs import is_run
+from ldm.util.run import is_run
 
 TUNED_ON = "green_dotted_elephant"
 COMPARED = ("blue_striped_dog", "checkered_car", "zigzag_hat", "other_horse", "other_backpack")

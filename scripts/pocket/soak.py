@@ -34,11 +34,8 @@ from ldm.pipeline import StableDiffusion
 from ldm.util.config import find
 from ldm.util.errors import Parser, report
 from ldm.util.files import write
-from ldm.util.finite import Finite
 from ldm.util.flags import count
-from ldm.util.logs import Log
-from ldm.util.resume import ResumeState, StateFile
-from ldm.util.signals import Signals
+from ldm.util.run import Finite, Log, ResumeState, StateFile
 from scripts.benchmarks.memory import status
 
 STEPS = 4  # of a training
@@ -66,19 +63,18 @@ def one(sd: StableDiffusion, name: str, method: str, seed: int, folder: Path) ->
     noun = CONCEPTS[name].noun
     module = ConceptTrainer(sd, find_method(method)(), noun, TEMPLATES, seed=seed)
     data = ConceptData(ConceptImages(FOLDER / name, sd.image_size, noun), batch_size=2, seed=seed)
-    with Signals() as signals:
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_steps=STEPS,
-            default_root_dir=folder,
-            logger=Log(folder, name="", version="tensorboard"),
-            callbacks=[SaveConcept(STEPS), Finite(), ResumeState(2, keep=2, signals=signals)],
-            plugins=[StateFile()],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, data)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=STEPS,
+        default_root_dir=folder,
+        logger=Log(folder, name="", version="tensorboard"),
+        callbacks=[SaveConcept(STEPS), Finite(), ResumeState(2, keep=2)],
+        plugins=[StateFile()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data)
     remove(sd.unet)
     detach(sd.unet)
     concept = Concept.load(folder / f"models/step={STEPS:06d}.safetensors")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.reliability.runs import assert_same, contents, words
+from tests.reliability.runs import contents, learned, words
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,9 +22,9 @@ def last_line(said: str) -> str:
     return said.rstrip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("size", [0, 2_000, 4_000, 12_000])
+@pytest.mark.parametrize("size", [0, 2_000, 4_000])
 def test_a_disk_that_fills_while_training(launch, entry, whole, tmp_path, size):
-    """The limit of a file's size lets pass the config, then the concepts, then the pictures, but no state."""
+    """The limit of a file's size lets pass the config, then the concepts, but no state."""
     run = tmp_path / "run"
     ended = launch("main", *words(entry, run), file_size=size)
     assert ended.status == 2 and "Traceback" not in ended.said
@@ -32,7 +32,7 @@ def test_a_disk_that_fills_while_training(launch, entry, whole, tmp_path, size):
     assert not list(tmp_path.rglob("*.partial"))
     finished = launch("main", *words(entry, run))
     assert finished.status == 0, finished.said
-    assert_same(run, whole[0])
+    assert learned(run) == learned(whole[0])
 
 
 def test_a_disk_that_fills_later_leaves_the_last_state(launch, entry, whole, tmp_path):
@@ -43,7 +43,7 @@ def test_a_disk_that_fills_later_leaves_the_last_state(launch, entry, whole, tmp
     assert ended.status == 2 and last_line(ended.said).endswith("make room; what was there before is unchanged")
     assert torch.load(run / "models/last.ckpt", weights_only=True)["global_step"] == before > 0
     launch("main", *words(entry, run))
-    assert_same(run, whole[0])
+    assert learned(run) == learned(whole[0])
 
 
 COMMANDS = {
@@ -110,15 +110,14 @@ def test_photos_that_vanish_while_training(launch, entry, whole, tmp_path):
     run = tmp_path / "run"
     ended = launch("main", *words(entry, run), f"data_root={photos}", prepare=vanish)
     assert ended.status == 0 and not photos.exists(), ended.said
-    for name, data in contents(whole[0]).items():
-        assert name.endswith((".ckpt", ".yaml")) or contents(run)[name] == data
+    assert learned(run) == learned(whole[0])
 
 
 def test_a_photo_that_vanishes_while_the_photos_are_read(launch, entry, tmp_path):
     photos = shutil.copytree(entry.parent / "photos", tmp_path / "photos")
     run = tmp_path / "run"
     ended = launch("main", *words(entry, run), f"data_root={photos}", prepare=partial(lose, photos / "1.png"))
-    assert ended.status == 2 and last_line(ended.said).startswith(f"error: {photos}/1.png: cannot be read as an image")
+    assert ended.status == 2 and f"{photos}/1.png: cannot be read as an image" in last_line(ended.said)
     assert not run.exists()
 
 
@@ -135,15 +134,6 @@ def lose(photo: Path) -> None:
     Image.open = vanishing
 
 
-def test_a_log_that_vanishes(launch, entry, whole, tmp_path):
-    run = tmp_path / "run"
-    vanish = partial(at_step, 3, partial(shutil.rmtree, run / "tensorboard", ignore_errors=True))
-    ended = launch("main", *words(entry, run), prepare=vanish)
-    assert ended.status == 0, ended.said
-    for name, data in contents(whole[0]).items():
-        assert name.endswith(".ckpt") or contents(run)[name] == data
-
-
 def jumping_clock() -> None:
     """Every look at the clock finds it a day earlier."""
     days, now = iter(range(10**9)), time.time
@@ -154,8 +144,7 @@ def test_a_clock_that_jumps(launch, entry, whole, tmp_path):
     run = tmp_path / "run"
     ended = launch("main", *words(entry, run), prepare=jumping_clock)
     assert ended.status == 0, ended.said
-    for name, data in contents(whole[0]).items():
-        assert name.endswith(".ckpt") or contents(run)[name] == data
+    assert learned(run) == learned(whole[0])
 
 
 def test_runs_of_one_second_have_folders_of_their_own(launch, entry, tmp_path):
@@ -171,14 +160,14 @@ def test_runs_of_one_second_have_folders_of_their_own(launch, entry, tmp_path):
 def stopped_clock() -> None:
     from datetime import datetime
 
-    import ldm.util.runs
+    import ldm.util.run
 
     class Stopped(datetime):
         @classmethod
         def now(cls, *_: object) -> datetime:
             return datetime(2026, 1, 2, 3, 4, 5)
 
-    ldm.util.runs.datetime = Stopped
+    ldm.util.run.datetime = Stopped
 
 
 @pytest.mark.slow
@@ -205,6 +194,4 @@ def test_one_of_two_processes_is_killed(entry, tmp_path):
     assert last_line(said).startswith("error: another process of this run has ended")
     third = start("--resume", halted, "-t")
     assert third.wait() == 0, third.stderr.read()
-    for name, data in contents(alone).items():
-        if name.endswith(".safetensors"):
-            assert contents(halted)[name] == data
+    assert learned(halted) == learned(alone)

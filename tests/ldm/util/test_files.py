@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ldm.util.errors import UserError
-from ldm.util.files import HOST, create, holds_work, locked, replacing, write
-from ldm.util.resume import StateFile
+from ldm.util.files import create, holds_work, locked, replacing, write
+from ldm.util.run import StateFile
 from ldm.weights.checkpoint import write as write_tensors
 
 SLEEPER = "import sys, time; print('ready', flush=True); time.sleep(60)"
@@ -51,30 +51,11 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "folder/in/file").read_text() == "here" and names(tmp_path) == ["folder"]
 
 
-def test_contents_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
-    calls = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(
-        os, "fsync", lambda number: (calls.append(os.readlink(f"/proc/self/fd/{number}")), fsync(number))
-    )
-    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append("replace"), replace(old, new)))
-    write(tmp_path / "file.txt", b"words")
-    assert [Path(call).name for call in calls] == ["file.txt", "replace", tmp_path.name]
-
-
 def test_what_is_new_overwrites_nothing(tmp_path):
     create(tmp_path / "a.txt", b"first")
     with pytest.raises(FileExistsError):
         create(tmp_path / "a.txt", b"second")
     assert (tmp_path / "a.txt").read_bytes() == b"first" and names(tmp_path) == ["a.txt"]
-
-
-def test_what_is_new_on_a_file_system_without_links(tmp_path, monkeypatch):
-    def link(*_: object) -> None:
-        raise OSError(errno.EPERM, "no links")
-
-    monkeypatch.setattr(os, "link", link)
-    test_what_is_new_overwrites_nothing(tmp_path)
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
@@ -87,30 +68,6 @@ def test_files_have_the_permissions_of_any_new_file(tmp_path, mask):
         os.umask(before)
     for path in tmp_path.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
-
-
-def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(tmp_path):
-    other = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE)
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    kept = [f".{other.pid}@{HOST}.0.partial", f".{dead.pid}@elsewhere.0.partial", ".1.partial", "mine.partial"]
-    for name in (*kept, f".{dead.pid}@{HOST}.0.partial"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").touch()
-    write(tmp_path / "file.txt", b"")
-    other.kill()
-    other.wait()
-    assert names(tmp_path) == sorted([*kept, "file.txt"])
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["ñandú 猫 🐈 \n.txt", "x" * 251 + ".txt", "/".join(["f" * 200] * 17) + "/f.txt"],
-    ids=["unicode", "name", "path"],
-)
-def test_any_name_that_the_system_takes(tmp_path, name):
-    write(tmp_path / name, b"words")
-    assert (tmp_path / name).read_bytes() == b"words"
 
 
 @contextmanager
@@ -149,12 +106,6 @@ def test_a_folder_that_must_not_be_written_to(shelf, as_nobody, writer):
     assert Path(raised.value.filename).parent == shelf and names(shelf) == []
 
 
-def test_a_loop_of_links_is_an_error(tmp_path):
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(OSError):
-        write(tmp_path / "loop/file", b"")
-
-
 def test_a_locked_folder_is_left_when_its_process_ends_however_it_ends(tmp_path):
     code = "from pathlib import Path; from ldm.util.files import locked\n"
     code += f"with locked(Path({str(tmp_path)!r})):\n    {SLEEPER}"
@@ -174,7 +125,7 @@ def test_a_folder_with_a_lock_alone_holds_no_work(tmp_path):
     assert not holds_work(tmp_path / "nowhere")
     with locked(tmp_path / "new"):
         assert not holds_work(tmp_path / "new")
-        (tmp_path / f"new/.1@{HOST}.0.partial").mkdir()
+        (tmp_path / "new/.1.partial").mkdir()
         assert not holds_work(tmp_path / "new")
         (tmp_path / "new/file").touch()
         assert holds_work(tmp_path / "new")
