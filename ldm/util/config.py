@@ -17,7 +17,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -205,7 +205,7 @@ def _build(node: Any, path: str, given: dict[str, Any]) -> Any:
     try:
         return cls(**params)
     except ValueError as error:
-        raise ConfigError(f"{path}: no {cls.__name__} can be built of these ({_first_line(error)})") from error
+        raise ConfigError(f"{path}: {_first_line(error)}") from error
     except Exception as error:
         error.add_note(f"while building {cls.__name__} for {path}")
         raise
@@ -227,7 +227,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if kind is bool or isinstance(value, bool):
         return isinstance(value, bool) and kind in (bool, object)
-    if isinstance(value, list) and kind is not str and issubclass(kind, Iterable):  # YAML has lists only
+    if isinstance(value, list) and issubclass(kind, Iterable) and not issubclass(kind, str | Mapping):  # of YAML
         return all(_fits(item, args[0]) for item in value) if args else True
     if isinstance(value, str) and issubclass(Path, kind):
         return True

@@ -2,14 +2,12 @@
 
 import atexit
 import logging
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
+from lightning_fabric import Fabric
 
 from ldm.util.errors import UserError
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
 
 Value = TypeVar("Value")
 
@@ -21,7 +19,7 @@ class Ranks:
         fabric: launched; None is one process alone.
     """
 
-    def __init__(self, fabric: "Fabric | None" = None) -> None:
+    def __init__(self, fabric: Fabric | None = None) -> None:
         self._fabric = fabric
         self.rank, self.world = (0, 1) if fabric is None else (fabric.global_rank, fabric.world_size)
 
@@ -36,7 +34,10 @@ class Ranks:
 
     def gather(self, value: Value) -> list[Value]:
         """Every process's value, in the order of the ranks, in all."""
-        return [value] if self._fabric is None else everyone(value)
+        values = [value] * self.world
+        if self._fabric is not None:
+            torch.distributed.all_gather_object(values, value)
+        return values
 
     def share(self, rows: range, batch_size: int) -> range:
         """Which rows of the next `world` batches are this process's."""
@@ -44,21 +45,12 @@ class Ranks:
         return range(start, min(start + batch_size, rows.stop))
 
 
-def everyone(value: Value) -> list[Value]:
-    """Every process's value, by rank; of one process alone, its own."""
-    if not _connected():
-        return [value]
-    values = [value] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
 def leave() -> None:
     """Ends the connection to the other processes, if there is one.
 
     To be done before the interpreter ends: gloo's threads abort a process that ends around them (pytorch#179291).
     """
-    if _connected():
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
@@ -76,15 +68,9 @@ def launch(devices: int, num_nodes: int, device: torch.device) -> tuple[Ranks, t
         raise UserError(f"--device: {device} is one device; with --devices and --num_nodes name its type alone")
     if device.type == "cuda" and devices > torch.cuda.device_count():
         raise UserError(f"--devices: {devices} are asked for, and there are {torch.cuda.device_count()} CUDA devices")
-    from lightning_fabric import Fabric  # seconds to import, and needed by those alone who have several devices
-
     fabric = Fabric(accelerator=device.type, strategy="ddp", devices=devices, num_nodes=num_nodes)
     fabric.launch()
     atexit.register(leave)
     if fabric.global_rank:
         logging.disable(logging.WARNING)  # one process speaks for all
     return Ranks(fabric), fabric.device
-
-
-def _connected() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -56,6 +56,11 @@ def is_run(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
+def requeued(logdir: str | None) -> bool:
+    """Whether SLURM has started the same command once more, for a run that has begun in `logdir`."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and logdir is not None and is_run(logdir)
+
+
 def folder_of(resume: str) -> Path:
     """The run folder, of itself or of a state in it."""
     named = Path(resume)

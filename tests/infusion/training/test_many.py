@@ -268,7 +268,7 @@ def read(name: str):
 
 
 def test_the_summary_counts_every_concept_s_numbers():
-    summary = json.loads(main.summarise(read("infusion_many")))
+    summary = json.loads(main.summarise(main.build_model(read("infusion_many"), meta=True)))
     assert summary == {"trainable_parameters": 3 * 12_480, "layers": 16, "bytes": 4 * 3 * 12_480}
 
 
