@@ -14,11 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.pipeline import StableDiffusion
 from ldm.training.setup import Training, make_trainer, quiet, read_config, summarise
 from ldm.util import run
+from ldm.util.cli import Parser, UserError, count, report, suggestion
 from ldm.util.config import ConfigError, find, instantiate
 from ldm.util.defaults import PREFIXES
 from ldm.util.dist import leave
-from ldm.util.errors import Parser, UserError, report, suggestion
-from ldm.util.flags import count
 
 DEVICES = ("gpus", "devices", "num_nodes", "strategy")  # flags that a resumed run is given anew
 

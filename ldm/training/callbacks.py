@@ -15,6 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from ldm.util.cli import UserError
 from ldm.util.files import replacing
 from ldm.weights.checkpoint import write
 
@@ -81,7 +82,7 @@ class Offload(pl.Callback):
 
     def __init__(self, parts: Sequence[str] = ("vae", "text"), device: str = "cpu") -> None:
         if odd := [part for part in parts if part not in ("vae", "text")]:
-            raise ValueError(f"parts: training does without vae and text, not without {odd[0]!r}")
+            raise UserError(f"parts: training does without vae and text, not without {odd[0]!r}")
         self.parts, self.device = tuple(parts), device
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.training.callbacks import StepBar
+from ldm.util.cli import UserError
 from ldm.util.config import ConfigError, check_params, instantiate, load_config, override, refuse_unused, resolve
-from ldm.util.errors import UserError
 from ldm.util.run import CONFIG, Finite, Log, ResumeState, StateFile, folder_of
 
 FIXED = ("model", "data", "seed", "use_ema", "weights")  # in a resumed run

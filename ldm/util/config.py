@@ -26,7 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ldm.util.errors import suggestion
+from ldm.util.cli import UserError, suggestion
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKBONES = ROOT / "configs" / "backbone"
@@ -34,7 +34,7 @@ OWN = ("ldm", "clipseg", "data", "infusion")
 TARGETS = (*OWN, "pytorch_lightning.callbacks", "transformers.CLIPSegConfig")  # what a target begins with
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A mistake in a config; the message names the file or the config path."""
 
 
@@ -204,8 +204,8 @@ def _build(node: Any, path: str, given: dict[str, Any]) -> Any:
             raise ConfigError(f"{_join(path, name)}: {cls.__name__} does not take a {type(value).__name__} here")
     try:
         return cls(**params)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from error
+    except UserError as error:
+        raise ConfigError(f"{path}: {error}") from error
     except Exception as error:
         error.add_note(f"while building {cls.__name__} for {path}")
         raise

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from lightning_fabric import Fabric
 
-from ldm.util.errors import UserError
+from ldm.util.cli import UserError
 
 Value = TypeVar("Value")
 

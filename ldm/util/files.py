@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from ldm.util.errors import UserError
+from ldm.util.cli import UserError
 
 LOCK, PARTIAL = ".lock", ".partial"
 

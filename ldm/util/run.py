@@ -27,7 +27,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.utils.tensorboard.summary import hparams
 
-from ldm.util.errors import UserError
+from ldm.util.cli import UserError
 from ldm.util.files import PARTIAL, holds_work, locked, replacing, write
 
 CONFIG, STATE = "config.yaml", "models/last.ckpt"
@@ -100,7 +100,7 @@ def working_in(folder: Path, config: str) -> Iterator[None]:
             if not is_run(folder):
                 write(folder / CONFIG, config.encode())
             yield
-        except (UserError, ValueError, OSError):
+        except (UserError, OSError):
             if new and not (folder / "models").exists():
                 shutil.rmtree(folder)
             raise
@@ -136,7 +136,7 @@ class ResumeState(pl.Callback):
 
     def __init__(self, every: int = 500, keep: int = 1) -> None:
         if every < 1 or keep < 1:
-            raise ValueError(f"save_every and keep: must be at least 1, not {every} and {keep}")
+            raise UserError(f"save_every and keep: must be at least 1, not {every} and {keep}")
         self.every, self.keep = every, keep
         self._stop = self._save = False
         self._requeue: object = None  # what Lightning does about SIGUSR1
@@ -201,7 +201,7 @@ def states(folder: Path) -> list[Path]:
     return sorted(folder.glob("step=*.ckpt"), reverse=True)
 
 
-class NonFinite(ValueError):
+class NonFinite(UserError):
     """A loss or gradient is NaN or infinite; what is learned is as it was after the last step."""
 
 
@@ -217,7 +217,7 @@ class Finite(pl.Callback):
 
     def __init__(self, fault: Literal["stop", "skip"] = "stop") -> None:
         if fault not in ("stop", "skip"):
-            raise ValueError(f"non_finite: one of stop, skip is wanted, not {fault!r}")
+            raise UserError(f"non_finite: one of stop, skip is wanted, not {fault!r}")
         self.fault = fault
         self._found = ""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ldm.util.errors import UserError
+from ldm.util.cli import UserError
 
 SECONDS, MEMORY = 10, 2**30  # that one file may take
 MESSAGE = 4000  # characters of a message, of which commands show 400
@@ -116,7 +116,7 @@ def read(reader: Callable[..., Any], *arguments: Any) -> Any:
                 result = reader(*arguments)
             finally:
                 _watching.pop()
-    except (ValueError, UserError, OSError) as error:
+    except (UserError, OSError) as error:
         said, result = " ".join(str(error).split()), None
         names = sum(len(str(argument)) for argument in arguments if isinstance(argument, str | os.PathLike))
         assert len(said) <= MESSAGE + 2 * min(names, 300), said

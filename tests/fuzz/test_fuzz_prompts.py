@@ -18,7 +18,8 @@ from infusion.sampling.regions import regions
 from infusion.sampling.settings import Settings
 from infusion.tokens import concept_places, fill, point
 from ldm.models.tokenizer import Tokenizer
-from ldm.util import flags
+from ldm.util import cli
+from ldm.util.cli import UserError
 
 SAID = describe(Settings(), {"prompt": "a {}", "seed": 3, "config": "c.yaml"}, {"base_sha256": "ab"})
 PIECE = st.one_of(
@@ -63,7 +64,7 @@ def test_words_of_a_prompt(prompt, words):
 def test_regions_and_numbers(text):
     text = text[:200]  # argparse shows what it refuses
     read(regions, text)
-    for convert in (flags.number, flags.numbers, flags.words, flags.count, flags.seed):
+    for convert in (cli.number, cli.numbers, cli.words, cli.count, cli.seed):
         read(_argument, convert, text)
 
 
@@ -74,7 +75,7 @@ def _argument(convert, text: str):
     try:
         return convert(text)
     except ArgumentTypeError as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 @given(content=st.data())

@@ -6,9 +6,9 @@ import textwrap
 import pytest
 import torch
 
+from ldm.util.cli import UserError
 from ldm.util.config import ROOT
 from ldm.util.dist import Ranks, launch
-from ldm.util.errors import UserError
 
 
 def ranks(rank, world):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.util.errors import UserError
+from ldm.util.cli import UserError
 from ldm.util.files import create, holds_work, locked, replacing, write
 from ldm.util.run import StateFile
 from ldm.weights.checkpoint import write as write_tensors

@@ -1,0 +1,261 @@
+"""What commands share: flags, and errors that a user can fix as one line on stderr with exit code 2."""
+
+import argparse
+import errno
+import functools
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from ldm.util.defaults import PREFIXES
+
+if TYPE_CHECKING:
+    import torch
+
+MOST = 1_000_000  # of anything that is counted
+LONGEST = 400  # characters of a mistake's line
+OUT_OF_MEMORY = (
+    "out of memory: in training lower data.params.batch_size (trainer.accumulate_grad_batches makes up for it) or add "
+    "--base configs/with/small_card.yaml; in sampling lower --n_samples, --H and --W or use --precision autocast; in "
+    "measuring lower --batch_size"
+)
+ALONE = "another process of this run has ended, and this one cannot continue without it: see its error, then resume"
+
+
+class UserError(ValueError):
+    """A mistake that the user can put right; the message names the flag, key or file and says what to do.
+
+    Code that checks what comes from outside raises it: flags, configs, files, photos, arguments of public functions.
+    """
+
+
+def report(main: Callable[..., None]) -> Callable[..., None]:
+    """Wraps a command: what a user or the machine can put right becomes one line `error: …` and exit code 2.
+
+    That is `UserError`, an OSError that names a file, a want of memory, where the line says what lowers it, and the end
+    of one of several processes. Ctrl-C ends the command with exit code 130. Any other exception is a bug of ours: it
+    keeps its traceback, and Python exits with 1.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs) -> None:
+        try:
+            main(*args, **kwargs)
+        except UserError as error:
+            _end(str(error))
+        except OSError as error:
+            if not error.filename:
+                raise
+            _end(f"{error.filename}: {_advice(error)}")
+        except (MemoryError, RuntimeError) as error:
+            if _out_of_memory(error):
+                _end(OUT_OF_MEMORY)
+            if _alone(error):
+                _end(ALONE)
+            raise
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+
+    return wrapped
+
+
+def _end(message: str) -> NoReturn:
+    line = "".join(letter if letter.isprintable() else "�" for letter in " ".join(message.split()))
+    if len(line) > LONGEST:  # what a file says may be of any length; what to do comes last
+        line = f"{line[:280]} … {line[-110:]}"
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _advice(error: OSError) -> str:
+    said = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{said}: make room; what was there before is unchanged"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{said}: allow it, or name another place"
+    return said
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether Python, PyTorch's CPU or a GPU ran out of memory: PyTorch has no class of its own for its CPU."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
+
+
+def _alone(error: RuntimeError) -> bool:
+    """Whether another process of the same run has ended: NCCL's errors have a class, Gloo's a text."""
+    return type(error).__name__ in ("DistBackendError", "DistNetworkError") or "remote worker" in str(error)
+
+
+def suggestion(name: str, known: list[str]) -> str:
+    """`; did you mean X?`, or what there is to choose from, for a name that is not known."""
+    close = get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean `{close[0]}`?"
+    return f"; known: {', '.join(sorted(known))}" if known else ""
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Puts a flag, key or file in front of the message of a UserError from inside the `with`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
+
+
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a flag's default where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        absent = action.default is None or action.default is False or action.default == ""
+        return action.help if absent else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose help shows the defaults and whose complaints are `UserError`s."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=Defaults, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+class Together(argparse.Action):
+    """A flag whose values are mappings; given several times, it holds all of them."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        earlier = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (earlier if isinstance(earlier, dict) else {}) | values)
+
+
+def add_base_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what weights a base model has: --ckpt, --part, --use_ema and --no-use_ema."""
+    add = parser.add_argument
+    add("--ckpt", metavar="FILE", help="weights of the base model; None: the backbone's usual file")
+    add(
+        "--part",
+        metavar="P=FILE",
+        type=components,
+        action=Together,
+        help="file of a component alone, such as vae=FILE (unet, vae, text; commas between several)",
+    )
+    add(
+        "--use_ema",
+        action=argparse.BooleanOptionalAction,
+        help="take the averaged weights of the UNet in --ckpt; None: as the concepts were trained",
+    )
+
+
+# types of flags, for argparse
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"`{text}` is not a finite number")
+    return value
+
+
+def numbers(text: str) -> list[float]:
+    """One or more finite numbers with commas between them."""
+    try:
+        return [number(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a number, nor several with commas between them") from error
+
+
+def words(text: str) -> list[str]:
+    """One or more words, or groups of words, with commas between them."""
+    found = [part.strip() for part in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"`{text}` is not a word, nor several with commas between them")
+    return found
+
+
+def components(text: str) -> dict[str, str]:
+    """Component of a base model -> file that it comes from: one or more `unet=FILE` with commas between them."""
+    found = {}
+    for part in text.split(","):
+        name, sign, file = part.strip().partition("=")
+        if not sign or not file:
+            raise argparse.ArgumentTypeError(f"`{part}` is not such as unet=FILE")
+        if name not in PREFIXES:
+            raise argparse.ArgumentTypeError(f"there is no component `{name}`{suggestion(name, list(PREFIXES))}")
+        found[name] = file
+    return found
+
+
+def count(text: str, most: int = MOST) -> int:
+    """A whole number above 0, and not absurd."""
+    value = _whole(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"`{text[:30]}` is not a whole number above 0")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"`{text[:30]}` is more than {most:,}")
+    return value
+
+
+def batch(text: str) -> int:
+    """How many of something that takes much memory to work on at a time."""
+    return count(text, 1000)
+
+
+def processes(text: str) -> int:
+    """How many processes of this machine are to work."""
+    return count(text, max(8, os.cpu_count() or 1))
+
+
+def seed(text: str) -> int:
+    """A whole number that `torch.Generator.manual_seed` takes, with room for those that follow it."""
+    value = _whole(text)
+    if value is None or value >= 2**63:
+        raise argparse.ArgumentTypeError(f"`{text[:30]}` is not a whole number from 0 to 2**63 - 1")
+    return value
+
+
+def _whole(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 1000 else None
+
+
+def writable(text: str) -> str:
+    """A folder that files can be written to; it is made when they are."""
+    path = Path(text).absolute()
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not os.path.isdir(there):
+        raise argparse.ArgumentTypeError(f"{there}: is a file; name a folder to write to")
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise argparse.ArgumentTypeError(f"{there}: cannot be written to; name another folder")
+    return text
+
+
+def written(text: str) -> str:
+    """A file in a folder that files can be written to."""
+    writable(str(Path(text).parent))
+    return text
+
+
+def find_device(name: str) -> "torch.device":
+    """What `--device` names; "auto" is CUDA where there is some.
+
+    Raises:
+        UserError: the device cannot be used here.
+    """
+    import torch  # not above: commands answer --help and mistakes in flags without it
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: {name} cannot be used here: {str(error).splitlines()[0]}") from error
