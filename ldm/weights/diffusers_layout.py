@@ -58,7 +58,7 @@ class Folder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.metadata: dict[str, str] = {}
-        self.top: tuple[str, ...] = ()
+        self.content: dict[str, object] = {}
         paths = {part: _weights(self.path / part) for part in PARTS.values()}
         if not any(paths.values()):
             raise ValueError(f"{path}: no diffusers folder: there are no weights in {', '.join(paths)}")

@@ -58,13 +58,13 @@ def recognise(file: TensorFile | Folder) -> Kind:
     shapes = file.shapes
     if file.metadata.get("format") == CONCEPT:
         return Kind("concept", "a concept file of this project: pass it as --personalized_ckpt")
-    if LEARNED in file.top or any(name.endswith(f".to_v.{LEARNED}") for name in shapes):
+    if LEARNED in file.content or any(name.endswith(f".to_v.{LEARNED}") for name in shapes):
         return Kind(
             "released concept", "a concept of Infusion's released code: convert it by scripts/convert_concept.py"
         )
     if any(part in name for name in shapes for part in LORA):
         return Kind("lora", "a LoRA: a change to a base checkpoint, and none itself")
-    if {"string_to_param", "string_to_token"} & set(file.top) or "emb_params" in shapes or _embeddings(shapes):
+    if {"string_to_param", "string_to_token"} & file.content.keys() or "emb_params" in shapes or _embeddings(shapes):
         return Kind("textual inversion", "a textual inversion embedding: a word for a base checkpoint, and none itself")
     whole = all(any(name.startswith(prefix) for name in shapes) for prefix in PREFIXES.values())
     if any(name.startswith("conditioner.embedders.") for name in shapes) or _signature(shapes)[2] in (1280, 2048):
@@ -74,7 +74,7 @@ def recognise(file: TensorFile | Folder) -> Kind:
     for start, (name, says) in OTHERS.items():
         if any(tensor.startswith(start) for tensor in shapes):
             return Kind(name, says, _alike(_signature(shapes)))
-    if any(key.startswith("pytorch-lightning") for key in file.top):
+    if any(str(key).startswith("pytorch-lightning") for key in file.content):
         return Kind("training state", "a training state of Lightning, not a base checkpoint")
     starts = sorted({name.split(".")[0] for name in shapes})
     shown = f"its tensors begin with {', '.join(starts[:5])}" if starts else "it has no tensors"

@@ -169,9 +169,9 @@ def test_released_files_that_are_refused(widths, tmp_path, fails):
         ({"target_output": good["target_output"]}, "--architecture"),
         (good | {"target_input": torch.tensor(1.0)}, "--architecture"),
         ({"target_output": {}, "target_input": torch.ones(768)}, "no concept of the released code"),
-        (good | {"target_output": Concept}, "infusion.concepts.concept.Concept"),
+        (good | {"target_output": Concept}, "no concept of the released code"),
         (learned(**{first: torch.ones(5)}), "320 wide"),
-        (learned(**{first: torch.ones(1).expand(2**40)}), "no residual has as many"),
+        (learned(**{first: torch.ones(1).expand(2**40)}), "320 wide"),
         (learned(**{first: torch.full((320,), float("nan"))}), "not finite"),
         (learned(**{"other.to_v.target_output": torch.ones(320)}), "no cross-attention layer 'other'"),
     ]

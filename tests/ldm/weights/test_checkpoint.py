@@ -279,7 +279,7 @@ for case in sys.argv[1:]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_loading_takes_little_more_memory_than_the_model_or_the_file(tmp_path):
-    cases = {}  # arguments -> bytes of the larger of file and model, bytes of the model
+    cases = {}  # arguments -> bytes that it may take, bytes of the model
     for stored in ("float32", "float16"):
         weights = {f"{i}.weight": torch.full((2816, 2816), i, dtype=getattr(torch, stored)) for i in range(10)}
         for ending in ("safetensors", "ckpt"):
@@ -287,12 +287,13 @@ def test_loading_takes_little_more_memory_than_the_model_or_the_file(tmp_path):
             save_file(weights, path) if ending == "safetensors" else torch.save(weights, path)
             for wanted in ("float32", "float16"):
                 size = 10 * 2816**2 * getattr(torch, wanted).itemsize
-                cases[f"{path},{wanted}"] = (max(path.stat().st_size, size), size)
+                held = path.stat().st_size if ending == "ckpt" else 0  # mapped pages, which the system may take back
+                cases[f"{path},{wanted}"] = (size + max(held, 0.3 * path.stat().st_size), size)
     command = [sys.executable, "-c", PEAK, *cases]
     result = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True)
     peaks = dict(zip(cases, map(int, result.stdout.split()), strict=True))
     for case, (limit, size) in cases.items():
-        assert 0.95 * size < peaks[case] < 1.3 * limit, (case, peaks[case] / limit)
+        assert 0.95 * size < peaks[case] < 1.1 * limit, (case, peaks[case] / limit)
 
 
 def test_one_component(written):

@@ -30,7 +30,7 @@ def published(version: int) -> dict[str, tuple[int, ...]]:
 
 def file(shapes: dict, top: tuple[str, ...] = (), **metadata: str) -> SimpleNamespace:
     """What `recognise` sees of a file."""
-    return SimpleNamespace(shapes=shapes, metadata=metadata, top=top)
+    return SimpleNamespace(shapes=shapes, metadata=metadata, content=dict.fromkeys(top))
 
 
 def test_the_published_checkpoints_are_recognised():
