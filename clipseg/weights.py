@@ -15,7 +15,7 @@ from ldm.util.config import ConfigError, find, instantiate, load_config, resolve
 from ldm.util.defaults import CLIPSEG as USUAL
 from ldm.util.defaults import POCKET
 from ldm.util.defaults import POCKET_CLIPSEG as POCKET_WEIGHTS
-from ldm.weights.checkpoint import TensorFile
+from ldm.weights.files import TensorFile
 
 SOURCE = (
     "copy the files of `CIDAS/clipseg-rd64-refined` (Hugging Face) into that folder, or name the original "

@@ -152,7 +152,7 @@ class StableDiffusion(nn.Module):
         modules = {prefix: getattr(self, name) for name, prefix in files.PREFIXES.items()}
         unexpected = files.load_into(modules, path, use_ema, device)
         if unexpected:
-            shown = ", ".join(unexpected[: files.SHOWN])
+            shown = files.listed(unexpected)
             warn(f"{path}: {len(unexpected)} tensors have no place in {self.architecture}: {shown}", stacklevel=2)
         self.weights, self.sources, self.use_ema = path, dict.fromkeys(files.PREFIXES, path), use_ema
         self._forget()

@@ -17,9 +17,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(description="Prints what a file of tensors, or a diffusers folder, holds as JSON.")
     parser.add_argument("file", metavar="FILE", help="a .safetensors or .ckpt file, or a diffusers folder")
     flags = parser.parse_args(arguments)
-    from ldm.weights.inspection import inspect_file  # after the flags: it takes seconds
+    from infusion.concepts.concept import describe  # after the flags: it takes seconds
+    from ldm.weights.recognise import inspect
 
-    print(json.dumps(inspect_file(flags.file), indent=2, ensure_ascii=False))
+    facts = inspect(flags.file)
+    if facts["kind"] == "concept":
+        facts |= describe(flags.file)
+    print(json.dumps(facts, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for parameter in sd.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    save(folder / "tiny.safetensors", sd, torch.float32)
+    save(folder / "tiny.safetensors", dict(sd.named_children()), sd.architecture, torch.float32)
     return path
 
 

@@ -28,7 +28,6 @@ KNOWN: set[str] = {  # what is still to go
     "infusion.training.best -> data.prompts",
     "infusion.training.many -> data.many",
     "infusion.training.many -> data.prompts",
-    "ldm.weights.inspection -> infusion.concepts.concept",
 }
 
 

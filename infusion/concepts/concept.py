@@ -9,6 +9,7 @@ import math
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -292,6 +293,33 @@ def contents(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path}: damaged, or no safetensors file ({' '.join(str(error).split())[:200]})") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What a concept file of any form says and holds, as values for JSON; see `contents`.
+
+    Returns:
+        `tensors`, `parameters`, `dtypes` and `metadata` as decoded, `form`, and for each of `layers` shape, dtype and
+        Euclidean norm.
+    """
+    tensors, metadata = contents(path)
+    layers = {
+        name: {
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "norm": tensor.double().norm().item(),
+        }
+        for name, tensor in tensors.items()
+    }
+    dtypes = Counter(layer["dtype"] for layer in layers.values())
+    return {
+        "tensors": len(layers),
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "dtypes": dict(dtypes),
+        "metadata": metadata,
+        "form": metadata.get("form", "half" if set(dtypes) == {"float16"} else "full"),
+        "layers": layers,
+    }
 
 
 def _check_stored(name: str, dtype: str) -> None:

@@ -1,42 +1,21 @@
 """Checkpoints in LDM's layout, or in diffusers': loaded strictly, straight to their device and dtype, and written."""
 
-import hashlib
 import json
-import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.util import digests
-from ldm.util.files import replacing
-from ldm.weights.diffusers_layout import Folder, open_checkpoint
+from ldm.util import files
+from ldm.weights.diffusers_layout import Folder, open_checkpoint, sha256
 from ldm.weights.files import TensorFile
 from ldm.weights.names import EMA, PREFIXES, ignored, match
 from ldm.weights.recognise import guess
 
-if TYPE_CHECKING:
-    from ldm.pipeline import StableDiffusion
-
-__all__ = [
-    "PREFIXES",
-    "SHOWN",
-    "TensorFile",
-    "guess",
-    "has_averages",
-    "load_component",
-    "load_into",
-    "load_part",
-    "open_checkpoint",
-    "save",
-    "sha256",
-]
+__all__ = ["PREFIXES", "load_component", "load_into", "load_part", "open_checkpoint", "save", "sha256", "write"]
 SHOWN = 5  # names in an error message
 
 
@@ -84,11 +63,11 @@ def load_into(
         if found.missing:
             raise ValueError(
                 f"{path}: {len(found.missing)} of {found.expected} expected tensors are missing: "
-                f"{_shown(found.missing)}; {guess(file)}"
+                f"{listed(found.missing)}; {guess(file)}"
             )
         if found.wrong:
             raise ValueError(
-                f"{path}: {len(found.wrong)} tensors have other shapes: {_shown(found.wrong)}; {guess(file)}"
+                f"{path}: {len(found.wrong)} tensors have other shapes: {listed(found.wrong)}; {guess(file)}"
             )
         for prefix, module in modules.items():
             _materialise(prefix, module, device)
@@ -116,12 +95,15 @@ def load_part(component: str, module: nn.Module, path: str | Path, device: torch
     load_into({prefix: module}, path, device=device)
 
 
-def save(path: str | Path, pipeline: "StableDiffusion", dtype: torch.dtype = torch.float16) -> None:
-    """Write a pipeline's UNet, autoencoder and text encoder into one `.safetensors` file in LDM's layout.
+def save(
+    path: str | Path, modules: Mapping[str, nn.Module], architecture: str, dtype: torch.dtype = torch.float16
+) -> None:
+    """Write UNet, autoencoder and text encoder into one `.safetensors` file in LDM's layout.
 
     Args:
         path: where to, ending in `.safetensors`; a file of that name is replaced once the new one is whole.
-        pipeline: the one to write, without a concept injected.
+        modules: component (unet, vae, text) -> module, without a concept injected.
+        architecture: the backbone's name.
         dtype: of every floating-point tensor in the file.
 
     Raises:
@@ -130,11 +112,12 @@ def save(path: str | Path, pipeline: "StableDiffusion", dtype: torch.dtype = tor
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the name must end in .safetensors")
-    tensors = {}
-    for component, prefix in PREFIXES.items():
-        for name, tensor in getattr(pipeline, component).state_dict().items():
-            tensors[prefix + name] = stored(tensor, dtype)
-    write(path, tensors, {"modelspec.architecture": pipeline.architecture})
+    tensors = {
+        prefix + name: stored(tensor, dtype)
+        for component, prefix in PREFIXES.items()
+        for name, tensor in modules[component].state_dict().items()
+    }
+    write(path, tensors, {"modelspec.architecture": architecture})
 
 
 def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,41 +126,18 @@ def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file in one go: it is there whole, or not at all.
-
-    Raises OSError for what the system does not allow, such as a full disk.
-    """
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as partial:
-        try:
-            save_file(contiguous, partial, metadata={"format": "pt"} | dict(metadata or {}))
-        except SafetensorError as error:
-            found = re.search(r"os error (\d+)", str(error))
-            if found is None:
-                raise
-            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
-        _order_metadata(partial)
+    """Write a safetensors file in one go: it is there whole, or not at all; raises OSError as `ldm.util.files`."""
+    files.write(path, serialise(tensors, {"format": "pt"} | dict(metadata or {})))
 
 
-def _order_metadata(path: Path) -> None:
-    """Sorts a safetensors file's metadata, which the library writes in another order each time."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        metadata = dict(sorted(header.pop("__metadata__").items()))
-        text = json.dumps({"__metadata__": metadata} | header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # which it is, the words being the same
-            file.seek(8)
-            file.write(text.ljust(size))
-
-
-def sha256(path: str | Path) -> str:
-    """A file's SHA-256, in lowercase hexadecimal; a diffusers folder's is that of its parts' digests, one a line."""
-    if Path(path).is_dir():
-        with Folder(path) as folder:
-            parts = [digests.sha256(folder.files[part].path) for part in sorted(folder.files)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return digests.sha256(path)
+def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file; the same tensors and metadata make the same bytes, which the library's own order does not."""
+    content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end]) | {"__metadata__": dict(sorted(metadata.items()))}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def _materialise(prefix: str, module: nn.Module, device: torch.device | str) -> None:
@@ -186,7 +146,7 @@ def _materialise(prefix: str, module: nn.Module, device: torch.device | str) -> 
     pieces = chain(module.named_parameters(), module.named_buffers())
     unset = [name for name, tensor in pieces if tensor.is_meta and name not in covered]
     if unset:
-        raise RuntimeError(f"{prefix}: no value for {_shown(unset)}, which are in no checkpoint")
+        raise RuntimeError(f"{prefix}: no value for {listed(unset)}, which are in no checkpoint")
     if any(tensor.is_meta for tensor in module.state_dict().values()):
         module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
 
@@ -200,5 +160,6 @@ def _fill(target: Tensor, file: TensorFile | Folder, sources: tuple[str, ...]) -
     target.copy_((parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(target.shape))
 
 
-def _shown(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first names of a long list, for an error message."""
     return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")

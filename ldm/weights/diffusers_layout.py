@@ -4,6 +4,7 @@ A diffusers folder holds each part in a folder of its own: `unet`, `vae`, `text_
 same as in LDM; diffusers counts them by level, and the decoder's levels from the coarsest.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from ldm.models.attention import SpatialTransformer
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text import ClipText, OpenClipText
 from ldm.models.unet import Downsample, ResBlock, UNet, Upsample
+from ldm.util import digests
 from ldm.weights.files import TensorFile
 
 PARTS = {"unet": "unet", "vae": "vae", "text": "text_encoder"}  # component of StableDiffusion -> its folder
@@ -91,6 +93,15 @@ def open_checkpoint(path: str | Path) -> TensorFile | Folder:
         ValueError: nothing is there, or it cannot be read safely.
     """
     return Folder(path) if Path(path).is_dir() else TensorFile(path)
+
+
+def sha256(path: str | Path) -> str:
+    """A file's SHA-256, in lowercase hexadecimal; a diffusers folder's is that of its parts' digests, one a line."""
+    if Path(path).is_dir():
+        with Folder(path) as folder:
+            parts = [digests.sha256(folder.files[part].path) for part in sorted(folder.files)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return digests.sha256(path)
 
 
 def canonical(folder: str, name: str) -> str:

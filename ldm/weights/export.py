@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +11,15 @@ from ldm.models.attention import CrossAttention, SpatialTransformer
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text import ClipText, OpenClipText
 from ldm.models.unet import Downsample, ResBlock, UNet
+from ldm.pipeline import StableDiffusion
 from ldm.util.files import replacing
 from ldm.weights.checkpoint import stored, write
 from ldm.weights.diffusers_layout import PARTS, diffusers_names
 
-if TYPE_CHECKING:
-    from ldm.pipeline import StableDiffusion
-
 VERSION = "0.29.0"  # of diffusers: from it on these configs are read as they are
 
 
-def export_diffusers(sd: "StableDiffusion", folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+def export_diffusers(sd: StableDiffusion, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/` and `model_index.json`.
 
     What the text encoder never runs is left out, as diffusers does (`ldm.weights.diffusers_layout.unrun`).
@@ -170,7 +168,7 @@ def _groups(module: nn.Module) -> int:
     return groups.pop()
 
 
-def _tokenizer(folder: Path, sd: "StableDiffusion") -> None:
+def _tokenizer(folder: Path, sd: StableDiffusion) -> None:
     """CLIP's byte-pair table as transformers' CLIPTokenizer reads it."""
     table, tokenizer = sd.text.tokenizer.table, sd.text.tokenizer
     folder.mkdir()

@@ -1,36 +1,23 @@
-"""What a file of tensors is, by its tensors' names and shapes: for error messages and `scripts/inspect_file.py`."""
+"""What a file of tensors is, without loading it: for error messages and `scripts/inspect_file.py`."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 from typing import Any
 
-from ldm.util.config import backbones
-from ldm.weights.diffusers_layout import Folder
-from ldm.weights.files import TensorFile
-from ldm.weights.names import PREFIXES
+import torch
 
+from ldm.util.config import backbones, build
+from ldm.weights.diffusers_layout import PARTS, Folder, open_checkpoint, sha256
+from ldm.weights.files import TensorFile
+from ldm.weights.names import EMA, PREFIXES, match
+
+File = TensorFile | Folder
 TITLES = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sd21_768": "SD 2.1", "pocket": "pocket"}
-CONCEPT = "infusion-concept"  # `format` in the metadata of `infusion.concepts.concept`
-LEARNED = "target_output"  # what the paper's released code calls a residual (`infusion.concepts.released`)
-LORA = ("lora_up.", "lora_down.", "lora_A.", "lora_B.", ".lora.", "lora_linear_layer.")
-# what the names of a file's tensors begin with -> what it is
-OTHERS = {
-    "control_model.": ("controlnet", "a ControlNet"),
-    "double_blocks.": ("other", "FLUX"),
-    "model.diffusion_model.double_blocks.": ("other", "FLUX"),
-    "joint_blocks.": ("other", "SD 3"),
-    "model.diffusion_model.joint_blocks.": ("other", "SD 3"),
-    "down_blocks.": ("diffusers unet", "a diffusers UNet file alone; name the folder that holds unet/, vae/ and "
-                     "text_encoder/, or give it as parts.unet"),
-    "encoder.down_blocks.": ("vae", "a VAE alone (diffusers); give it as parts.vae"),
-    "encoder.down.": ("vae", "a VAE alone; give it as parts.vae"),
-    "input_blocks.": ("unet", "a UNet alone; give it as parts.unet"),
-    PREFIXES["unet"]: ("unet", "a UNet alone; give it as parts.unet"),
-    PREFIXES["vae"]: ("vae", "a VAE alone; give it as parts.vae"),
-    PREFIXES["text"]: ("text encoder", "a text encoder alone; give it as parts.text"),
-    "vision.": ("clip", "CLIP's image and text towers, which metrics use"),
-    "text_model.": ("text encoder", "a CLIP text encoder alone; give it as parts.text"),
-}  # fmt: skip
+CONCEPT = "infusion-concept"  # `format` in the metadata of this project's concept files
+LEARNED = "target_output"  # what Infusion's released code calls a residual
 
 
 @dataclass(frozen=True)
@@ -48,58 +35,140 @@ class Kind:
     architectures: tuple[str, ...] = ()
 
 
-def guess(file: TensorFile | Folder) -> str:
-    """What a file looks like, as the end of an error message."""
-    return f"it looks like {recognise(file).says}"
+def begins(*starts: str) -> Callable[[File], bool]:
+    """Some tensor's name begins with one of them."""
+    return lambda file: any(name.startswith(starts) for name in file.shapes)
 
 
-def recognise(file: TensorFile | Folder) -> Kind:
+def contains(*parts: str) -> Callable[[File], bool]:
+    """Some tensor's name has one of them in it."""
+    return lambda file: any(part in name for name in file.shapes for part in parts)
+
+
+def holds(*keys: str) -> Callable[[File], bool]:
+    """Some key at the top of a pickle begins with one of them."""
+    return lambda file: any(str(key).startswith(keys) for key in file.content)
+
+
+def is_embedding(file: File) -> bool:
+    """There are only a few vectors as wide as text encodings, under names without dots."""
+    return 0 < len(file.shapes) <= 2 and all(
+        "." not in name and 1 <= len(shape) <= 2 and shape[-1] in (768, 1024, 1280)
+        for name, shape in file.shapes.items()
+    )
+
+
+def is_whole(file: File) -> bool:
+    """A folder, or a file with UNet, autoencoder and text encoder."""
+    return isinstance(file, Folder) or all(begins(prefix)(file) for prefix in PREFIXES.values())
+
+
+def is_sdxl(file: File) -> bool:
+    """Its text encoders, or a UNet that takes text as wide as theirs."""
+    return begins("conditioner.embedders.")(file) or signature(file)[2] in (1280, 2048)
+
+
+BASE = "base checkpoint"
+RELEASED = "a concept of Infusion's released code: convert it by scripts/convert_concept.py"
+ADDED = "a change to a base checkpoint, and no base checkpoint itself"
+KINDS: tuple[tuple[str, str, Callable[[File], bool]], ...] = (  # kind, what it says, what fits it; the first one counts
+    (
+        "concept",
+        "a concept file of this project: pass it as --personalized_ckpt",
+        lambda file: file.metadata.get("format") == CONCEPT,
+    ),
+    ("released concept", RELEASED, holds(LEARNED)),
+    ("released concept", RELEASED, contains(f".to_v.{LEARNED}")),
+    (
+        "lora",
+        f"a LoRA: {ADDED}",
+        contains("lora_up.", "lora_down.", "lora_A.", "lora_B.", ".lora.", "lora_linear_layer."),
+    ),
+    ("textual inversion", f"a textual inversion embedding: {ADDED}", holds("string_to_param", "string_to_token")),
+    ("textual inversion", f"a textual inversion embedding: {ADDED}", begins("emb_params")),
+    ("textual inversion", f"a textual inversion embedding: {ADDED}", is_embedding),
+    ("other", "SDXL, which is not supported", is_sdxl),
+    (BASE, "", is_whole),  # which one, `_base` says
+    ("controlnet", "a ControlNet", begins("control_model.")),
+    ("other", "FLUX", begins("double_blocks.", "model.diffusion_model.double_blocks.")),
+    ("other", "SD 3", begins("joint_blocks.", "model.diffusion_model.joint_blocks.")),
+    (
+        "diffusers unet",
+        "a diffusers UNet file alone; name the folder of all its parts, or give it as parts.unet",
+        begins("down_blocks."),
+    ),
+    (
+        "vae",
+        "a VAE alone; give it as parts.vae",
+        begins("encoder.down_blocks.", "encoder.down.", PREFIXES["vae"]),
+    ),
+    ("unet", "a UNet alone; give it as parts.unet", begins("input_blocks.", PREFIXES["unet"])),
+    ("text encoder", "a text encoder alone; give it as parts.text", begins(PREFIXES["text"])),
+    ("clip", "CLIP's image and text towers, which metrics use", begins("vision.")),
+    ("text encoder", "a CLIP text encoder alone; give it as parts.text", begins("text_model.")),
+    (
+        "training state",
+        "a training state of Lightning, not a base checkpoint",
+        holds("pytorch-lightning"),
+    ),
+)
+
+
+def recognise(file: File) -> Kind:
     """What a file is, by the names and shapes of its tensors and its metadata."""
-    shapes = file.shapes
-    if file.metadata.get("format") == CONCEPT:
-        return Kind("concept", "a concept file of this project: pass it as --personalized_ckpt")
-    if LEARNED in file.content or any(name.endswith(f".to_v.{LEARNED}") for name in shapes):
-        return Kind(
-            "released concept", "a concept of Infusion's released code: convert it by scripts/convert_concept.py"
-        )
-    if any(part in name for name in shapes for part in LORA):
-        return Kind("lora", "a LoRA: a change to a base checkpoint, and none itself")
-    if {"string_to_param", "string_to_token"} & file.content.keys() or "emb_params" in shapes or _embeddings(shapes):
-        return Kind("textual inversion", "a textual inversion embedding: a word for a base checkpoint, and none itself")
-    whole = all(any(name.startswith(prefix) for name in shapes) for prefix in PREFIXES.values())
-    if any(name.startswith("conditioner.embedders.") for name in shapes) or _signature(shapes)[2] in (1280, 2048):
-        return Kind("other", "SDXL, which is not supported")
-    if isinstance(file, Folder) or whole:
-        return _base(file)
-    for start, (name, says) in OTHERS.items():
-        if any(tensor.startswith(start) for tensor in shapes):
-            return Kind(name, says, _alike(_signature(shapes)))
-    if any(str(key).startswith("pytorch-lightning") for key in file.content):
-        return Kind("training state", "a training state of Lightning, not a base checkpoint")
-    starts = sorted({name.split(".")[0] for name in shapes})
+    for name, says, fits in KINDS:
+        if fits(file):
+            return _base(file) if name == BASE else Kind(name, says, _alike(signature(file)))
+    starts = sorted({name.split(".")[0] for name in file.shapes})
     shown = f"its tensors begin with {', '.join(starts[:5])}" if starts else "it has no tensors"
     return Kind("unknown", f"nothing that is known here; {shown}")
 
 
-def config_name(architecture: str) -> str:
-    """The config of a backbone, as users name it."""
-    return f"configs/backbone/{architecture}.yaml"
+def guess(file: File) -> str:
+    """What a file looks like, as the end of an error message."""
+    return f"it looks like {recognise(file).says}"
 
 
-def _base(file: TensorFile | Folder) -> Kind:
-    inputs, width, context = _signature(file.shapes)
+def _base(file: File) -> Kind:
+    inputs, width, context = signature(file)
     if inputs == 9:
-        return Kind("base checkpoint", "an inpainting model: 9 input channels, and no backbone here takes them")
+        return Kind(BASE, "an inpainting model: 9 input channels, and no backbone here takes them")
     alike = _alike((inputs, width, context))
     if isinstance(file, Folder) and file.prediction_type:
         alike = tuple(name for name in alike if prediction_type(name) == file.prediction_type) or alike
     if not alike:
         found = f"{inputs} input channels, width {width}, text of width {context}"
-        return Kind("base checkpoint", f"a base checkpoint that no backbone here fits: {found}")
+        return Kind(BASE, f"a base checkpoint that no backbone here fits: {found}")
     uses = [config_name(name) for name in alike]
     if len(uses) > 1:
         uses = [f"{use} if it predicts {_symbol(name)}" for use, name in zip(uses, alike, strict=True)]
-    return Kind("base checkpoint", f"{TITLES.get(alike[0], alike[0])}; use {' or '.join(uses)}", alike)
+    return Kind(BASE, f"{TITLES.get(alike[0], alike[0])}; use {' or '.join(uses)}", alike)
+
+
+def signature(file: File) -> tuple[int | None, int | None, int | None]:
+    """What tells UNets apart: input channels, width of the first layer, width of the text; None where there is none."""
+    inputs = width = context = None
+    for name, shape in file.shapes.items():
+        if name.endswith(("input_blocks.0.0.weight", "conv_in.weight")) and "coder." not in name and len(shape) == 4:
+            width, inputs = shape[:2]
+        if context is None and name.endswith("attn2.to_k.weight") and len(shape) == 2:
+            context = shape[1]
+    return inputs, width, context
+
+
+def _alike(found: tuple[int | None, int | None, int | None]) -> tuple[str, ...]:
+    """The backbones of a signature."""
+    unets = {name: sd["params"]["unet"]["params"] for name, sd in backbones().items()}
+    return tuple(
+        name
+        for name, unet in unets.items()
+        if (unet.get("in_channels", 4), unet["model_channels"], unet["context_dim"]) == found
+    )
+
+
+def config_name(architecture: str) -> str:
+    """The config of a backbone, as users name it."""
+    return f"configs/backbone/{architecture}.yaml"
 
 
 def prediction_type(architecture: str) -> str:
@@ -112,30 +181,67 @@ def _symbol(architecture: str) -> str:
     return f"{'v' if prediction_type(architecture) == 'v_prediction' else 'ε'} (trained at {size} pixels)"
 
 
-def _signature(shapes: dict[str, tuple[int, ...]]) -> tuple[int | None, int | None, int | None]:
-    """What tells UNets apart: input channels, width of the first layer, width of the text; None where there is none."""
-    first = _first(shapes, ("input_blocks.0.0.weight", "conv_in.weight"), ("encoder.", "decoder."))
-    keys = _first(shapes, ("attn2.to_k.weight",), ())
-    return (first[1] if len(first) == 4 else None, first[0] if first else None, keys[1] if len(keys) == 2 else None)
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What a file or a diffusers folder holds, as values for JSON. No model gets values.
+
+    Returns:
+        `file`, `format`, `bytes`, `sha256`, `kind`, `says`, `tensors`, `parameters`, `dtypes`, `metadata`. For a base
+        checkpoint also `architecture` (the first of those in `configs`, which its tensors all fit), `prediction_type`
+        and where that is known from, `has_ema`, `components`, and against the architecture `missing`, `wrong_shapes`
+        and `unexpected`.
+
+    Raises:
+        ValueError: nothing is there, or it cannot be read safely.
+    """
+    with open_checkpoint(path) as file:
+        kind = recognise(file)
+        paths = [part.path for part in file.files.values()] if isinstance(file, Folder) else [file.path]
+        facts: dict[str, Any] = {
+            "file": str(path),
+            "format": file.format,
+            "bytes": sum(path.stat().st_size for path in paths),
+            "sha256": sha256(path),
+            "kind": kind.name,
+            "says": kind.says,
+            "tensors": len(file.shapes),
+            "parameters": sum(map(prod, file.shapes.values())),
+            "dtypes": dict(Counter(str(dtype).removeprefix("torch.") for dtype in file.dtypes.values())),
+            "metadata": file.metadata,
+        }
+        return facts | (_base_facts(file, kind) if kind.name == BASE else {})
 
 
-def _first(shapes: dict[str, tuple[int, ...]], ends: tuple[str, ...], without: Iterable[str]) -> tuple[int, ...]:
-    found = (
-        shape for name, shape in shapes.items() if name.endswith(ends) and not any(part in name for part in without)
-    )
-    return next(found, ())
+def _base_facts(file: File, kind: Kind) -> dict[str, Any]:
+    known, source = _prediction(file, kind)
+    starts = {name: f"{PARTS[name]}/" if isinstance(file, Folder) else prefix for name, prefix in PREFIXES.items()}
+    facts: dict[str, Any] = {
+        "architecture": kind.architectures[0] if kind.architectures else None,
+        "configs": [config_name(name) for name in kind.architectures],
+        "prediction_type": known or "unknown",
+        "prediction_type_from": source,
+        "has_ema": begins(EMA)(file),
+        "components": {
+            component: sum(prod(shape) for name, shape in file.shapes.items() if name.startswith(start))
+            for component, start in starts.items()
+        },
+    }
+    if kind.architectures:
+        with torch.device("meta"):
+            sd = build(backbones()[kind.architectures[0]], "sd")
+        found = match(file, {prefix: getattr(sd, component) for component, prefix in PREFIXES.items()})
+        facts |= {"missing": found.missing, "wrong_shapes": found.wrong, "unexpected": found.unexpected}
+    return facts
 
 
-def _alike(signature: tuple[int | None, int | None, int | None]) -> tuple[str, ...]:
-    def own(sd: dict[str, Any]) -> tuple[int, int, int]:
-        unet = sd["params"]["unet"]["params"]
-        return unet.get("in_channels", 4), unet["model_channels"], unet["context_dim"]
-
-    return tuple(name for name, sd in backbones().items() if own(sd) == signature)
-
-
-def _embeddings(shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Whether there are only a few vectors as wide as text encodings, under names without dots."""
-    return 0 < len(shapes) <= 2 and all(
-        "." not in name and 1 <= len(shape) <= 2 and shape[-1] in (768, 1024, 1280) for name, shape in shapes.items()
-    )
+def _prediction(file: File, kind: Kind) -> tuple[str | None, str | None]:
+    """What the UNet predicts, and what says so; None where nothing does: tensors are the same for both."""
+    if isinstance(file, Folder) and file.prediction_type:
+        return file.prediction_type, "scheduler/scheduler_config.json"
+    for key in ("modelspec.prediction_type", "modelspec.architecture"):
+        value = file.metadata.get(key, "")
+        if value in ("epsilon", "v") or value.endswith("-768-v"):
+            return "epsilon" if value == "epsilon" else "v_prediction", f"metadata {key}"
+        if value in kind.architectures:
+            return prediction_type(value), f"metadata {key}"
+    types = {prediction_type(name) for name in kind.architectures}
+    return (types.pop(), config_name(kind.architectures[0])) if len(types) == 1 else (None, None)

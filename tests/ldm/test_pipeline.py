@@ -56,7 +56,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for parameter in [*sd.unet.parameters(), *sd.text.parameters()]:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    save(folder / "tiny.safetensors", sd, torch.float32)
+    save(folder / "tiny.safetensors", dict(sd.named_children()), sd.architecture, torch.float32)
     return path
 
 
@@ -266,7 +266,7 @@ def test_files_that_are_not_there(config, tmp_path):
 def test_a_file_with_more_in_it_warns(sd, tmp_path, config):
     larger = StableDiffusion.from_config(config)
     larger.unet.adapter = nn.Linear(2, 2)
-    save(tmp_path / "larger.safetensors", larger, torch.float32)
+    save(tmp_path / "larger.safetensors", dict(larger.named_children()), larger.architecture, torch.float32)
     with pytest.warns(UserWarning, match="2 tensors have no place in tiny: model.diffusion_model.adapter.bias"):
         StableDiffusion.from_checkpoint(config, tmp_path / "larger.safetensors")
 

@@ -109,11 +109,12 @@ def test_a_failed_save_leaves_the_old_file(concept, tmp_path, monkeypatch):
     concept.save(path)
     old = path.read_bytes()
 
-    def broken(tensors, filename, metadata):
-        filename.write_bytes(b"half of it")
+    def broken(partial, content):
+        with partial.open("wb") as file:
+            file.write(content[:9])
         raise OSError("disk full")
 
-    monkeypatch.setattr("ldm.weights.checkpoint.save_file", broken)
+    monkeypatch.setattr("pathlib.Path.write_bytes", broken)
     with pytest.raises(OSError, match="disk full"):
         concept.save(path)
     assert path.read_bytes() == old

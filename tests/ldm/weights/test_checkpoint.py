@@ -16,9 +16,10 @@ from ldm.models.text import ClipText, OpenClipText
 from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNet
 from ldm.pipeline import StableDiffusion
-from ldm.weights.checkpoint import PREFIXES, TensorFile, load_component, load_into, save, sha256, write
+from ldm.weights.checkpoint import PREFIXES, load_component, load_into, save, sha256, write
 from ldm.weights.diffusers_layout import unrun
 from ldm.weights.export import export_diffusers
+from ldm.weights.files import TensorFile
 from ldm.weights.names import ema_name
 
 POSITION_IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
@@ -31,7 +32,7 @@ def clip() -> ClipText:
 def model() -> SimpleNamespace:
     """What `save` and `load_into` see of a pipeline, with few tensors."""
     unet = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2, bias=False))
-    return SimpleNamespace(unet=unet, vae=nn.Conv2d(3, 4, 1), text=clip(), architecture="tiny")
+    return SimpleNamespace(unet=unet, vae=nn.Conv2d(3, 4, 1), text=clip())
 
 
 def modules(pipeline: SimpleNamespace) -> dict[str, nn.Module]:
@@ -45,7 +46,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[SimpleNamespace, Path]:
     pipeline, path = model(), tmp_path / "tiny.safetensors"
-    save(path, pipeline, torch.float32)
+    save(path, vars(pipeline), "tiny", torch.float32)
     return pipeline, path
 
 
@@ -75,7 +76,7 @@ def test_what_is_saved_is_loaded(written):
 
 def test_half_precision_files_load_into_any_precision(written):
     pipeline, path = written
-    save(path, pipeline, torch.float16)
+    save(path, vars(pipeline), "tiny", torch.float16)
     assert {t.dtype for t in load_file(path).values()} == {torch.float16}
     other = model()
     other.unet.to(torch.bfloat16)
@@ -309,8 +310,8 @@ def test_one_component(written):
 def test_scalars_survive(tmp_path):
     """OpenCLIP's `logit_scale` has no dimensions."""
     text = OpenClipText(Tokenizer(merges=0, context_length=6, pad="zero"), 8, layers=2, heads=2, max_length=6)
-    pipeline = SimpleNamespace(unet=nn.Linear(1, 1), vae=nn.Linear(1, 1), text=text, architecture="tiny")
-    save(tmp_path / "a.safetensors", pipeline, torch.float32)
+    pipeline = SimpleNamespace(unet=nn.Linear(1, 1), vae=nn.Linear(1, 1), text=text)
+    save(tmp_path / "a.safetensors", vars(pipeline), "tiny", torch.float32)
     with TensorFile(tmp_path / "a.safetensors") as file:
         assert file.shapes["cond_stage_model.model.logit_scale"] == ()
         assert file.read("cond_stage_model.model.logit_scale").item() == pytest.approx(2.6593, abs=1e-4)
@@ -344,7 +345,7 @@ def test_paths_are_checked(tmp_path):
     with pytest.raises(ValueError, match="none.safetensors: no such file"):
         load_component(tmp_path / "none.safetensors", "model.")
     with pytest.raises(ValueError, match="must end in .safetensors"):
-        save(tmp_path / "tiny.ckpt", model())
+        save(tmp_path / "tiny.ckpt", vars(model()), "tiny")
 
 
 def test_sha256(tmp_path):

@@ -10,7 +10,7 @@ from ldm.models.unet import UNet
 from ldm.weights.checkpoint import load_into
 from ldm.weights.files import TensorFile
 from ldm.weights.names import PREFIXES
-from ldm.weights.recognise import CONCEPT, recognise
+from ldm.weights.recognise import CONCEPT, backbones, recognise
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 UNET, VAE, TEXT = PREFIXES.values()
@@ -98,7 +98,9 @@ def test_an_old_embedding_is_recognised_in_its_pickle(tmp_path):
 
 def test_a_file_of_another_architecture_is_named_when_it_is_refused(tmp_path):
     path = tmp_path / "pocket-like.safetensors"
-    shapes = {"input_blocks.0.0.weight": (64, 4, 3, 3), "input_blocks.3.1.x.attn2.to_k.weight": (128, 128)}
+    pocket = backbones()["pocket"]["params"]["unet"]["params"]
+    first = (pocket["model_channels"], pocket.get("in_channels", 4), 3, 3)
+    shapes = {"input_blocks.0.0.weight": first, "input_blocks.3.1.x.attn2.to_k.weight": (9, pocket["context_dim"])}
     names = [VAE + "quant_conv.weight", TEXT + "transformer.text_model.final_layer_norm.weight"]
     tensors = {UNET + name: torch.zeros(shape) for name, shape in shapes.items()}
     save_file(tensors | {name: torch.zeros(1) for name in names}, path)
