@@ -1,5 +1,6 @@
 """Photos of one concept: images, soft masks and captions from a folder."""
 
+import io
 import logging
 import math
 import re
@@ -13,11 +14,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from data.photos import MASK_LABEL, SUFFIXES, first_file, is_image
-from infusion.sampling.settings import PIXELS
 from ldm.util.config import find
 
+LARGEST = 8192  # pixels of a square's side
 ENLARGED = 2.0  # times; a photo enlarged more than this is blurred, and its blur is learned
 CAPTIONS = 100_000  # bytes of a photo's captions, at most
 ANIMATED = ("GIF", "PNG", "WEBP")  # a second frame is more than a preview, as those of TIFF and a phone's JPEG are
@@ -57,8 +59,8 @@ class ConceptImages:
             raise ValueError(f"data_root: there is no folder {data_root}")
         if mask not in ("auto", "none"):
             raise ValueError(f"mask: must be auto or none, not {mask!r}")
-        if not 1 <= image_size <= PIXELS:
-            raise ValueError(f"image_size: must be from 1 to {PIXELS}, not {image_size}")
+        if not 1 <= image_size <= LARGEST:
+            raise ValueError(f"image_size: must be from 1 to {LARGEST}, not {image_size}")
         paths = [path for path in sorted(root.iterdir()) if is_image(path)]
         if not paths:
             raise ValueError(f"data_root: {data_root} holds no image ({', '.join(SUFFIXES)})")
@@ -180,6 +182,13 @@ def over_white(image: Image.Image) -> Image.Image:
     if image.mode != "RGBA":
         return image
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def png(image: Tensor) -> bytes:
+    """A PNG file of (1, H, W) or (3, H, W) in [0, 1]."""
+    file = io.BytesIO()
+    to_pil_image(image.mul(255).round().byte().cpu()).save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 def to_square(image: Image.Image, size: int) -> Tensor:

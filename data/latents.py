@@ -159,7 +159,8 @@ class ConceptData(pl.LightningDataModule):
             logger.info("%s: %s", self.images.root, self.images.report())
             if blurred := self.images.enlarged():
                 logger.warning("warning: %s: %s", self.images.root, blurred)
-            sd, size = self.trainer.lightning_module.sd, self.images.image_size
+            module, size = self.trainer.lightning_module, self.images.image_size
+            sd = module.sd
             try:
                 sd.latent_shape(size, size)
             except ValueError as error:
@@ -167,7 +168,7 @@ class ConceptData(pl.LightningDataModule):
             vae = sd.vae.to(self.trainer.strategy.root_device)
             self.cache = LatentCache.encode(self.images, vae, flip=self.flip_p > 0)
             if self.prior is not None:
-                with self._one_first():
+                with self._one_first(), module.unedited():
                     self.prior_latents = self.prior.latents(sd.to(self.trainer.strategy.root_device))
 
     @contextmanager

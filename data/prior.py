@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.dataset import ConceptImages, is_image
-from infusion.inject import unedited
-from infusion.sampling.pictures import png
-from infusion.tokens import fill
+from data.dataset import ConceptImages, is_image, png
 from ldm.pipeline import StableDiffusion
 from ldm.util.files import write
+from ldm.util.templates import fill
 
 COUNT, BATCH = 100_000, 1000  # class images, and how many at a time, at most
 
@@ -59,7 +57,7 @@ class ClassImages:
         self.steps, self.scale, self.seed, self.batch_size = steps, scale, seed, batch_size
 
     def latents(self, sd: StableDiffusion) -> Tensor:
-        """Latents (N, C, h, w) float32 on the CPU, scaled; the UNet's edits are set aside for the drawing."""
+        """Latents (N, C, h, w) float32 on the CPU, scaled; `sd` is the base model, without edits."""
         if self.root is None:
             images = [image[0] * 2 - 1 for _, image in self.draw(sd, range(self.count))]
         else:
@@ -83,6 +81,7 @@ class ClassImages:
         for start in tqdm(range(0, len(numbers), self.batch_size), f"drawing {self.prompt}", leave=False):
             seeds = [self.seed + number for number in numbers[start : start + self.batch_size]]
             prompts = [self.prompt] * len(seeds)
-            with unedited(sd.unet):
-                images = sd.sample(prompts, steps=self.steps, scale=self.scale, seed=seeds)
+            images = sd.sample(prompts, steps=self.steps, scale=self.scale, seed=seeds)
+            if not images.isfinite().all():
+                raise ValueError(f"prior: the base model overflows while it draws {self.prompt!r}: use full precision")
             yield from zip(seeds, images.cpu().split(1), strict=True)

@@ -1,15 +1,5 @@
-"""Prompts that concepts are trained on."""
+"""The prompts that concepts are trained on, those of `configs/data/templates.yaml`."""
 
-TEMPLATES = (  # short ones in the manner of Textual Inversion (Gal et al. 2022, appendix C)
-    "a photo of a {}",
-    "a photo of the {}",
-    "a photo of one {}",
-    "a close-up photo of a {}",
-    "a good photo of the {}",
-    "a cropped photo of the {}",
-    "a bright photo of a {}",
-    "an image of a {}",
-    "image of the {}",
-    "a picture of the {}",
-    "{}",
-)
+from ldm.util.config import ROOT, load_config
+
+TEMPLATES: tuple[str, ...] = tuple(load_config(ROOT / "configs/data/templates.yaml").templates)

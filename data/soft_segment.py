@@ -23,15 +23,14 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from PIL import Image
 from tqdm import tqdm
 
 from data.photos import MASK_LABEL, first_file, is_image
 from data.prompts import TEMPLATES
-from infusion.tokens import fill
 from ldm.util.defaults import CLIPSEG
 from ldm.util.errors import Parser, report
 from ldm.util.flags import batch, find_device
+from ldm.util.templates import fill
 
 if TYPE_CHECKING:  # what takes seconds to import is imported where it works, after the flags have been read
     from torch import Tensor
@@ -146,8 +145,7 @@ def segment_folder(
     """
     import torch
 
-    from data.dataset import read_image
-    from infusion.sampling.pictures import png
+    from data.dataset import png, read_image
     from ldm.util.files import write
 
     photos, prompts = find_photos(image_dir, overwrite), fill_templates(super_class, templates)
@@ -163,7 +161,7 @@ def segment_folder(
             for photo, image, mask in zip(batch, images, small, strict=True):
                 soft = enlarge(mask, image.shape[2:])  # (H, W)
                 write(photo.overlay, png(overlay(image[0], soft)))  # first: whoever has a mask is done
-                write(photo.mask, png(to_grey(soft), {"super_class": super_class}))
+                write(photo.mask, png(soft[None]))
                 rows[photo.path] = measure(photo.path, photo.mask, soft, True)
             bar.update(len(batch))
     return [rows[photo.path] for photo in photos]
@@ -200,11 +198,6 @@ def resize(image: "Tensor", size: Sequence[int]) -> "Tensor":
     import torch.nn.functional as F
 
     return F.interpolate(image[None], tuple(size), mode="bilinear", antialias=True)[0]
-
-
-def to_grey(mask: "Tensor") -> Image.Image:
-    """(H, W) in [0, 1] -> 8-bit grey."""
-    return Image.fromarray(mask.mul(255).round().byte().numpy())
 
 
 def overlay(image: "Tensor", mask: "Tensor") -> "Tensor":

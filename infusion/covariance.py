@@ -136,7 +136,7 @@ def _condition(eigenvalues: Tensor) -> float:
 
 
 class InverseCovariance:
-    """C⁻¹ from a file of `data/estimate_C_inv.py`, or the identity.
+    """C⁻¹ from a file of `scripts/estimate_C_inv.py`, or the identity.
 
     Args:
         path: the file, relative to the working directory or else to the repository; None is the identity.

@@ -1,20 +1,17 @@
 """Where a concept sits in a tokenized prompt: found in the tokenizer's own ids, never by counting words."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
+
+from ldm.util.templates import PLACEHOLDER, fill, filled_parts, placeholders, short
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.models.tokenizer import Tokenizer
-
-LONGEST, WORD = 20_000, 4000  # characters of a filled prompt, and of one word: tokenizing takes the square of it
-PLACEHOLDER = re.compile(r"\{(\d*)\}")  # "{}" for the only concept, "{1}", "{2}" for several
-ARTICLE = re.compile(r"(?<!\w)([Aa])n?(\s+)\Z")  # right before a placeholder
-VOWELS = tuple("aeiou")  # a noun is taken to sound as it is spelt
 
 
 @dataclass(frozen=True)
@@ -74,11 +71,11 @@ def concept_places(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) 
         if not ids:
             raise ValueError(f"the concept's noun {short(noun)} has no tokens: give a word such as 'cat'")
 
-    prompt, parts = fill(template, nouns), _parts(template, nouns)
+    prompt, parts = fill(template, nouns), filled_parts(template, nouns)
     row = tokenizer([prompt])[0].tolist()
     end = len(row) - 1  # the end token keeps the last place, whatever is cut
     places = torch.full((len(nouns), len(row)), -1)
-    found = islice(_placeholders(template, len(nouns)), end)  # those behind lie beyond the row
+    found = islice(placeholders(template, len(nouns)), end)  # those behind lie beyond the row
     for index, (match, concept) in enumerate(found):
         before = tokenizer.encode("".join(parts[: 2 * index + 1]))
         ids = nouns_ids[concept]
@@ -91,7 +88,7 @@ def concept_places(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) 
             )
         shown = max(0, min(stop, end) - start)
         places[concept, start : start + shown] = torch.arange(shown)
-    for match, concept in _placeholders(template, len(nouns)):
+    for match, concept in placeholders(template, len(nouns)):
         if (places[concept] < 0).all():
             raise ValueError(
                 f"{match.group()} in {short(template)} lies wholly beyond the {len(row)} tokens that the text encoder "
@@ -126,49 +123,3 @@ def point(prompt: str, words: Sequence[str]) -> str:
     for number, (start, end) in sorted(enumerate(places, 1), key=lambda item: item[1], reverse=True):
         prompt = f"{prompt[:start]}{{{number if len(words) > 1 else ''}}}{prompt[end:]}"
     return prompt
-
-
-def fill(template: str, nouns: Sequence[str]) -> str:
-    """The template with each placeholder replaced by its noun: "a {}" becomes "an elephant", "an {}" becomes "a cat".
-
-    Raises:
-        ValueError: a placeholder of no concept, `LONGEST` characters in all, or a word of `WORD`.
-    """
-    parts = _parts(template, nouns)
-    if (length := sum(map(len, parts))) > LONGEST:
-        raise ValueError(f"{short(template)} has {length:,} characters once {{}} is filled in; at most {LONGEST:,} are")
-    filled = "".join(parts)
-    if (longest := max(map(len, filled.split()), default=0)) > WORD:
-        raise ValueError(f"{short(template)} has a word of {longest:,} characters; at most {WORD:,} are taken")
-    return filled
-
-
-def _parts(template: str, nouns: Sequence[str]) -> list[str]:
-    """Text, noun, text, noun, …, text: what a filled template consists of, with the article that each noun has."""
-    parts, last = [], 0
-    for match, concept in _placeholders(template, len(nouns)):
-        n = "n" if nouns[concept].strip().lower().startswith(VOWELS) else ""
-        parts += [ARTICLE.sub(rf"\1{n}\2", template[last : match.start()]), nouns[concept]]
-        last = match.end()
-    return [*parts, template[last:]]
-
-
-def _placeholders(template: str, concepts: int) -> Iterator[tuple[re.Match[str], int]]:
-    """Each placeholder of the template with the index of its concept."""
-    for match in PLACEHOLDER.finditer(template):
-        number = match.group(1)
-        if len(number) > 4:
-            raise ValueError(f"{match.group()[:20]} in {short(template)} names no concept: there are {concepts}")
-        if not number and concepts > 1:
-            raise ValueError(f"{{}} in {short(template)} could be any of {concepts} concepts: write {{1}}, {{2}} …")
-        concept = int(number or 1) - 1
-        if not 0 <= concept < concepts:
-            raise ValueError(
-                f"{match.group()} in {short(template)} names no concept: there are {concepts}, counted from 1"
-            )
-        yield match, concept
-
-
-def short(text: str) -> str:
-    """A text as messages show it."""
-    return repr(text) if len(text) <= 80 else f"{text[:77]!r} …"

@@ -16,18 +16,6 @@ ALLOWED = {  # package -> those of ours that it may import, beside itself
     "scripts": ("ldm", "clipseg", "data", "infusion", "main"),
 }
 KNOWN: set[str] = {  # what is still to go
-    "data.dataset -> infusion.sampling.settings",
-    "data.estimate_C_inv -> infusion.covariance",
-    "data.pocket.prompted -> infusion.tokens",
-    "data.prior -> infusion.inject",
-    "data.prior -> infusion.sampling.pictures",
-    "data.soft_segment -> infusion.sampling.pictures",
-    "data.soft_segment -> infusion.tokens",
-    "infusion.metrics.run.subjects -> data.photos",
-    "infusion.training.best -> data.latents",
-    "infusion.training.best -> data.prompts",
-    "infusion.training.many -> data.many",
-    "infusion.training.many -> data.prompts",
 }
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from data.pocket.world import NOUNS, SIZE, Scene, World, caption, draw_scene
 from data.prompts import TEMPLATES
-from infusion.tokens import fill
+from ldm.util.templates import fill
 
 RECOLOURED, TEXTURED, BENT = 0.4, 0.5, 0.5  # share of objects, of objects, of images
 PAIRED, DESCRIBED = 0.5, 0.25  # share of images with two objects, of captions among the prompts

@@ -15,8 +15,6 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from clipseg.weights import POCKET, POCKET_WEIGHTS
 from clipseg.weights import load as load_clipseg
-from data.latents import ConceptData
-from data.prompts import TEMPLATES
 from infusion.inject import unedited
 from infusion.metrics.measures.balance import Balance
 from infusion.metrics.run.cache import Cache
@@ -49,7 +47,7 @@ class Networks(Tools):
         where = find_device(device)
         networks = {"clip": load_backbone(clip, where), "clipseg": load_clipseg(clipseg).to(where)}
         hashes = {"clip": identity(clip), "clipseg": identity(POCKET_WEIGHTS if clipseg == POCKET else clipseg)}
-        super().__init__(**networks, mask_prompts=TEMPLATES, hashes=hashes)
+        super().__init__(**networks, hashes=hashes)
 
 
 def exhausted(balances: Sequence[float], patience: int) -> bool:
@@ -160,10 +158,10 @@ class BestConcept(pl.Callback):
         write(self._folder(trainer) / "best.json", (json.dumps(said, indent=2) + "\n").encode())
 
     def _weigher(self, trainer: pl.Trainer, module: ConceptTrainer) -> Balance:
-        data: ConceptData = trainer.datamodule
-        photos = (data.images.images + 1) / 2
+        photos = (trainer.datamodule.images.images + 1) / 2
         prompts = self.prompts or tuple(Protocol.of(module.sd.architecture).prompts(CONTEXT, module.word.superclass))
-        tools = Tools(**vars(self.tools) | {"inverse_covariance": module.inverse_covariance})
+        own = {"inverse_covariance": module.inverse_covariance, "mask_prompts": module.word.templates}
+        tools = Tools(**vars(self.tools) | own)
         options = replace(self.options, precision="autocast" if "mixed" in str(trainer.precision) else "full")
         return Balance(Stages(module.sd, options, tools, Cache()), prompts, module.word.superclass, photos)
 

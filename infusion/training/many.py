@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.many import entries, of_concept
-from data.prompts import TEMPLATES
 from infusion.attention import CustomisedPass, EditedCrossAttention, FoundationPass, Tape, residual_share
 from infusion.concepts.concept import Concept
 from infusion.covariance import InverseCovariance
@@ -26,6 +24,7 @@ from infusion.methods.infusion import Infusion
 from infusion.training.learner import Learner
 from infusion.training.trainer import ConceptTrainer, SaveConcept
 from ldm.pipeline import StableDiffusion
+from ldm.util.errors import naming
 
 
 class ResidualBank(nn.Module):
@@ -63,7 +62,8 @@ class ManyTrainer(Learner):
     Args:
         sd: the base model, which is frozen.
         method: what is learned of each; its attention must be the foundation's.
-        concepts: as for `data.many.entries`; of the photos nothing is read here.
+        concepts: each has a `name` and a `superclass`; what else it has is for `data.many.ManyConcepts`, which
+            checks the list.
         templates, gate, learning_rate, weight_decay, normalise_loss, seed, covariance: as for `ConceptTrainer`, the
             same for all concepts.
 
@@ -73,7 +73,7 @@ class ManyTrainer(Learner):
         tensors: layer name -> bank, (K, C) float32.
 
     Raises:
-        ValueError: attention "own"; whatever `entries` and, for one of the concepts, `ConceptTrainer` refuse.
+        ValueError: attention "own"; what `ConceptTrainer` refuses for one of the concepts, which is named.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ManyTrainer(Learner):
         sd: StableDiffusion,
         method: Infusion,
         concepts: Sequence[Mapping[str, Any]],
-        templates: Sequence[str] = TEMPLATES,
+        templates: Sequence[str],
         gate: Gate | None = None,
         learning_rate: float = 0.01,
         weight_decay: float = 0.01,
@@ -98,10 +98,10 @@ class ManyTrainer(Learner):
         options = {"learning_rate": learning_rate, "weight_decay": weight_decay, "normalise_loss": normalise_loss}
         options |= {"gate": gate, "seed": seed, "covariance": covariance}
         self.names, self.parts = [], nn.ModuleList()
-        for entry in entries(concepts):
-            with of_concept(entry.name):
-                self.parts.append(ConceptTrainer(sd, method, entry.superclass, templates, **options))
-            self.names.append(entry.name)
+        for entry in concepts:
+            with naming(f"concepts.{entry['name']}"):
+                self.parts.append(ConceptTrainer(sd, method, entry["superclass"], templates, **options))
+            self.names.append(entry["name"])
             remove(sd.unet)
         starts = [part.tensors for part in self.parts]
         self.tensors = {name: nn.Parameter(torch.stack([own[name].detach() for own in starts])) for name in starts[0]}

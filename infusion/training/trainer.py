@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from infusion.concepts.fields import check_words
 from infusion.covariance import InverseCovariance
 from infusion.deltas import attach
 from infusion.gate import Gate, fingerprint, training_prompts
-from infusion.inject import inject
+from infusion.inject import inject, unedited
 from infusion.loss import masked_loss
 from infusion.methods.base import Method, by_layer
 from infusion.sampling.encode import encode
@@ -186,6 +187,10 @@ class ConceptTrainer(Learner):
                 residuals = torch.stack([term.residual for term in terms])  # (R, C)
                 shares[name] = residual_share(*tape[name], residuals).mean()
         return shares
+
+    def unedited(self) -> AbstractContextManager[None]:
+        """Inside the `with`, `sd` is the base model without what is being trained."""
+        return unedited(self.sd.unet)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = self.method.groups(self.tensors)

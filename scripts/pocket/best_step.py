@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from data.dataset import ConceptImages
 from data.pocket.concepts import CONCEPTS
+from data.prompts import TEMPLATES
 from infusion.metrics.measures.balance import Balance, Trial, balance
 from infusion.metrics.measures.estimate import bootstrap
 from infusion.metrics.run.cache import Cache
-from infusion.metrics.run.options import Options
+from infusion.metrics.run.options import Options, Tools
 from infusion.metrics.run.protocol import CONTEXT, Protocol
 from infusion.metrics.run.stages import Stages
 from infusion.metrics.run.subject import load_subjects
@@ -126,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     mask(flags.concepts, work)
     runs = [Run(method, concept, 0) for method in flags.methods for concept in flags.concepts]
     sd = StableDiffusion.from_checkpoint(find("configs/backbone/pocket.yaml"))
-    tools = Networks("pocket", "pocket", "cpu")
+    tools = Tools(**vars(Networks("pocket", "pocket", "cpu")) | {"mask_prompts": TEMPLATES})
     results = []
     for run in runs:
         folder = train_one(run, work)

@@ -27,7 +27,7 @@ TOLD = ("trainable parameters, ", " photos of ")  # by main.py, of a model and p
 COMMANDS = {  # as users type them -> module
     "main.py": "main",
     "soft_segment": "data.soft_segment",
-    "estimate": "data.estimate_C_inv",
+    "estimate": "scripts.estimate_C_inv",
     "benchmark": "scripts.benchmark",
     "convert": "scripts.convert_concept",
     "demo": "scripts.demo",

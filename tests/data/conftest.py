@@ -1,5 +1,6 @@
 """An autoencoder that runs in milliseconds, and data modules that are attached to a trainer with one."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,7 @@ def latent_shape(height: int, width: int) -> tuple[int, int, int]:
 
 def attached(data: pl.LightningDataModule, vae: AutoencoderKL, global_step: int = 0) -> pl.LightningDataModule:
     data.trainer = SimpleNamespace(
-        lightning_module=SimpleNamespace(sd=SimpleNamespace(vae=vae, latent_shape=latent_shape)),
+        lightning_module=SimpleNamespace(sd=SimpleNamespace(vae=vae, latent_shape=latent_shape), unedited=nullcontext),
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
         global_step=global_step,
         accumulate_grad_batches=2,

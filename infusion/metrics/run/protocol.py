@@ -18,9 +18,9 @@ from typing import Self
 
 from omegaconf import OmegaConf
 
-from infusion.tokens import PLACEHOLDER, fill
 from ldm.util.config import ROOT, ConfigError, find, load_config
 from ldm.util.errors import suggestion
+from ldm.util.templates import PLACEHOLDER, fill
 
 FOLDER = Path("configs/protocol")
 CONTEXT = "context"

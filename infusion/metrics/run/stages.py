@@ -23,10 +23,10 @@ from infusion.metrics.run.protocol import plain
 from infusion.metrics.run.subject import Checkpoint, ExactMeasures
 from infusion.sampling.customised import Customised
 from infusion.sampling.settings import Settings
-from infusion.tokens import fill
 from ldm.diffusion.sampler import Denoiser
 from ldm.models.autoencoder import coverage
 from ldm.pipeline import StableDiffusion
+from ldm.util.templates import fill
 
 OUTSIDE = 0.25  # share of a place of the latents that a mask covers; below it the place is outside
 

@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 
 from omegaconf import OmegaConf
 
-from data.photos import is_image
 from infusion.metrics.run.protocol import FOLDER, Protocol
 from ldm.util.config import ROOT, find
 from ldm.util.errors import suggestion
@@ -137,7 +136,7 @@ def _folder(path: str | Path) -> Path:
 def _photos(folder: Path, name: str) -> Path:
     if not folder.is_dir():
         raise ValueError(f"{name}: there is no folder {folder} for its photos; fetch them, or name other subjects")
-    if not any(is_image(path) for path in folder.iterdir()):
+    if not any(folder.iterdir()):
         raise ValueError(f"{name}: {folder} holds no photo")
     return folder
 

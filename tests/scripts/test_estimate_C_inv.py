@@ -5,10 +5,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data.estimate_C_inv import main
 from infusion.covariance import InverseCovariance, estimate, invert
 from ldm.pipeline import StableDiffusion
 from ldm.weights.checkpoint import sha256
+from scripts.estimate_C_inv import main
 
 CAPTIONS = [f"a photo of {number} {noun}" for number in ("one", "two", "three") for noun in ("cats", "hats", "teapots")]
 

@@ -1,0 +1,55 @@
+"""Prompts with a placeholder, such as "a photo of a {}", and the nouns that take its place."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+LONGEST, WORD = 20_000, 4000  # characters of a filled prompt, and of one word: tokenizing takes the square of it
+PLACEHOLDER = re.compile(r"\{(\d*)\}")  # "{}" for the only concept, "{1}", "{2}" for several
+ARTICLE = re.compile(r"(?<!\w)([Aa])n?(\s+)\Z")  # right before a placeholder
+VOWELS = tuple("aeiou")  # a noun is taken to sound as it is spelt
+
+
+def fill(template: str, nouns: Sequence[str]) -> str:
+    """The template with each placeholder replaced by its noun: "a {}" becomes "an elephant", "an {}" becomes "a cat".
+
+    Raises:
+        ValueError: a placeholder of no concept, `LONGEST` characters in all, or a word of `WORD`.
+    """
+    parts = filled_parts(template, nouns)
+    if (length := sum(map(len, parts))) > LONGEST:
+        raise ValueError(f"{short(template)} has {length:,} characters once {{}} is filled in; at most {LONGEST:,} are")
+    filled = "".join(parts)
+    if (longest := max(map(len, filled.split()), default=0)) > WORD:
+        raise ValueError(f"{short(template)} has a word of {longest:,} characters; at most {WORD:,} are taken")
+    return filled
+
+
+def filled_parts(template: str, nouns: Sequence[str]) -> list[str]:
+    """Text, noun, text, noun, …, text: what a filled template consists of, with the article that each noun has."""
+    parts, last = [], 0
+    for match, concept in placeholders(template, len(nouns)):
+        n = "n" if nouns[concept].strip().lower().startswith(VOWELS) else ""
+        parts += [ARTICLE.sub(rf"\1{n}\2", template[last : match.start()]), nouns[concept]]
+        last = match.end()
+    return [*parts, template[last:]]
+
+
+def placeholders(template: str, concepts: int) -> Iterator[tuple[re.Match[str], int]]:
+    """Each placeholder of the template with the index of its concept."""
+    for match in PLACEHOLDER.finditer(template):
+        number = match.group(1)
+        if len(number) > 4:
+            raise ValueError(f"{match.group()[:20]} in {short(template)} names no concept: there are {concepts}")
+        if not number and concepts > 1:
+            raise ValueError(f"{{}} in {short(template)} could be any of {concepts} concepts: write {{1}}, {{2}} …")
+        concept = int(number or 1) - 1
+        if not 0 <= concept < concepts:
+            raise ValueError(
+                f"{match.group()} in {short(template)} names no concept: there are {concepts}, counted from 1"
+            )
+        yield match, concept
+
+
+def short(text: str) -> str:
+    """A text as messages show it."""
+    return repr(text) if len(text) <= 80 else f"{text[:77]!r} …"
