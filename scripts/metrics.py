@@ -183,8 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parse(arguments)
     check_inputs(flags)
     from data.dataset import ConceptImages  # after the flags: these take seconds
-    from infusion.metrics.report.output import write
-    from infusion.metrics.report.table import Measured, check_folder
+    from infusion.metrics.report.output import Measured, check_folder, write
     from infusion.metrics.run.cache import Cache
     from infusion.metrics.run.evaluate import check, evaluate
     from infusion.metrics.run.subject import load_subjects

@@ -23,7 +23,7 @@ from data.pocket.concepts import CONCEPTS, FOLDER
 from data.soft_segment import read_kept, segment_folder
 from infusion.concepts.concept import Concept
 from infusion.gate import IDENTITY
-from infusion.metrics.report.html import data_uri, render
+from infusion.metrics.report.page import data_uri, decimal, percent, render
 from infusion.sampling.customised import Customised
 from infusion.sampling.pictures import Numbered, captioned_grid, heat, png
 from infusion.sampling.png import describe, hashes
@@ -38,12 +38,12 @@ from scripts.pocket.evaluate_masks import concept_photos, iou
 from scripts.pocket.judge import Context, Figure, Judge, contexts, mean
 
 LEVELS = {1: "known words in a new combination", 2: "a pattern or pair of colours never seen", 3: "a shape never seen"}
-METRICS = {  # name -> title and note in the report
-    "background": ("Background as prompted", ""),
-    "style": ("Style as prompted", "photo or cartoon"),
-    "colour": ("The concept’s colour", "no prompt names it"),
-    "pattern": ("The concept’s pattern", "no prompt names it"),
-    "photos_background": ("Photos’ background", "no prompt names it: lower is better"),
+METRICS = {  # name -> title in the report
+    "background": "Background as prompted",
+    "style": "Style as prompted (photo or cartoon)",
+    "colour": "The concept’s colour, which no prompt names",
+    "pattern": "The concept’s pattern, which no prompt names",
+    "photos_background": "Photos’ background, which no prompt names (lower is better)",
 }
 
 
@@ -164,6 +164,7 @@ def learn(name: str, plan: Plan, sd: StableDiffusion, clipseg: ClipSeg | None, j
         for place, seed in zip(places, plan.seeds, strict=True)
     ]
     columns = write_pictures(plan, name, photos, pictures, cards, len(around), sd)
+    figures = judge.measure(world, places, photos, base, ours)
     shares = [value for tag, value in scalars(plan.folder / name / "run/tensorboard").items() if "share/" in tag]
     return {
         "name": name,
@@ -174,7 +175,8 @@ def learn(name: str, plan: Plan, sd: StableDiffusion, clipseg: ClipSeg | None, j
         "setting": BACKGROUNDS[world.background],
         "photos": [data_uri(png(photo)) for photo in photos],
         "columns": columns,
-        "figures": judge.measure(world, places, photos, base, ours),
+        "figures": figures,
+        "verdict": verdict(figures),
         "prompts": [place.template for place in places],
         "masks": overlap,
         "masked_by": "CLIPSeg" if clipseg else "the world that drew the photos",
@@ -249,18 +251,16 @@ def scalars(folder: Path) -> dict[str, float]:
 
 def write_report(plan: Plan, concepts: list[dict], sd: StableDiffusion, seconds: float, command: str) -> Path:
     """Writes `results.json` and `report.html`; returns the latter."""
-    pictures, settings = ("photos", "columns"), plan.shown(sd)
-    plain = [{key: value for key, value in concept.items() if key not in pictures} for concept in concepts]
+    shown, settings = ("photos", "columns", "verdict"), plan.shown(sd)
+    plain = [{key: value for key, value in concept.items() if key not in shown} for concept in concepts]
     results = {"concepts": plain, "settings": settings, "seconds": round(seconds, 1), "command": command}
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
     write(plan.folder / "results.json", text.encode())
     page = render(
-        "demo.html.j2",
+        Path(__file__).with_name("demo.html.j2"),
         concepts=concepts,
         settings=settings,
         metrics=METRICS,
-        low=lowest([concept["figures"]["similarity"] for concept in concepts]),
-        photo_columns=max(len(concept["photos"]) for concept in concepts),
         date=f"{datetime.now():%Y-%m-%d %H:%M}",
         minutes=f"{seconds / 60:.1f}",
         command=command,
@@ -270,7 +270,19 @@ def write_report(plan: Plan, concepts: list[dict], sd: StableDiffusion, seconds:
     return file
 
 
-def lowest(table: Sequence[dict[str, Figure]]) -> float:
-    """The left end of the scale of likeness: 0, or a tenth below the lowest bar."""
-    ends = [row[name]["value"] - 2 * row[name]["stderr"] for row in table for name in ("base", "infusion", "drawn")]
-    return min(0.0, min(ends) - 0.1)
+def verdict(figures: dict[str, dict[str, Figure]]) -> str:
+    """What the measurements of one concept say, in two sentences; see `Judge.measure`."""
+    like, gain = figures["similarity"], figures["similarity"]["difference"]
+    change = f"from {decimal(like['base']['value'])} to {decimal(like['infusion']['value'])}"
+    if abs(gain["value"]) <= 2 * gain["stderr"]:
+        first = f"Likeness to the photos does not change clearly ({change})."
+    elif gain["value"] < 0:
+        first = f"Likeness to the photos falls {change}: this concept was not learned."
+    else:
+        first = f"Likeness to the photos rises {change} (ceiling: {decimal(like['drawn']['value'])})."
+    said = [
+        f"the prompted {name} is right in {percent(figures[name]['infusion']['value'])} of the samples "
+        f"(base model: {percent(figures[name]['base']['value'])})"
+        for name in ("background", "style")
+    ]
+    return f"{first} {said[0].capitalize()}, {said[1]}."

@@ -6,16 +6,16 @@ the runs of one concept alone. Of a single run it is the figure's own, and so it
 figure (the base model's, or a rate of 100 %), carried through the mean over concepts.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import hypot
+from math import isnan
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 from scipy.special import stdtrit
 
 from infusion.metrics.measures.estimate import mean
-from infusion.metrics.report.plots import colours
 
 READ_AGAINST = ("base", "floor", "ceiling")
 LEVEL = 0.95  # of the intervals of differences
@@ -31,15 +31,13 @@ class Group:
     Attributes:
         name: that its runs were given, by default their method.
         label: what a report calls it: its name, or that of its run where no group of the report has more than one.
-        colour: in tables and plots.
         results: of its runs.
-        figures: metric -> `value`, `stderr` (None: unknown), `n` runs, `concepts`; of what it is read against the same
-            under `base`, `floor`, `ceiling`; of its distance from the first group under `difference`, see `difference`.
+        figures: metric -> `value`, `stderr` (None: unknown), `n` runs, `concepts`; what it is read against, in the same
+            form, under `base`, `floor`, `ceiling`; its distance from the first group under `difference`, see there.
     """
 
     name: str
     label: str
-    colour: str
     results: Sequence[Result]
     figures: Mapping[str, Figure]
 
@@ -61,18 +59,17 @@ def concept_of(result: Result) -> str:
 
 def groups_of(results: Sequence[Result]) -> list[Group]:
     """Results by their `group`, in the order of the first of each."""
-    gathered: dict[str, list[Result]] = defaultdict(list)
+    gathered: dict[str, list[Result]] = {}
     for result in results:
-        gathered[result["group"]].append(result)
-    colour, single = colours(gathered), len(gathered) == len(results)
-    first = next(iter(gathered.values()), [])
-    groups = []
+        gathered.setdefault(result["group"], []).append(result)
+    groups, reference = [], next(iter(gathered.values()), [])
     for name, own in gathered.items():
         figures = figures_of(own)
         for metric, figure in figures.items():
-            if own is not first and (found := difference(own, first, metric)):
+            if own is not reference and (found := difference(own, reference, metric)):
                 figure["difference"] = found
-        groups.append(Group(name, own[0]["label"] if single else name, colour[name], own, figures))
+        label = own[0]["label"] if len(gathered) == len(results) else name
+        groups.append(Group(name, label, own, figures))
     return groups
 
 
@@ -80,9 +77,7 @@ def figures_of(results: Sequence[Result]) -> dict[str, dict[str, object]]:
     """The common figures of results, without differences; see `Group.figures`."""
     figures = {}
     for metric in dict.fromkeys(metric for result in results for metric in result["figures"]):
-        having = [result for result in results if metric in result["figures"]]
-        concepts, found = map(concept_of, having), [result["figures"][metric] for result in having]
-        known = list(zip(concepts, found, strict=True))
+        known = [(concept_of(result), result["figures"][metric]) for result in results if metric in result["figures"]]
         figures[metric] = gather(known)
         for which in READ_AGAINST:
             if against := [(concept, figure[which]) for concept, figure in known if which in figure]:
@@ -99,21 +94,22 @@ def gather(figures: Sequence[tuple[str, Figure]]) -> dict[str, object]:
     Returns:
         `value`, `stderr` (None: unknown), `n` runs and `concepts`.
     """
-    values, concepts = [(concept, figure["value"]) for concept, figure in figures], dict(figures)
-    if len({value for _, value in values}) == 1:
-        own = [figure["stderr"] for figure in concepts.values()]
-        found = {"value": values[0][1], "stderr": None if None in own else hypot(*own) / len(own)}
+    rows = [(concept, figure["value"], figure["stderr"]) for concept, figure in figures]
+    runs = pd.DataFrame(rows, columns=["concept", "value", "stderr"]).astype({"stderr": float})
+    if runs["value"].nunique() == 1:
+        errors = runs.drop_duplicates("concept", keep="last")["stderr"]
+        value, stderr = float(runs["value"].iloc[0]), float(np.linalg.norm(errors)) / len(errors)
     else:
-        found = mean(units(values)).as_dict()
-    return found | {"n": len(figures), "concepts": len(concepts)}
+        found = mean(independent(runs.set_index("concept")["value"]))
+        value, stderr = found.value, found.stderr
+    count = {"n": len(runs), "concepts": runs["concept"].nunique()}
+    return {"value": value, "stderr": None if isnan(stderr) else stderr} | count
 
 
-def units(values: Sequence[tuple[str, float]]) -> list[float]:
-    """What is independent of (concept, value): the concepts' means, or the values themselves of one concept alone."""
-    concepts: dict[str, list[float]] = defaultdict(list)
-    for concept, value in values:
-        concepts[concept].append(value)
-    return [mean(own).value for own in concepts.values()] if len(concepts) > 1 else [value for _, value in values]
+def independent(values: pd.Series) -> list[float]:
+    """The means of the concepts, which the index names, or the values themselves where there is one concept."""
+    concepts = values.groupby("concept", sort=False).mean()
+    return (concepts if len(concepts) > 1 else values).tolist()
 
 
 def difference(results: Sequence[Result], reference: Sequence[Result], metric: str) -> dict[str, object] | None:
@@ -127,12 +123,10 @@ def difference(results: Sequence[Result], reference: Sequence[Result], metric: s
         or several that differ by the very same step of a rate, tell no error: it and the interval are None. None for
         no pair at all.
     """
-    ours, theirs = (_by_training(own, metric) for own in (results, reference))
-    pairs = [(key[0], ours[key] - theirs[key]) for key in ours if key in theirs]
-    if not pairs:
+    pairs = (_by_training(results, metric) - _by_training(reference, metric)).dropna()
+    if pairs.empty:
         return None
-    independent, count = units(pairs), {"n": len(pairs), "concepts": len(dict(pairs))}
-    found = mean(independent)
+    found, count = mean(independent(pairs)), {"n": len(pairs), "concepts": pairs.index.unique("concept").size}
     if found.n == 1 or (found.value and found.stderr < EQUAL * abs(found.value)):
         return {"value": found.value, "stderr": None, "low": None, "high": None} | count
     reach = found.stderr * float(stdtrit(found.n - 1, (1 + LEVEL) / 2))
@@ -140,10 +134,12 @@ def difference(results: Sequence[Result], reference: Sequence[Result], metric: s
     return {"value": found.value, "stderr": found.stderr} | interval | count
 
 
-def _by_training(results: Sequence[Result], metric: str) -> dict[tuple[str, int | None], float]:
-    """Values of a metric by concept and training seed."""
-    values: dict[tuple[str, int | None], list[float]] = defaultdict(list)
-    for result in results:
-        if metric in result["figures"]:
-            values[concept_of(result), result["training_seed"]].append(result["figures"][metric]["value"])
-    return {key: mean(own).value for key, own in values.items()}
+def _by_training(results: Sequence[Result], metric: str) -> pd.Series:
+    """Values of a metric by concept and training seed (-1: unknown)."""
+    rows = [
+        (concept_of(result), -1 if result["training_seed"] is None else result["training_seed"], figure["value"])
+        for result in results
+        if (figure := result["figures"].get(metric))
+    ]
+    runs = pd.DataFrame(rows, columns=["concept", "seed", "value"]).astype({"value": float})
+    return runs.groupby(["concept", "seed"])["value"].mean()

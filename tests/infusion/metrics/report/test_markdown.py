@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from infusion.metrics.report.markdown import main, table
+from infusion.metrics.report.markdown import main, markdown
 from tests.infusion.metrics.report.test_aggregate import figure, run
 
 BASE = {"base": figure(0.5, 0.01)}
@@ -16,15 +16,15 @@ def results(*of_lora):
 
 
 def test_a_row_for_each_group_and_what_it_is_read_against():
-    lines = table(results(0.2, 0.3, 0.7), ["drift"]).splitlines()
+    lines = markdown(results(0.2, 0.3, 0.7), ["drift"]).splitlines()
     assert lines[0] == "|  | drift ↓ |" and lines[1] == "| --- | --- |"
     assert lines[2] == "| *base model* | 0.5000 ± 0.0058 |"
     assert lines[3:] == ["| infusion | 0.1100 ± 0.0058 |", "| lora | 0.40 ± 0.15 |"]
 
 
 def test_an_asterisk_where_the_difference_from_the_first_group_is_beyond_chance():
-    assert table(results(0.20, 0.21, 0.23), ["drift"]).splitlines()[-1].endswith("* |")
-    assert "*" not in table(results(0.01, 0.1, 0.3), ["drift"]).splitlines()[-1]
+    assert markdown(results(0.20, 0.21, 0.23), ["drift"]).splitlines()[-1].endswith("* |")
+    assert "*" not in markdown(results(0.01, 0.1, 0.3), ["drift"]).splitlines()[-1]
 
 
 def test_the_command_prints_a_file_s_table(tmp_path, capsys):
@@ -32,7 +32,7 @@ def test_the_command_prints_a_file_s_table(tmp_path, capsys):
     methods = {one["label"]: {key: value for key, value in one.items() if key != "label"} for one in results(1, 2, 3)}
     path.write_text(json.dumps({"methods": methods}))
     main([str(path), "--metrics", "drift"])
-    assert capsys.readouterr().out.strip() == table(results(1, 2, 3), ["drift"])
+    assert capsys.readouterr().out.strip() == markdown(results(1, 2, 3), ["drift"])
 
 
 @pytest.mark.parametrize(
