@@ -35,7 +35,6 @@ PACKAGES = {  # that readers import when they are first used
         "einops",
         "kornia",
         "open_clip",
-        "ot",
         "matplotlib",
     ),
     *sys.stdlib_module_names,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from infusion.gate import IDENTITY
-from infusion.metrics.measures import estimate, fidelity
+from infusion.metrics.measures import estimate, fidelity, wasserstein
 from infusion.metrics.measures.fisher import Divergence
 from infusion.metrics.report.gallery import SHOWN, gallery
 from infusion.metrics.run.cache import Cache, Rows
@@ -137,8 +137,6 @@ class Evaluation:
         }
 
     def _w2(self) -> dict[str, Figure]:
-        from infusion.metrics.measures import wasserstein  # POT takes seconds to import
-
         base, ours, other = (self._samples(name) for name in ("base", "ours", FLOOR))
         figures = {}
         for name in ("latent", "clip"):
