@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from data.dataset import ConceptImages
 from data.latents import ConceptData
 from data.prompts import TEMPLATES
+from ldm.util.cli import naming
 from ldm.util.config import check_params
-from ldm.util.errors import naming
 
 
 @dataclass(frozen=True)

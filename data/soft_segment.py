@@ -27,9 +27,8 @@ from tqdm import tqdm
 
 from data.photos import MASK_LABEL, first_file, is_image
 from data.prompts import TEMPLATES
+from ldm.util.cli import Parser, batch, find_device, report
 from ldm.util.defaults import CLIPSEG
-from ldm.util.errors import Parser, report
-from ldm.util.flags import batch, find_device
 from ldm.util.templates import fill
 
 if TYPE_CHECKING:  # what takes seconds to import is imported where it works, after the flags have been read

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from infusion.concepts.fields import check_header
 from infusion.gate import fingerprint
 from ldm.models.tokenizer import Tokenizer
+from ldm.util.cli import naming
 from ldm.util.config import find
-from ldm.util.errors import naming
 from ldm.weights.checkpoint import write
 
 FORMAT = "infusion-covariance"

@@ -17,8 +17,8 @@ from ldm.diffusion.schedule import Schedule
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text import ClipText, OpenClipText
 from ldm.models.unet import UNet
+from ldm.util.cli import suggestion
 from ldm.util.config import ConfigError, find, instantiate, load_config
-from ldm.util.errors import suggestion
 from ldm.weights import checkpoint as files
 from ldm.weights.recognise import guess
 

@@ -21,9 +21,8 @@ from infusion.covariance import InverseCovariance
 from infusion.sampling.sample import sample
 from infusion.sampling.settings import Settings
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import Parser, add_base_flags, count, find_device, number, report, seed
 from ldm.util.config import find
-from ldm.util.errors import Parser, report
-from ldm.util.flags import add_base_flags, count, find_device, number, seed
 
 
 def psnr(images: Tensor, reference: Tensor) -> list[float]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from infusion.concepts.forms import FORMS
+from ldm.util.cli import Parser, UserError, report
 from ldm.util.config import backbones
-from ldm.util.errors import Parser, UserError, report
 
 if TYPE_CHECKING:
     from infusion.concepts.concept import Concept

@@ -16,10 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.pocket.scene import CONCEPTS
 from infusion.sampling.settings import Settings
+from ldm.util.cli import Parser, number, report, seed, suggestion, writable
 from ldm.util.config import find, load_config
 from ldm.util.defaults import POCKET_CLASSIFIER, POCKET_CLIP, POCKET_CLIPSEG
-from ldm.util.errors import Parser, report, suggestion
-from ldm.util.flags import number, seed, writable
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from ldm.util.config import ROOT, ConfigError, build, find, load_config
-from ldm.util.errors import Parser, UserError, report
-from ldm.util.flags import components, count, find_device, number, written
+from ldm.util.cli import Parser, UserError, components, count, find_device, number, report, written
+from ldm.util.config import ROOT, ConfigError, find, instantiate, load_config
 
 if TYPE_CHECKING:
     from ldm.models.text import ClipText, OpenClipText
@@ -82,7 +81,7 @@ def load_text_encoder(flags: argparse.Namespace, config: DictConfig, weights: Pa
     from ldm.weights.checkpoint import PREFIXES, load_into, load_part
 
     with torch.device("meta"):
-        text = build(OmegaConf.to_container(config.sd.params.text, resolve=True), "sd.params.text")
+        text = instantiate(OmegaConf.to_container(config.sd.params.text, resolve=True), "sd.params.text")
     if flags.type and not isinstance(text, {"clip": ClipText, "openclip": OpenClipText}[flags.type]):
         raise UserError(f"--type: {flags.type} was asked for, and {flags.config} has a {type(text).__name__}")
     if flags.part:

@@ -21,19 +21,22 @@ from infusion.concepts.base import architecture_of, check_concepts_there, check_
 from infusion.sampling.prompts import Job, read_jobs
 from infusion.sampling.settings import Settings, add_settings_flags
 from infusion.sampling.validate import check_concepts, check_sizes, check_words, fill_in, source
-from ldm.util.config import BACKBONES, find
-from ldm.util.errors import Parser, UserError, naming, report
-from ldm.util.flags import (
+from ldm.util.cli import (
     MOST,
+    Parser,
+    UserError,
     add_base_flags,
     batch,
     count,
     find_device,
+    naming,
     processes,
+    report,
     seed,
     words,
     writable,
 )
+from ldm.util.config import BACKBONES, find
 
 if TYPE_CHECKING:
     from infusion.concepts.concept import Concept

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.util.errors import Parser, report
+from ldm.util.cli import Parser, report
 
 
 @report

@@ -22,11 +22,24 @@ from infusion.metrics.run.options import CACHE, METRICS, OF_PHOTOS, Options, Too
 from infusion.metrics.run.protocol import GROUPS, Protocol, usual_file
 from infusion.sampling.validate import check_concepts
 from ldm.diffusion.schedulers import SAMPLERS
+from ldm.util.cli import (
+    Parser,
+    UserError,
+    add_base_flags,
+    batch,
+    count,
+    find_device,
+    naming,
+    number,
+    processes,
+    report,
+    seed,
+    words,
+    writable,
+)
 from ldm.util.config import find
 from ldm.util.defaults import CLIPSEG, POCKET, POCKET_CLASSIFIER, POCKET_CLIPSEG
-from ldm.util.errors import Parser, UserError, naming, report
 from ldm.util.files import locked
-from ldm.util.flags import add_base_flags, batch, count, find_device, number, processes, seed, words, writable
 from scripts.infusion_txt2img import find_config
 
 if TYPE_CHECKING:

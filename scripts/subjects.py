@@ -14,8 +14,7 @@ from omegaconf import OmegaConf
 
 from infusion.metrics.run.protocol import KEYS
 from infusion.metrics.run.subjects import BenchmarkSubject, read
-from ldm.util.errors import Parser, UserError, report
-from ldm.util.flags import words, writable
+from ldm.util.cli import Parser, UserError, report, words, writable
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

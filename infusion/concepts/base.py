@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
+from ldm.util.cli import UserError
 from ldm.util.config import find, load_config
 from ldm.util.defaults import PREFIXES
-from ldm.util.errors import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ from infusion.attention import key_name
 from infusion.concepts.concept import Concept
 from infusion.gate import Gate
 from infusion.inject import cross_attention_layers
-from ldm.util.config import backbones, instantiate
 from ldm.util.cli import naming
+from ldm.util.config import backbones, instantiate
 from ldm.weights.files import TensorFile, tensors_of
 from ldm.weights.names import PREFIXES
 from ldm.weights.recognise import LEARNED

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from ldm.util.errors import UserError
+from ldm.util.cli import UserError
 from ldm.util.files import create
 
 HEAT = "inferno"  # matplotlib's name of the heat maps' colours

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from infusion.sampling.settings import Settings
-from ldm.util.flags import count, number, seed
+from ldm.util.cli import count, number, seed
 
 OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {  # letter -> setting, and how it is read
     "n": ("negative_prompt", str),

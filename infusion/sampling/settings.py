@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from ldm.diffusion.schedulers import SAMPLERS
-from ldm.util.flags import count, number, numbers, words
+from ldm.util.cli import count, number, numbers, words
 
 if TYPE_CHECKING:
     from infusion.sampling.regions import Region

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from infusion.sampling.prompts import Job
 from infusion.sampling.settings import LONGEST
 from infusion.tokens import PLACEHOLDER, fill, point
-from ldm.util.errors import UserError, naming
+from ldm.util.cli import UserError, naming
 
 if TYPE_CHECKING:
     from torch import Tensor

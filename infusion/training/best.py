@@ -24,8 +24,8 @@ from infusion.metrics.run.protocol import CONTEXT, Protocol
 from infusion.metrics.run.stages import Stages
 from infusion.metrics.run.subject import Checkpoint
 from infusion.training.trainer import ConceptTrainer
+from ldm.util.cli import find_device
 from ldm.util.files import write
-from ldm.util.flags import find_device
 
 BEST = "best.safetensors"
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from infusion.methods.infusion import Infusion
 from infusion.training.learner import Learner
 from infusion.training.trainer import ConceptTrainer, SaveConcept
 from ldm.pipeline import StableDiffusion
-from ldm.util.errors import naming
+from ldm.util.cli import naming
 
 
 class ResidualBank(nn.Module):

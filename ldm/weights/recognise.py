@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ldm.util.config import backbones, build
+from ldm.util.config import backbones, instantiate
 from ldm.weights.diffusers_layout import PARTS, Folder, open_checkpoint, sha256
 from ldm.weights.files import TensorFile
 from ldm.weights.names import EMA, PREFIXES, match
@@ -227,7 +227,7 @@ def _base_facts(file: File, kind: Kind) -> dict[str, Any]:
     }
     if kind.architectures:
         with torch.device("meta"):
-            sd = build(backbones()[kind.architectures[0]], "sd")
+            sd = instantiate(backbones()[kind.architectures[0]], "sd")
         found = match(file, {prefix: getattr(sd, component) for component, prefix in PREFIXES.items()})
         facts |= {"missing": found.missing, "wrong_shapes": found.wrong, "unexpected": found.unexpected}
     return facts

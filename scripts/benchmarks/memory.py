@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ldm.pipeline import StableDiffusion
-from ldm.util.errors import UserError
+from ldm.util.cli import UserError
 from scripts.benchmarks.cases import guided_step, images, train_step
 from scripts.benchmarks.model import build_model
 from scripts.benchmarks.settings import MEMORY, MEMORY_TRAINING, Settings

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from infusion.concepts.concept import now
 from ldm.pipeline import StableDiffusion
-from ldm.util.errors import UserError
+from ldm.util.cli import UserError
 from scripts.benchmarks.cases import SCALE, guided_steps, images, optimiser_steps, train_steps
 from scripts.benchmarks.inputs import NOUNS
 from scripts.benchmarks.means import sampling_means, training_means

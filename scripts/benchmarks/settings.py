@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ldm.util.errors import UserError, suggestion
+from ldm.util.cli import UserError, suggestion
 
 SIZES = ("pocket", "sd15", "sd21")
 PRECISIONS = ("full", "autocast", "bf16", "fp16")

@@ -10,7 +10,7 @@ import torch
 from data.pocket.concepts import CONCEPTS
 from data.soft_segment import to_tensor
 from infusion.sampling.pictures import captioned_grid, png
-from ldm.util.errors import Parser, UserError, report
+from ldm.util.cli import Parser, UserError, report
 from ldm.util.files import write
 from scripts.pocket.evaluate_masks import concept_photos
 from scripts.pocket.judge import Judge

@@ -27,10 +27,9 @@ from infusion.metrics.run.stages import Stages
 from infusion.metrics.run.subject import load_subjects
 from infusion.training.best import Networks, exhausted
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import Parser, count, report, words
 from ldm.util.config import find
-from ldm.util.errors import Parser, report
 from ldm.util.files import write
-from ldm.util.flags import count, words
 from scripts.pocket.compare import Run, mask, train
 
 METHODS, CONCEPTS_SWEPT = ("infusion", "lora"), ("blue_striped_dog", "zigzag_hat", "other_horse")

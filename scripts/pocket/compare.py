@@ -23,10 +23,9 @@ from clipseg.weights import POCKET, load
 from data.pocket.concepts import CONCEPTS, FOLDER
 from data.soft_segment import segment_folder
 from infusion.methods import method_names
+from ldm.util.cli import Parser, UserError, count, processes, report, suggestion, words
 from ldm.util.config import ROOT, find
-from ldm.util.errors import Parser, UserError, report, suggestion
 from ldm.util.files import copy, locked
-from ldm.util.flags import count, processes, words
 from ldm.util.run import is_run
 
 TUNED_ON = "green_dotted_elephant"

@@ -15,10 +15,9 @@ from infusion.sampling.pictures import captioned_grid, png
 from infusion.sampling.sample import sample
 from infusion.sampling.settings import Settings
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import Parser, UserError, find_device, report, suggestion
 from ldm.util.defaults import POCKET
-from ldm.util.errors import Parser, UserError, report, suggestion
 from ldm.util.files import write
-from ldm.util.flags import find_device
 from scripts.pocket.compare import SCALE, STEPS, Run, methods
 from scripts.pocket.evaluate_masks import concept_photos
 

@@ -31,8 +31,8 @@ from infusion.sampling.sample import sample
 from infusion.sampling.settings import Settings
 from infusion.tokens import fill
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import UserError
 from ldm.util.config import ROOT
-from ldm.util.errors import UserError
 from ldm.util.files import copy, write
 from scripts.pocket.evaluate_masks import concept_photos, iou
 from scripts.pocket.judge import Context, Figure, Judge, contexts, mean

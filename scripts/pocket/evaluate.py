@@ -18,8 +18,8 @@ from tqdm import tqdm
 from data.pocket.classifier import SceneClassifier
 from data.pocket.world import CHOICES, Scene, World, caption, draw_scene
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import Parser, report
 from ldm.util.config import find
-from ldm.util.errors import Parser, report
 from ldm.weights.checkpoint import load_into
 from scripts.pocket.judge import CLASSIFIER_WEIGHTS
 

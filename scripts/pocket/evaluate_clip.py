@@ -14,8 +14,8 @@ import torch
 
 from data.pocket.world import CHOICES, World, caption, draw_scene
 from ldm.models.clip import Clip
+from ldm.util.cli import Parser, report
 from ldm.util.config import find, instantiate, load_config, resolve
-from ldm.util.errors import Parser, report
 from ldm.weights.checkpoint import load_into
 from scripts.pocket.judge import CLIP_CONFIG, CLIP_WEIGHTS
 

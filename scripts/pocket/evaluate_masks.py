@@ -26,7 +26,7 @@ from data.pocket.concepts import CONCEPTS, FOLDER
 from data.pocket.world import NOUNS, World, draw_scene
 from data.prompts import TEMPLATES
 from data.soft_segment import enlarge, fill_templates, overlay, to_tensor
-from ldm.util.errors import Parser, report
+from ldm.util.cli import Parser, report
 from scripts.pocket.judge import Figure, rate
 
 

@@ -17,7 +17,7 @@ from data.pocket.classifier import SceneClassifier
 from data.pocket.concepts import CONCEPTS, PocketConcept
 from data.pocket.leakage import leakage
 from data.pocket.world import PLACE_WORDS, STYLE_WORDS, Scene, World
-from ldm.util.errors import UserError, suggestion
+from ldm.util.cli import UserError, suggestion
 from scripts.pocket.evaluate_masks import masks_of
 from scripts.pocket.judge import Figure, mean, rate
 

@@ -16,10 +16,9 @@ from infusion.sampling.sample import sample
 from infusion.sampling.settings import Settings
 from infusion.tokens import fill
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import Parser, UserError, find_device, numbers, report, seed
 from ldm.util.config import find
-from ldm.util.errors import Parser, UserError, report
 from ldm.util.files import write
-from ldm.util.flags import find_device, numbers, seed
 
 BETAS = (1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.5, 0.2)
 TAUS = (0.02, 0.15, 0.5)

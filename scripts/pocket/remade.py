@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from infusion.metrics.report.aggregate import Result
 from infusion.metrics.report.markdown import read
-from ldm.util.errors import Parser, UserError, report
+from ldm.util.cli import Parser, UserError, report
 
 WIDTH = 1.96  # of a 95 % interval, in standard errors
 ROUNDING = 1e-6  # of figures that have no error, such as zeros by construction

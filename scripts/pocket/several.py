@@ -26,10 +26,9 @@ from infusion.sampling.sample import sample
 from infusion.sampling.settings import Settings
 from infusion.tokens import fill
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import Parser, UserError, count, find_device, report, seed
 from ldm.util.config import find
-from ldm.util.errors import Parser, UserError, report
 from ldm.util.files import write
-from ldm.util.flags import count, find_device, seed
 from scripts.pocket.judge import Figure, rate
 
 PRESENT = 0.5  # of a mask's maximum

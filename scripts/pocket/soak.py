@@ -31,10 +31,9 @@ from infusion.inject import remove
 from infusion.methods import find_method, method_names
 from infusion.training.trainer import ConceptTrainer, SaveConcept
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import Parser, count, report
 from ldm.util.config import find
-from ldm.util.errors import Parser, report
 from ldm.util.files import write
-from ldm.util.flags import count
 from ldm.util.run import Finite, Log, ResumeState, StateFile
 from scripts.benchmarks.memory import status
 

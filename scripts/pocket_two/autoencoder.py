@@ -18,8 +18,8 @@ from torchvision.utils import make_grid, save_image
 from data.pocket_two.concepts import CONCEPTS, draw
 from data.pocket_two.world import World, draw_scene
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.util.config import build, find, load_config
-from ldm.util.errors import Parser, report
+from ldm.util.cli import Parser, report
+from ldm.util.config import find, instantiate, load_config
 from ldm.weights.checkpoint import load_into
 
 CONFIG = "configs/backbone/pocket_two.yaml"
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--sheet", default=None, help="PNG to write photos and reconstructions to")
     flags = parser.parse_args()
 
-    vae = build(load_config([find(flags.config)]).sd.params.vae)
+    vae = instantiate(load_config([find(flags.config)]).sd.params.vae)
     load_into({"": vae} if flags.vae else {"first_stage_model.": vae}, find(flags.vae or WEIGHTS))
     world, rng = World(), np.random.default_rng(9)
     scenes, _ = world.render([draw_scene(rng) for _ in range(2000)], rng)

@@ -24,8 +24,8 @@ from data.pocket_two.judge import OBJECT, SCENE, SceneReader, truth_of
 from data.pocket_two.scene import NOUNS, Thing
 from data.pocket_two.world import World, draw_scene
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.util.config import build, find, load_config
-from ldm.util.errors import Parser, report
+from ldm.util.cli import Parser, report
+from ldm.util.config import find, instantiate, load_config
 from ldm.weights.checkpoint import load_into
 from scripts.pocket_two.autoencoder import CONFIG, WEIGHTS, reconstruct
 
@@ -84,7 +84,7 @@ def main() -> None:
     reader, identity, world = SceneReader().eval(), Identity().eval(), World()
     load_into({"": reader}, find(flags.reader))
     load_into({"": identity}, find(flags.identity))
-    vae = build(load_config([find(CONFIG)]).sd.params.vae)
+    vae = instantiate(load_config([find(CONFIG)]).sd.params.vae)
     load_into({"": vae} if flags.vae else {"first_stage_model.": vae}, find(flags.vae or WEIGHTS))
 
     rng = np.random.default_rng(77)

@@ -20,8 +20,8 @@ from data.pocket_two.judge import ORDER, SceneReader
 from data.pocket_two.scene import CHOICES, COLOURS, NATURAL, NONE, Scene, ThingWords
 from data.pocket_two.world import World, draw_scene
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import Parser, report
 from ldm.util.config import find
-from ldm.util.errors import Parser, report
 from ldm.weights.checkpoint import load_into
 from scripts.pocket_two.autoencoder import CONFIG
 from scripts.pocket_two.judges import FOLDER

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ldm.util.errors import Parser, report
+from ldm.util.cli import Parser, report
 
 PARTS = ("autoencoder", "text", "ldm", "classifier", "identity", "clip", "clipseg")  # in the order of need
 GPU = {  # what differs on a GPU: the same number of pictures or more, in larger batches

@@ -13,9 +13,8 @@ from pathlib import Path
 from infusion.metrics.report.aggregate import Result, figures_of, groups_of
 from infusion.metrics.report.page import against, differs, table
 from infusion.metrics.report.words import METRICS
+from ldm.util.cli import Parser, UserError, report, suggestion, words
 from ldm.util.config import find
-from ldm.util.errors import Parser, UserError, report, suggestion
-from ldm.util.flags import words
 
 
 def read(path: str | Path) -> list[Result]:

@@ -13,7 +13,7 @@ from infusion.metrics.report.aggregate import READ_AGAINST, Group, Result, group
 from infusion.metrics.report.page import page
 from infusion.metrics.report.plots import plots
 from infusion.metrics.run.options import CACHE
-from ldm.util.errors import UserError
+from ldm.util.cli import UserError
 from ldm.util.files import holds_work
 from ldm.util.files import write as write_file
 

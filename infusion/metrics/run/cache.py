@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.util.cli import UserError
 from ldm.util.dist import Ranks
-from ldm.util.errors import UserError
 from ldm.util.files import write
 from ldm.weights.checkpoint import write as write_tensors
 

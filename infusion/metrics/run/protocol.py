@@ -18,8 +18,8 @@ from typing import Self
 
 from omegaconf import OmegaConf
 
+from ldm.util.cli import suggestion
 from ldm.util.config import ROOT, ConfigError, find, load_config
-from ldm.util.errors import suggestion
 from ldm.util.templates import PLACEHOLDER, fill
 
 FOLDER = Path("configs/protocol")

@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 from omegaconf import OmegaConf
 
 from infusion.metrics.run.protocol import FOLDER, Protocol
+from ldm.util.cli import suggestion
 from ldm.util.config import ROOT, find
-from ldm.util.errors import suggestion
 
 DREAMBOOTH = ROOT / "data" / "dreambooth"
 DATASET = "dataset.json"

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from infusion.sampling.pictures import Numbered, captioned_grid, heat, png
-from ldm.util.errors import UserError
+from ldm.util.cli import UserError
 
 
 def test_png_holds_the_pixels_and_the_text():

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
+from ldm.util.cli import UserError
 from ldm.util.config import ROOT
-from ldm.util.errors import UserError
 from scripts.benchmarks import memory
 from scripts.benchmarks.memory import can_measure, measurable, peak, peak_here
 from scripts.benchmarks.settings import MEMORY, TIMED, Settings
@@ -30,7 +30,7 @@ from scripts.benchmarks.timing import Case
 def spike(mebibytes):
     return torch.ones(mebibytes * 2**20 // 4)
 
-def build(settings):
+def instantiate(settings):
     spike(300)
     return SimpleNamespace(device=torch.device("cpu"), weights=spike(30))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.util.errors import UserError
+from ldm.util.cli import UserError
 from scripts.benchmarks import run, timing
 from scripts.benchmarks.cases import guided_steps, train_steps
 from scripts.benchmarks.run import GROUPS, absolute, benchmark, graphs, measure, ratios

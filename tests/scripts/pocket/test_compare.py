@@ -9,8 +9,8 @@ import torch
 
 from data.pocket.concepts import CONCEPTS
 from infusion.methods import method_names
+from ldm.util.cli import UserError
 from ldm.util.config import check, find, instantiate, load_config, resolve
-from ldm.util.errors import UserError
 from ldm.util.files import locked
 from scripts.pocket import compare
 from scripts.pocket.compare import ABLATIONS, COMPARED, TUNED_ON, Run, main, mask, measure

@@ -6,8 +6,8 @@ from torch import nn
 from data.pocket.concepts import CONCEPTS
 from data.pocket.world import PLACE_WORDS, Scene, World, caption, draw_scene
 from infusion.metrics.run.protocol import CONTEXT, Protocol
+from ldm.util.cli import UserError
 from ldm.util.config import ROOT
-from ldm.util.errors import UserError
 from scripts.pocket.exact import Exact, recognise, said
 from scripts.pocket.judge import load_classifier
 

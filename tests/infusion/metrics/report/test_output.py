@@ -5,7 +5,7 @@ import json
 import pytest
 
 from infusion.metrics.report.output import Measured, check_folder, write
-from ldm.util.errors import UserError
+from ldm.util.cli import UserError
 from ldm.util.files import locked
 from tests.infusion.metrics.report.test_page import figure, result
 

@@ -3,7 +3,7 @@ import torch
 from safetensors import safe_open
 
 from infusion.metrics.run.cache import Cache
-from ldm.util.errors import UserError
+from ldm.util.cli import UserError
 
 
 def squares(calls, fail_at=None):
