@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 MOST = 1_000_000  # of anything that is counted
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 LONGEST = 400  # characters of a mistake's line
 OUT_OF_MEMORY = (
     "out of memory: in training lower data.params.batch_size (trainer.accumulate_grad_batches makes up for it) or add "
@@ -38,9 +39,9 @@ class UserError(ValueError):
 def report(main: Callable[..., None]) -> Callable[..., None]:
     """Wraps a command: what a user or the machine can put right becomes one line `error: …` and exit code 2.
 
-    That is `UserError`, an OSError that names a file, a want of memory, where the line says what lowers it, and the end
-    of one of several processes. Ctrl-C ends the command with exit code 130. Any other exception is a bug of ours: it
-    keeps its traceback, and Python exits with 1.
+    That is `UserError`, an OSError that names a file, a full disk, a want of memory, where the line says what lowers
+    it, and the end of one of several processes. Ctrl-C ends the command with exit code 130. Any other exception is a
+    bug of ours: it keeps its traceback, and Python exits with 1.
     """
 
     @functools.wraps(main)
@@ -50,9 +51,9 @@ def report(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             _end(str(error))
         except OSError as error:
-            if not error.filename:
+            if not error.filename and error.errno not in FULL:
                 raise
-            _end(f"{error.filename}: {_advice(error)}")
+            _end(f"{error.filename}: {_advice(error)}" if error.filename else _advice(error))
         except (MemoryError, RuntimeError) as error:
             if _out_of_memory(error):
                 _end(OUT_OF_MEMORY)
@@ -76,7 +77,7 @@ def _end(message: str) -> NoReturn:
 
 def _advice(error: OSError) -> str:
     said = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in FULL:
         return f"{said}: make room; what was there before is unchanged"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{said}: allow it, or name another place"

@@ -22,9 +22,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from ldm.util.cli import UserError, suggestion
 
@@ -66,11 +66,13 @@ def _read(path: Path, parents: tuple[Path, ...] = ()) -> Iterator[tuple[Path, Di
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file{by}")
     try:
-        values = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:  # ValueError: not UTF-8
+        text = path.read_text(encoding="utf-8-sig")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode | None):
+            raise ConfigError(f"{path}: a config is a mapping of keys to values")
+        values = OmegaConf.create(text)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a readable YAML file ({' '.join(str(error).split())[:200]})") from error
-    if not isinstance(values, DictConfig):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values, not a list")
     included = values.pop("include", None) or []
     names = [included] if isinstance(included, str) else included
     if not isinstance(names, list | ListConfig) or not all(isinstance(name, str) for name in names):
@@ -91,7 +93,7 @@ def override(config: DictConfig, word: str) -> None:
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
         OmegaConf.update(config, key, value, force_add=True)
-    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, LookupError, ValueError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, LookupError, ValueError) as error:
         raise ConfigError(f"override `{word}`: {_first_line(error)}") from error
 
 
@@ -206,9 +208,6 @@ def _build(node: Any, path: str, given: dict[str, Any]) -> Any:
         return cls(**params)
     except UserError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except Exception as error:
-        error.add_note(f"while building {cls.__name__} for {path}")
-        raise
 
 
 def _fits(value: Any, hint: Any) -> bool:

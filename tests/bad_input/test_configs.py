@@ -17,7 +17,7 @@ FILES: dict[str, tuple[str | bytes | None, str]] = {  # what the file holds (Non
     "no yaml": ("superclass: [cat\n", "entry.yaml: not a readable YAML file"),
     "tabs": ("trainer:\n\tmax_steps: 1\n", "entry.yaml: not a readable YAML file"),
     "a list": ("- a\n- b\n", "entry.yaml: a config is a mapping"),
-    "a text": ("just words\n", "entry.yaml"),
+    "a text": ("just words\n", "entry.yaml: a config is a mapping"),
     "utf-16": ("superclass: dog\n".encode("utf-16"), "entry.yaml: not a readable YAML file"),
     "a picture": ((ROOT / "data/pocket/concepts/blue_striped_dog/0.png").read_bytes(), "entry.yaml"),
     "double key": (DEMO + "superclass: dog\nsuperclass: cat\n", "superclass"),

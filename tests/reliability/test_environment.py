@@ -1,4 +1,4 @@
-"""What the machine does to a command: disks that fill, folders that go, processes that die, clocks that jump."""
+"""What the machine does to a command: disks that fill, folders that go, processes that die."""
 
 import os
 import shutil
@@ -132,19 +132,6 @@ def lose(photo: Path) -> None:
         return opened(*args, **options)
 
     Image.open = vanishing
-
-
-def jumping_clock() -> None:
-    """Every look at the clock finds it a day earlier."""
-    days, now = iter(range(10**9)), time.time
-    time.time = lambda: now() - 86_400 * next(days)
-
-
-def test_a_clock_that_jumps(launch, entry, whole, tmp_path):
-    run = tmp_path / "run"
-    ended = launch("main", *words(entry, run), prepare=jumping_clock)
-    assert ended.status == 0, ended.said
-    assert learned(run) == learned(whole[0])
 
 
 def test_runs_of_one_second_have_folders_of_their_own(launch, entry, tmp_path):
