@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from torch import Tensor
 from transformers import CLIPSegConfig, CLIPSegTextConfig, CLIPSegVisionConfig
 
+from ldm.util.cli import UserError
+
 Table = dict[str, tuple[str, ...]]
 
 UNUSED = ("reduce.weight", "reduce.bias")  # of the decoder file
@@ -93,7 +95,7 @@ def rename(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
     for problem, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
-            raise ValueError(f"{len(names)} {problem} tensors: {shown}")
+            raise UserError(f"{len(names)} {problem} tensors: {shown}")
     renamed = {}
     for old, new in table.items():
         tensor = tensors[old].T if old in TRANSPOSED else tensors[old]
@@ -128,6 +130,6 @@ def convert_clip(tensors: Mapping[str, Tensor], config: CLIPSegConfig) -> dict[s
         return rename(tensors, {name.removeprefix("clip."): (name,) for name in names})
     if "text.transformer.text_model.final_layer_norm.weight" in tensors:
         return rename(tensors, {own_name(name): (name,) for name in names})
-    raise ValueError(
+    raise UserError(
         "neither OpenAI's layout of CLIP (visual.conv1.weight, …) nor transformers' (vision_model.embeddings.…)"
     )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
 from ldm.models.tokenizer import Tokenizer
+from ldm.util.cli import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which CLIPSeg was trained with
 LEGACY_END = 2  # configs from before transformers 4.31 say this, and mean the highest id of a text
@@ -32,17 +33,17 @@ class ClipSeg(nn.Module):
         super().__init__()
         text, patch = config.text_config, config.vision_config.patch_size
         if tokenizer.vocab_size != text.vocab_size or text.eos_token_id not in (tokenizer.eos, LEGACY_END):
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the last of which ends a text; the text tower has "
                 f"{text.vocab_size}, and {text.eos_token_id} for the end"
             )
         if tokenizer.context_length > text.max_position_embeddings:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer's context_length is {tokenizer.context_length}, the text tower's "
                 f"max_position_embeddings {text.max_position_embeddings}"
             )
         if image_size % patch:
-            raise ValueError(f"image_size: must be a multiple of the patch size {patch}, not {image_size}")
+            raise UserError(f"image_size: must be a multiple of the patch size {patch}, not {image_size}")
         self.tokenizer, self.image_size = tokenizer, image_size
         self.network = CLIPSegForImageSegmentation(config)
         # in no file of weights: keep them real when everything else is built on the meta device
@@ -96,7 +97,7 @@ class ClipSeg(nn.Module):
             ValueError: no prompt.
         """
         if not prompts:
-            raise ValueError("prompts: at least one is wanted")
+            raise UserError("prompts: at least one is wanted")
         features = self.features(images.to(self.device))
         total = torch.zeros(())
         for condition in self.conditions(prompts):  # (D,)

@@ -11,6 +11,7 @@ from transformers import CLIPSegConfig
 from clipseg.convert import SHOWN, convert_clip, convert_decoder, refined_config
 from clipseg.model import ClipSeg
 from ldm.models.tokenizer import Tokenizer
+from ldm.util.cli import UserError
 from ldm.util.config import ConfigError, find, instantiate, load_config, resolve
 from ldm.util.defaults import CLIPSEG as USUAL
 from ldm.util.defaults import POCKET
@@ -44,12 +45,12 @@ def load(model_weight: str | Path = USUAL, clip: str | Path | None = None, confi
     path = find(model_weight)
     if not path.exists():
         if config is not None:
-            raise ValueError(f"{model_weight}: no such file")
-        raise ValueError(f"model_weight: there is no {model_weight}; {SOURCE}")
+            raise UserError(f"{model_weight}: no such file")
+        raise UserError(f"model_weight: there is no {model_weight}; {SOURCE}")
     if path.is_dir() and config is not None:
-        raise ValueError(f"config: the folder {model_weight} brings its own; leave config out")
+        raise UserError(f"config: the folder {model_weight} brings its own; leave config out")
     if clip is not None and (config is not None or path.is_dir()):
-        raise ValueError(f"clip: {model_weight} brings its own CLIP; leave clip out")
+        raise UserError(f"clip: {model_weight} brings its own CLIP; leave clip out")
     if path.is_dir():
         return from_folder(path)
     return from_decoder(path, clip) if config is None else from_config(config, path)
@@ -86,7 +87,7 @@ def on_clip(clipseg: ClipSeg, clip: str | Path, start: str | Path | None = None)
 def from_decoder(file: Path, clip: str | Path | None) -> ClipSeg:
     """The original decoder file and its CLIP; raises ValueError if either is missing or does not fit."""
     if clip is None:
-        raise ValueError(
+        raise UserError(
             f"clip: {file} holds CLIPSeg's decoder alone; name a CLIP ViT-B/16 too, such as the files of "
             "`openai/clip-vit-base-patch16` (Hugging Face)"
         )
@@ -104,7 +105,7 @@ def from_folder(folder: Path) -> ClipSeg:
     """A Hugging Face folder with `config.json` and weights; raises ValueError if it is none, or does not fit."""
     config = read_json(folder / "config.json")
     if config.get("model_type") != "clipseg":
-        raise ValueError(f"{folder}/config.json: is of a {config.get('model_type')}, not of a clipseg")
+        raise UserError(f"{folder}/config.json: is of a {config.get('model_type')}, not of a clipseg")
     config = CLIPSegConfig.from_dict(config)
     processor = folder / "preprocessor_config.json"
     size = read_json(processor).get("size", SIZE) if processor.is_file() else SIZE
@@ -117,7 +118,7 @@ def read_clip(path: str | Path, model: ClipSeg) -> dict[str, Tensor]:
     """CLIP's tensors from a file or folder, named `clip.*`; raises ValueError if there is none, or it does not fit."""
     found = find(path)
     if not found.exists():
-        raise ValueError(f"clip: there is no {path}")
+        raise UserError(f"clip: there is no {path}")
     return read(weights_file(found) if found.is_dir() else found, convert_clip, model)
 
 
@@ -134,7 +135,7 @@ def read(file: Path, convert: Converter | None = None, model: ClipSeg | None = N
     try:
         return convert(tensors, model.network.config)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise UserError(f"{file}: {error}") from error
 
 
 def fill(model: ClipSeg, tensors: Mapping[str, Tensor], source: object) -> ClipSeg:
@@ -148,7 +149,7 @@ def fill(model: ClipSeg, tensors: Mapping[str, Tensor], source: object) -> ClipS
     for problem, names in wrong.items():
         if names:
             shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
-            raise ValueError(f"{source}: {len(names)} tensors {problem}: {shown}")
+            raise UserError(f"{source}: {len(names)} tensors {problem}: {shown}")
     model.network.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -157,7 +158,7 @@ def weights_file(folder: Path) -> Path:
     """The file of weights in a folder; raises ValueError if there is none."""
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
-        raise ValueError(f"{folder}: holds no weights ({', '.join(FILES)})")
+        raise UserError(f"{folder}: holds no weights ({', '.join(FILES)})")
     return file
 
 
@@ -166,7 +167,7 @@ def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON: {error}") from error
+        raise UserError(f"{file}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: a JSON object is wanted, not a {type(content).__name__}")
+        raise UserError(f"{file}: a JSON object is wanted, not a {type(content).__name__}")
     return content

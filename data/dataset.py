@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from data.photos import MASK_LABEL, SUFFIXES, first_file, is_image
+from ldm.util.cli import UserError
 from ldm.util.config import find
 
 LARGEST = 8192  # pixels of a square's side
@@ -56,14 +57,14 @@ class ConceptImages:
     def __init__(self, data_root: str | Path, image_size: int, superclass: str, mask: Literal["auto", "none"] = "auto"):
         root = find(data_root)
         if not root.is_dir():
-            raise ValueError(f"data_root: there is no folder {data_root}")
+            raise UserError(f"data_root: there is no folder {data_root}")
         if mask not in ("auto", "none"):
-            raise ValueError(f"mask: must be auto or none, not {mask!r}")
+            raise UserError(f"mask: must be auto or none, not {mask!r}")
         if not 1 <= image_size <= LARGEST:
-            raise ValueError(f"image_size: must be from 1 to {LARGEST}, not {image_size}")
+            raise UserError(f"image_size: must be from 1 to {LARGEST}, not {image_size}")
         paths = [path for path in sorted(root.iterdir()) if is_image(path)]
         if not paths:
-            raise ValueError(f"data_root: {data_root} holds no image ({', '.join(SUFFIXES)})")
+            raise UserError(f"data_root: {data_root} holds no image ({', '.join(SUFFIXES)})")
         self.root, self.image_size = root, image_size
         self.names = [path.name for path in paths]
         self.captions = [read_captions(path.with_suffix(".txt"), superclass) for path in paths]
@@ -164,15 +165,13 @@ def read_captions(path: Path, superclass: str) -> list[str]:
             content = file.read(CAPTIONS + 1)
         lines = content.decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as text: {error}") from error
+        raise UserError(f"{path}: cannot be read as text: {error}") from error
     if len(content) > CAPTIONS:
-        raise ValueError(f"{path}: more than {CAPTIONS:,} bytes are no captions of one photo")
+        raise UserError(f"{path}: more than {CAPTIONS:,} bytes are no captions of one photo")
     for line in filter(None, map(str.strip, lines)):
         template = line if "{}" in line else noun.sub("{}", line)
         if "{}" not in template:
-            raise ValueError(
-                f"{path}: the caption {line!r} names no {superclass!r}: name the concept by its superclass"
-            )
+            raise UserError(f"{path}: the caption {line!r} names no {superclass!r}: name the concept by its superclass")
         templates.append(template)
     return templates
 
@@ -207,17 +206,17 @@ def _mask(path: Path, image: Image.Image, size: int, superclass: str) -> Tensor:
         mask = read_mask(file)
         # a pixel more or less in either direction is rounding, not another shape
         if abs(mask.width * image.height - mask.height * image.width) > max(*mask.size, *image.size):
-            raise ValueError(
+            raise UserError(
                 f"{file}: {mask.width}×{mask.height} is not the shape of {path.name}, {image.width}×{image.height}"
             )
     elif image.mode == "RGBA" and image.getextrema()[3][0] < 255:
         mask = Image.fromarray(np.asarray(image.getchannel("A"), dtype=np.float32) / 255)
     else:
         command = f"python data/soft_segment.py --image_dir {path.parent} --super_class {superclass!r}"
-        raise ValueError(f"{path}: has no mask; make masks by `{command}`, or set mask=none")
+        raise UserError(f"{path}: has no mask; make masks by `{command}`, or set mask=none")
     square = to_square(mask, size).clamp(0, 1)
     if square.max() <= 0:
-        raise ValueError(f"{file or path}: the mask is empty within the image's centred square")
+        raise UserError(f"{file or path}: the mask is empty within the image's centred square")
     return square / square.max()
 
 
@@ -247,11 +246,11 @@ def _named(path: Path) -> Iterator[None]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             yield
     except UnidentifiedImageError as error:  # its text is the path
-        raise ValueError(f"{path}: cannot be read as an image: no format that is known, or cut off") from error
+        raise UserError(f"{path}: cannot be read as an image: no format that is known, or cut off") from error
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error.strerror or error}") from error
+        raise UserError(f"{path}: cannot be read as an image: {error.strerror or error}") from error
     except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+        raise UserError(f"{path}: cannot be read as an image: {error}") from error
 
 
 def _grey(image: Image.Image) -> np.ndarray:
@@ -262,7 +261,7 @@ def _grey(image: Image.Image) -> np.ndarray:
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float32)
         if not np.isfinite(values).all():
-            raise ValueError("it holds values that are not finite")
+            raise UserError("it holds values that are not finite")
         tops = (1, 255, 65535) if image.mode == "F" else (65535,)
         white = next((top for top in tops if values.max() <= top), values.max())
         return values.clip(0) / white

@@ -17,6 +17,7 @@ from data.dataset import ConceptImages
 from data.prior import ClassImages
 from data.prompts import TEMPLATES
 from ldm.models.autoencoder import AutoencoderKL, coverage
+from ldm.util.cli import UserError
 
 BATCH = 1000  # photos, at most
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class LatentCache:
             sides = [photo, photo.flip(-1)] if flip else [photo]
             latents.append(torch.cat([vae.encode(side[None].to(weight)).float().cpu() for side in sides]))
             if not latents[-1].isfinite().all():
-                raise ValueError(f"the autoencoder overflows in {weight.dtype}: run it in float32")
+                raise UserError(f"the autoencoder overflows in {weight.dtype}: run it in float32")
             if mask is not None:
                 both = torch.stack([mask, mask.flip(-1)] if flip else [mask])
                 masks.append(coverage(both, latents[-1].shape[-2:]))
@@ -135,19 +136,19 @@ class ConceptData(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1:
-            raise ValueError(f"batch_size: must be at least 1, not {batch_size}")
+            raise UserError(f"batch_size: must be at least 1, not {batch_size}")
         if batch_size > BATCH:
-            raise ValueError(f"batch_size: must be at most {BATCH:,}, not {batch_size}: accumulate gradients instead")
+            raise UserError(f"batch_size: must be at most {BATCH:,}, not {batch_size}: accumulate gradients instead")
         if not 0 <= seed < 2**32:
-            raise ValueError(f"seed: must be from 0 to 2**32 - 1, not {seed}")
+            raise UserError(f"seed: must be from 0 to 2**32 - 1, not {seed}")
         if not 0 <= flip_p <= 1:
-            raise ValueError(f"flip_p: must be between 0 and 1, not {flip_p}")
+            raise UserError(f"flip_p: must be between 0 and 1, not {flip_p}")
         if not templates:
-            raise ValueError("templates: at least one is needed")
+            raise UserError("templates: at least one is needed")
         self.templates = [own or list(templates) for own in images.captions]
         for template in [*templates, *(line for own in images.captions for line in own)]:
             if "{}" not in template or set("{}") & set(template.replace("{}", "")):
-                raise ValueError(f"templates: {template!r} must have {{}} for the concept, and no other braces")
+                raise UserError(f"templates: {template!r} must have {{}} for the concept, and no other braces")
         self.images, self.batch_size, self.flip_p, self.seed = images, batch_size, flip_p, seed
         self.prior = prior
         self.cache: LatentCache | None = None
@@ -164,7 +165,7 @@ class ConceptData(pl.LightningDataModule):
             try:
                 sd.latent_shape(size, size)
             except ValueError as error:
-                raise ValueError(f"image_size: {error}") from error
+                raise UserError(f"image_size: {error}") from error
             vae = sd.vae.to(self.trainer.strategy.root_device)
             self.cache = LatentCache.encode(self.images, vae, flip=self.flip_p > 0)
             if self.prior is not None:

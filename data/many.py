@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from data.dataset import ConceptImages
 from data.latents import ConceptData
 from data.prompts import TEMPLATES
-from ldm.util.cli import naming
+from ldm.util.cli import UserError, naming
 from ldm.util.config import check_params
 
 
@@ -37,9 +37,9 @@ class ConceptEntry:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-]+", self.name):
-            raise ValueError(f"name: it names a folder, so letters, digits, - and _ make it, not {self.name!r}")
+            raise UserError(f"name: it names a folder, so letters, digits, - and _ make it, not {self.name!r}")
         if not self.superclass.strip():
-            raise ValueError("superclass: the noun of what the concept is one of is wanted")
+            raise UserError("superclass: the noun of what the concept is one of is wanted")
 
 
 def entries(concepts: Sequence[Mapping[str, Any]]) -> list[ConceptEntry]:
@@ -49,14 +49,14 @@ def entries(concepts: Sequence[Mapping[str, Any]]) -> list[ConceptEntry]:
         ValueError: no list or an empty one, a key that is unknown, missing or of another type, a name given twice.
     """
     if isinstance(concepts, str) or not concepts:
-        raise ValueError("concepts: a list is wanted, such as [{name: cat, superclass: cat, data_root: photos/cat}]")
+        raise UserError("concepts: a list is wanted, such as [{name: cat, superclass: cat, data_root: photos/cat}]")
     found: list[ConceptEntry] = []
     for place, given in enumerate(concepts):
         check_params(ConceptEntry, given, f"concepts.{place}")
         with of_concept(str(place)):
             found.append(ConceptEntry(**given))
         if found[-1].name in [entry.name for entry in found[:-1]]:
-            raise ValueError(f"concepts.{place}.name: there is another {found[-1].name!r}: their files would collide")
+            raise UserError(f"concepts.{place}.name: there is another {found[-1].name!r}: their files would collide")
     return found
 
 

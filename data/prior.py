@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from data.dataset import ConceptImages, is_image, png
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import UserError
 from ldm.util.files import write
 from ldm.util.templates import fill
 
@@ -44,14 +45,14 @@ class ClassImages:
         superclass: str | None = None,
     ) -> None:
         if not prompt.strip():
-            raise ValueError("prior: prompt: what the images show is wanted, such as 'a photo of a cat'")
+            raise UserError("prior: prompt: what the images show is wanted, such as 'a photo of a cat'")
         for name, value, most in (("count", count, COUNT), ("steps", steps, 999), ("batch_size", batch_size, BATCH)):
             if not 1 <= value <= most:
-                raise ValueError(f"prior: {name}: must be from 1 to {most:,}, not {value}")
+                raise UserError(f"prior: {name}: must be from 1 to {most:,}, not {value}")
         if not math.isfinite(scale):
-            raise ValueError(f"prior: scale: must be a finite number, not {scale}")
+            raise UserError(f"prior: scale: must be a finite number, not {scale}")
         if not 0 <= seed < 2**63:
-            raise ValueError(f"prior: seed: must be from 0 to 2**63 - 1, not {seed}")
+            raise UserError(f"prior: seed: must be from 0 to 2**63 - 1, not {seed}")
         self.prompt = fill(prompt, [] if superclass is None else [superclass])
         self.count, self.root = count, None if root is None else Path(root)
         self.steps, self.scale, self.seed, self.batch_size = steps, scale, seed, batch_size
@@ -83,5 +84,5 @@ class ClassImages:
             prompts = [self.prompt] * len(seeds)
             images = sd.sample(prompts, steps=self.steps, scale=self.scale, seed=seeds)
             if not images.isfinite().all():
-                raise ValueError(f"prior: the base model overflows while it draws {self.prompt!r}: use full precision")
+                raise UserError(f"prior: the base model overflows while it draws {self.prompt!r}: use full precision")
             yield from zip(seeds, images.cpu().split(1), strict=True)

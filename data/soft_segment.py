@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data.photos import MASK_LABEL, first_file, is_image
 from data.prompts import TEMPLATES
-from ldm.util.cli import Parser, batch, find_device, report
+from ldm.util.cli import Parser, UserError, batch, find_device, report
 from ldm.util.defaults import CLIPSEG
 from ldm.util.templates import fill
 
@@ -88,32 +88,32 @@ def find_photos(image_dir: str | Path, overwrite: bool = False) -> list[Photo]:
     """
     root = Path(image_dir)
     if not root.is_dir():
-        raise ValueError(f"image_dir: there is no folder {image_dir}")
+        raise UserError(f"image_dir: there is no folder {image_dir}")
     photos: dict[Path, Photo] = {}
     for path in filter(is_image, sorted(root.iterdir())):
         mask = root / "mask" / f"{path.stem}.png"
         if mask in photos:
             other = photos[mask].path
-            raise ValueError(f"{other.name} and {path.name} would share the mask {mask}: rename one of the photos")
+            raise UserError(f"{other.name} and {path.name} would share the mask {mask}: rename one of the photos")
         places = (root / "mask" / path.name, mask, path.with_name(path.stem + MASK_LABEL))  # as training looks for them
         there = first_file(places)
         if overwrite and there == places[0] != mask:
-            raise ValueError(f"{there}: training would go on using this mask; remove it, or leave out overwrite")
+            raise UserError(f"{there}: training would go on using this mask; remove it, or leave out overwrite")
         photos[mask] = Photo(path, mask, mask.parent / "overlay" / mask.name, None if overwrite else there)
     if not photos:
-        raise ValueError(f"image_dir: {image_dir} holds no image")
+        raise UserError(f"image_dir: {image_dir} holds no image")
     return list(photos.values())
 
 
 def fill_templates(super_class: str, templates: Sequence[str]) -> list[str]:
     """The prompts; raises ValueError for an empty word, no template, or one without {}."""
     if not super_class.strip():
-        raise ValueError("super_class: is empty; name what to mask, such as cat")
+        raise UserError("super_class: is empty; name what to mask, such as cat")
     if not templates:
-        raise ValueError("templates: at least one is wanted")
+        raise UserError("templates: at least one is wanted")
     for template in templates:
         if "{}" not in template:
-            raise ValueError(f"templates: {template!r} has no {{}} for the word")
+            raise UserError(f"templates: {template!r} has no {{}} for the word")
     return [fill(template, [super_class.strip()]) for template in templates]
 
 

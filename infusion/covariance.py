@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from infusion.concepts.fields import check_header
 from infusion.gate import fingerprint
 from ldm.models.tokenizer import Tokenizer
-from ldm.util.cli import naming
+from ldm.util.cli import UserError, naming
 from ldm.util.config import find
 from ldm.weights.checkpoint import write
 
@@ -52,7 +52,7 @@ class Covariance:
         """
         counted = encodings[words.to(encodings.device)].cpu().double()  # (n, D)
         if not counted.isfinite().all():
-            raise ValueError("the text encoder gives values that are not finite")
+            raise UserError("the text encoder gives values that are not finite")
         self._sum += counted.mT @ counted
         self.captions += len(encodings)
         self.tokens += len(counted)
@@ -66,7 +66,7 @@ class Covariance:
         """
         width = len(self._sum)
         if self.tokens < width:
-            raise ValueError(
+            raise UserError(
                 f"{self.captions:,} captions with {self.tokens:,} word tokens are too few: the covariance of encodings "
                 f"{width} wide is singular below {width:,} tokens, and rough below many times that; give more captions"
             )
@@ -113,14 +113,14 @@ def invert(matrix: Tensor, ridge: float = 0.0) -> tuple[Tensor, float, float]:
         ValueError: a ridge below 0, or a condition number above `MOST` with it; the message says which ridge will do.
     """
     if not 0 <= ridge < math.inf:
-        raise ValueError(f"ridge: must be a number of at least 0, not {ridge}")
+        raise UserError(f"ridge: must be a number of at least 0, not {ridge}")
     values, vectors = torch.linalg.eigh(matrix)  # ascending
     mean = values.mean()
     raised = values + ridge * mean
     before, after = _condition(values), _condition(raised)
     if after > MOST:
         enough = f"{2 * values[-1].item() / MOST / mean.item():.0e}"
-        raise ValueError(
+        raise UserError(
             f"the covariance's condition number is {after:.1e}, and above {MOST:.0e} the gate would be rounding "
             f"errors: give a ridge of {enough} or more"
         )
@@ -179,7 +179,7 @@ class InverseCovariance:
         if self.matrix is None:
             return
         if self.architecture != architecture or len(self.matrix) != width:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: the covariance of {self.architecture!r}, {len(self.matrix)} wide, "
                 f"does not fit {architecture!r}, {width} wide"
             )
@@ -206,33 +206,31 @@ def read_captions(path: str | Path) -> Iterator[str]:
         with open(path, encoding="utf-8-sig") as file:
             yield from filter(None, map(str.strip, file))
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
 
 def _read(path: str | Path) -> tuple[Tensor, dict[str, str]]:
     file = find(path)
     if not file.is_file():
-        raise ValueError(f"{path}: there is no such covariance file")
+        raise UserError(f"{path}: there is no such covariance file")
     with naming(str(path)):
         check_header(file)
     try:
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path}: no covariance file: its format is {metadata.get('format')!r}, not {FORMAT!r}"
-                )
+                raise UserError(f"{path}: no covariance file: its format is {metadata.get('format')!r}, not {FORMAT!r}")
             version = metadata.get("format_version", "")
             if not re.fullmatch("[0-9]{1,9}", version) or int(version) > VERSION:
-                raise ValueError(f"{path}: the format version is {version[:20]!r}; this code reads up to {VERSION}")
+                raise UserError(f"{path}: the format version is {version[:20]!r}; this code reads up to {VERSION}")
             if list(content.keys()) != [NAME]:  # noqa: SIM118 (not a mapping)
                 held = ", ".join(name[:80] for name in list(content.keys())[:5]) or "no tensor"
-                raise ValueError(f"{path}: holds {held} instead of {NAME}")
+                raise UserError(f"{path}: holds {held} instead of {NAME}")
             matrix = content.get_tensor(NAME)
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged, or no safetensors file ({error})") from error
+        raise UserError(f"{path}: damaged, or no safetensors file ({error})") from error
     if problem := _problem(matrix):
-        raise ValueError(f"{path}: {problem}")
+        raise UserError(f"{path}: {problem}")
     return matrix.float(), metadata
 
 

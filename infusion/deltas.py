@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ldm.util.cli import UserError
+
 
 def as_parameter(tensor: Tensor) -> nn.Parameter:
     """A parameter as it is, so that it can be learned; any other tensor as a fixed parameter in float32."""
@@ -71,10 +73,10 @@ def attach(module: nn.Module, edits: Mapping[str, Sequence[Difference | LowRank]
     for name, (owner, leaf) in owners.items():
         base = getattr(owner, leaf, None)
         if not isinstance(base, Tensor):
-            raise ValueError(f"the model has no tensor {name!r} to change")
+            raise UserError(f"the model has no tensor {name!r} to change")
         for edit in edits[name]:
             if edit.shape != base.shape:
-                raise ValueError(f"{name} is {tuple(base.shape)}, its change is {tuple(edit.shape)}")
+                raise UserError(f"{name} is {tuple(base.shape)}, its change is {tuple(edit.shape)}")
     for name, (owner, leaf) in owners.items():
         device = getattr(owner, leaf).device
         for edit in edits[name]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from infusion.tokens import Word, concept_mask
 from ldm.models.tokenizer import Tokenizer
+from ldm.util.cli import UserError
 
 IDENTITY = "identity"  # the fingerprint of having no covariance file
 
@@ -38,11 +39,11 @@ class Gate:
 
     def __post_init__(self) -> None:
         if self.kind not in ("sigmoid", "hard", "global"):
-            raise ValueError(f"kind: the gate must be 'sigmoid', 'hard' or 'global', not {self.kind!r}")
+            raise UserError(f"kind: the gate must be 'sigmoid', 'hard' or 'global', not {self.kind!r}")
         if not 0 < self.tau < math.inf:
-            raise ValueError(f"tau: the gate's tau must be above 0 and finite, not {self.tau}")
+            raise UserError(f"tau: the gate's tau must be above 0 and finite, not {self.tau}")
         if not math.isfinite(self.beta):
-            raise ValueError(f"beta: the gate's beta must be finite, not {self.beta}")
+            raise UserError(f"beta: the gate's beta must be finite, not {self.beta}")
 
     def __call__(
         self, encodings: Tensor, mask: Tensor, target_input: Tensor, inverse_covariance: Tensor | None = None
@@ -85,7 +86,7 @@ def similarity(encodings: Tensor, target_input: Tensor, inverse_covariance: Tens
         direction = inverse_covariance.to(encodings.device, dtype) @ target  # (D,)
     energy = target @ direction
     if not energy > 0:
-        raise ValueError(f"the target input's energy i*' C^-1 i* must be above 0, not {energy.item()}")
+        raise UserError(f"the target input's energy i*' C^-1 i* must be above 0, not {energy.item()}")
     return encodings.to(dtype) @ direction / energy
 
 
@@ -119,13 +120,13 @@ def training_prompts(tokenizer: Tokenizer, word: Word) -> tuple[list[str], Tenso
     """
     noun, templates = word.superclass, word.templates
     if not templates:
-        raise ValueError("templates: a concept needs at least one training prompt")
+        raise UserError("templates: a concept needs at least one training prompt")
     if not tokenizer.encode(noun):
-        raise ValueError(f"superclass: {noun!r} has no tokens: give a word such as 'cat'")
+        raise UserError(f"superclass: {noun!r} has no tokens: give a word such as 'cat'")
     prompts, masks = zip(*(concept_mask(tokenizer, template, noun) for template in templates), strict=True)
     for template, mask in zip(templates, masks, strict=True):
         if not mask.any():
-            raise ValueError(f"the training prompt {template!r} has no {{}} for the concept")
+            raise UserError(f"the training prompt {template!r} has no {{}} for the concept")
     return list(prompts), torch.stack(masks)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from infusion.attention import EditedCrossAttention, ResidualValue
 from infusion.deltas import weights_edited
 from ldm.models.attention import CrossAttention
+from ldm.util.cli import UserError
 
 
 def cross_attention_layers(unet: nn.Module) -> dict[str, CrossAttention]:
@@ -41,7 +42,7 @@ def inject(unet: nn.Module, edits: Mapping[str, nn.Module]) -> None:
     if _edited_layers(unet):
         raise ValueError("the UNet is edited already: remove() the edits first, or use edited() to set them aside")
     if unknown := [name for name in edits if name not in layers]:
-        raise ValueError(f"the UNet has no cross-attention layer {unknown[0]!r}; it has {', '.join(layers) or 'none'}")
+        raise UserError(f"the UNet has no cross-attention layer {unknown[0]!r}; it has {', '.join(layers) or 'none'}")
     lists = {name: edit if isinstance(edit, nn.ModuleList) else nn.ModuleList([edit]) for name, edit in edits.items()}
     for name, residuals in lists.items():
         _check_widths(name, layers[name], residuals)
@@ -89,7 +90,7 @@ def _check_widths(name: str, layer: CrossAttention, residuals: nn.ModuleList) ->
     for edit in residuals:
         for residual in edit.parameters() if isinstance(edit, ResidualValue) else ():
             if residual.shape != (width,):
-                raise ValueError(f"{name} is {width} wide, but its residual is {tuple(residual.shape)}")
+                raise UserError(f"{name} is {width} wide, but its residual is {tuple(residual.shape)}")
 
 
 def _put(unet: nn.Module, name: str, module: nn.Module) -> None:

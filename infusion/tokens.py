@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from ldm.util.cli import UserError
 from ldm.util.templates import PLACEHOLDER, fill, filled_parts, placeholders, short
 
 if TYPE_CHECKING:
@@ -65,11 +66,11 @@ def concept_places(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) 
     import torch  # not above: what reads words alone, such as prompts, should not wait for it
 
     if not nouns:
-        raise ValueError("there is no concept to put into the template: give at least one noun")
+        raise UserError("there is no concept to put into the template: give at least one noun")
     nouns_ids = [tokenizer.encode(noun) for noun in nouns]
     for noun, ids in zip(nouns, nouns_ids, strict=True):
         if not ids:
-            raise ValueError(f"the concept's noun {short(noun)} has no tokens: give a word such as 'cat'")
+            raise UserError(f"the concept's noun {short(noun)} has no tokens: give a word such as 'cat'")
 
     prompt, parts = fill(template, nouns), filled_parts(template, nouns)
     row = tokenizer([prompt])[0].tolist()
@@ -82,7 +83,7 @@ def concept_places(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) 
         start = 1 + len(before)  # the begin token comes first
         stop = start + len(ids)
         if row[1 : min(stop, end)] != (before + ids)[: end - 1]:
-            raise ValueError(
+            raise UserError(
                 f"{match.group()} in {short(template)} is glued to its neighbours: {short(nouns[concept])} is not a "
                 f"word of its own in {short(prompt)}. Put spaces around {match.group()}."
             )
@@ -90,7 +91,7 @@ def concept_places(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) 
         places[concept, start : start + shown] = torch.arange(shown)
     for match, concept in placeholders(template, len(nouns)):
         if (places[concept] < 0).all():
-            raise ValueError(
+            raise UserError(
                 f"{match.group()} in {short(template)} lies wholly beyond the {len(row)} tokens that the text encoder "
                 "reads: shorten the prompt, or move the concept forward."
             )
@@ -107,7 +108,7 @@ def point(prompt: str, words: Sequence[str]) -> str:
         ValueError: the prompt has placeholders of its own, or lacks a word.
     """
     if found := PLACEHOLDER.search(prompt):
-        raise ValueError(
+        raise UserError(
             f"{found[0][:20]} in {short(prompt)}: name the concept by a placeholder or by a word, not by both"
         )
     places: list[tuple[int, int]] = []
@@ -118,7 +119,7 @@ def point(prompt: str, words: Sequence[str]) -> str:
         free = (span for span in spans if all(span[1] <= start or span[0] >= end for start, end in places))
         place = next(free, None)
         if not word.strip() or place is None:
-            raise ValueError(f"the prompt {short(prompt)} has no word {short(word)} for the concept")
+            raise UserError(f"the prompt {short(prompt)} has no word {short(word)} for the concept")
         places.append(place)
     for number, (start, end) in sorted(enumerate(places, 1), key=lambda item: item[1], reverse=True):
         prompt = f"{prompt[:start]}{{{number if len(words) > 1 else ''}}}{prompt[end:]}"

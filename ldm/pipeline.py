@@ -17,7 +17,7 @@ from ldm.diffusion.schedule import Schedule
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text import ClipText, OpenClipText
 from ldm.models.unet import UNet
-from ldm.util.cli import suggestion
+from ldm.util.cli import UserError, suggestion
 from ldm.util.config import ConfigError, find, instantiate, load_config
 from ldm.weights import checkpoint as files
 from ldm.weights.recognise import guess
@@ -62,7 +62,7 @@ class StableDiffusion(nn.Module):
     ) -> None:
         super().__init__()
         if unet.context_dim != text.width:
-            raise ValueError(f"the UNet takes text of width {unet.context_dim}, the text encoder gives {text.width}")
+            raise UserError(f"the UNet takes text of width {unet.context_dim}, the text encoder gives {text.width}")
         self.unet, self.vae, self.text, self.schedule = unet, vae, text, schedule
         self.architecture = name
         self.image_size = image_size
@@ -169,7 +169,7 @@ class StableDiffusion(nn.Module):
             ValueError: no such component or file, or a file that does not hold exactly this component.
         """
         if component not in files.PREFIXES:
-            raise ValueError(f"parts.{component}: unknown component{suggestion(component, list(files.PREFIXES))}")
+            raise UserError(f"parts.{component}: unknown component{suggestion(component, list(files.PREFIXES))}")
         path = Path(path)
         files.load_part(component, getattr(self, component), path, device)
         self.sources[component] = path
@@ -222,7 +222,7 @@ class StableDiffusion(nn.Module):
         multiple = self.vae.factor * self.unet.factor
         for side, size in (("height", height), ("width", width)):
             if size < multiple or size % multiple:
-                raise ValueError(f"{side} must be a multiple of {multiple} pixels, not {size}")
+                raise UserError(f"{side} must be a multiple of {multiple} pixels, not {size}")
         return self.vae.embed_dim, height // self.vae.factor, width // self.vae.factor
 
     def cast(self, dtype: torch.dtype) -> None:
@@ -353,15 +353,15 @@ class StableDiffusion(nn.Module):
         with files.open_checkpoint(path) as folder:
             theirs, ours = folder.prediction_type, self.schedule.prediction_type
             if theirs is not None and theirs != ours:
-                raise ValueError(
+                raise UserError(
                     f"{path}: its UNet predicts {theirs}, {self.architecture} predicts {ours}; {guess(folder)}"
                 )
 
     def _usual_weights(self, source: str | None = None) -> Path:
         """The usual weights' file; `source` says where to get it when it is not there."""
         if self.checkpoint is None:
-            raise ValueError(f"the model {self.architecture!r} has no usual checkpoint file: name one")
+            raise UserError(f"the model {self.architecture!r} has no usual checkpoint file: name one")
         if (path := find(self.checkpoint)).exists():
             return path
         hint = f"get it from {source}, or " if source else ""
-        raise ValueError(f"{self.checkpoint}: no such file; {hint}name another checkpoint of {self.architecture}")
+        raise UserError(f"{self.checkpoint}: no such file; {hint}name another checkpoint of {self.architecture}")

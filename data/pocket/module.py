@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from data.pocket.world import CHOICES, PLACE_WORDS, Scene, World, caption, draw_scene, draw_sibling
+from ldm.util.cli import UserError
 from ldm.weights.checkpoint import write
 
 
@@ -128,7 +129,7 @@ class LatentWorldData(pl.LightningDataModule):
         with safe_open(self.cache, "pt") as file:
             known = file.metadata() or {}
             if (known.get("fingerprint"), known.get("count")) != (fingerprint, str(self.count)):
-                raise ValueError(
+                raise UserError(
                     f"{self.cache} holds latents of another autoencoder or count: remove it or name another cache"
                 )
             self.latents, self.table = file.get_tensor("latents"), file.get_tensor("labels")

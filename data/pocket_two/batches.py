@@ -14,6 +14,7 @@ from tqdm import tqdm
 from data.pocket_two.captions import PLACE_WORDS, caption
 from data.pocket_two.scene import CHOICES, Scene, SceneWords, ThingWords
 from data.pocket_two.world import SIZE, World, draw_scene
+from ldm.util.cli import UserError
 from ldm.weights.checkpoint import write
 
 THING = ("noun", "colour", "second", "texture", "size", "place")
@@ -169,7 +170,7 @@ class LatentWorldData(pl.LightningDataModule):
     ):
         super().__init__()
         if count % SHARD:
-            raise ValueError(f"count must be a multiple of {SHARD}, not {count}")
+            raise UserError(f"count must be a multiple of {SHARD}, not {count}")
         self.batch_size, self.count, self.cache, self.seed = batch_size, count, Path(cache), seed
         self.places_alone, self.workers = places_alone, workers
 
@@ -183,7 +184,7 @@ class LatentWorldData(pl.LightningDataModule):
                 self.encode(vae, shard, path, fingerprint)
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("fingerprint") != fingerprint:
-                    raise ValueError(f"{path} holds latents of another autoencoder: remove it or name another cache")
+                    raise UserError(f"{path} holds latents of another autoencoder: remove it or name another cache")
                 latents.append(file.get_tensor("latents"))
                 table.append(file.get_tensor("table"))
         self.latents, self.table = torch.cat(latents), torch.cat(table)

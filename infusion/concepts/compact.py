@@ -30,6 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.util.cli import UserError
+
 VERSION = 2  # the first `format_version` that has this form
 LIMIT = 11_264  # bytes of a whole file
 # Δ as a share of the numbers' root mean square, from the finest to the coarsest: relative errors of 0.45 % to 2.6 %
@@ -62,7 +64,7 @@ class Layer:
         values = (*self.shape, self.peak, self.spread - 1, self.length)
         bounds = (*(NUMBERS for _ in self.shape), PEAK, 2**40, LIMIT)
         if len(self.shape) > 8 or not all(0 <= value <= bound for value, bound in zip(values, bounds, strict=True)):
-            raise ValueError("a layer's shape, peak, spread or length is out of range")
+            raise UserError("a layer's shape, peak, spread or length is out of range")
 
     def weights(self) -> list[int]:
         """f(q) for q from -peak to peak."""
@@ -90,7 +92,7 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
             if len(file) <= LIMIT:
                 return file
     count = sum(map(len, numbers))
-    raise ValueError(
+    raise UserError(
         f"{count:,} numbers and {text:,} bytes of metadata do not fit into a compact file, which has at most {LIMIT:,} "
         "bytes: shorten the templates or the superclass word, or choose the form half"
     )
@@ -104,17 +106,17 @@ def decode(streams: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     """
     kinds = {name: (stream.dtype, stream.ndim) for name, stream in streams.items()}
     if kinds != dict.fromkeys(("layers", "numbers"), (torch.uint8, 1)):
-        raise ValueError("damaged: a compact file has the two tensors `layers` and `numbers` of bytes")
+        raise UserError("damaged: a compact file has the two tensors `layers` and `numbers` of bytes")
     content = streams["numbers"].numpy().tobytes()
     step, checksum, layers = _described(streams["layers"].numpy().tobytes())
     if checksum != _checksum(metadata, content):
-        raise ValueError("damaged: the checksum is that of other numbers and metadata")
+        raise UserError("damaged: the checksum is that of other numbers and metadata")
     if sum(layer.length for layer in layers.values()) != len(content):
-        raise ValueError("damaged: the layers' lengths are not that of `numbers`")
+        raise UserError("damaged: the layers' lengths are not that of `numbers`")
     if sum(math.prod(layer.shape) for layer in layers.values()) > NUMBERS:
-        raise ValueError(f"damaged: a compact file has at most {NUMBERS:,} numbers")
+        raise UserError(f"damaged: a compact file has at most {NUMBERS:,} numbers")
     if sum(2 * layer.peak + 1 for layer in layers.values()) > WEIGHTS:
-        raise ValueError("damaged: the layers' peaks are out of range")
+        raise UserError("damaged: the layers' peaks are out of range")
     tensors, start = {}, 0
     for name, layer in layers.items():
         state = int.from_bytes(content[start : start + layer.length], "little")
@@ -196,16 +198,16 @@ def _described(stream: bytes) -> tuple[float, int, dict[str, Layer]]:
         inflate = zlib.decompressobj()
         text = inflate.decompress(stream, DESCRIPTION)
         if not inflate.eof or inflate.unused_data:
-            raise ValueError("it does not end where it should")
+            raise UserError("it does not end where it should")
         description = json.loads(text)
         step, checksum = description["step"], description["crc32"]
         layers = {name: Layer(tuple(shape), *rest) for name, (shape, *rest) in description["layers"].items()}
         if not (isinstance(step, float) and 0 < step < math.inf):
-            raise ValueError("its step is no number above 0")
+            raise UserError("its step is no number above 0")
         if any(type(value) is not int for layer in layers.values() for value in (*layer.shape, *astuple(layer)[1:])):
-            raise ValueError("a layer has a value that is no whole number")
+            raise UserError("a layer has a value that is no whole number")
     except (zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"damaged: the stream `layers` cannot be read ({error})") from error
+        raise UserError(f"damaged: the stream `layers` cannot be read ({error})") from error
     return step, checksum, layers
 
 
@@ -227,7 +229,7 @@ def _unpack(state: int, count: int, weights: Sequence[int]) -> list[int]:
         state = weights[index] * turns + rest - below[index]
         quantised.append(index - len(weights) // 2)
     if state:
-        raise ValueError("damaged: a layer holds more than its numbers")
+        raise UserError("damaged: a layer holds more than its numbers")
     return quantised
 
 

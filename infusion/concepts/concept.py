@@ -24,6 +24,7 @@ from infusion.concepts import compact, fields
 from infusion.concepts.forms import COMPACT, FORMS
 from infusion.gate import IDENTITY, Gate
 from infusion.tokens import Word
+from ldm.util.cli import UserError
 from ldm.util.files import write
 from ldm.weights.checkpoint import write as write_tensors
 
@@ -92,7 +93,7 @@ class Concept:
         for name in ("architecture", "method", "covariance", *(("base_hash",) if self.base_hash is not None else ())):
             fields.form(name, getattr(self, name))
         if self.attention not in fields.ATTENTIONS:
-            raise ValueError(f"attention: {fields.shown(self.attention)} is none of {', '.join(fields.ATTENTIONS)}")
+            raise UserError(f"attention: {fields.shown(self.attention)} is none of {', '.join(fields.ATTENTIONS)}")
         fields.check_options(self.options)
         fields.check_parts(self.base_parts)
         for name, value in {"beta": self.gate.beta, "tau": self.gate.tau, "learning_rate": self.learning_rate}.items():
@@ -103,7 +104,7 @@ class Concept:
         tensors = {name: tensor.detach().cpu().float().clone() for name, tensor in self.tensors.items()}
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"the concept's tensor {name} is not finite (NaN or infinity): the training diverged")
+                raise UserError(f"the concept's tensor {name} is not finite (NaN or infinity): the training diverged")
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "templates", tuple(self.templates))
         object.__setattr__(self, "noun", self.noun.strip() or self.superclass)
@@ -125,7 +126,7 @@ class Concept:
             ValueError: the reference has other layers.
         """
         if self.tensors.keys() != reference.tensors.keys():
-            raise ValueError("the concepts have different layers")
+            raise UserError("the concepts have different layers")
         ours, theirs = (
             torch.cat([concept.tensors[name].double().flatten() for name in reference.tensors])
             for concept in (self, reference)
@@ -140,7 +141,7 @@ class Concept:
             ValueError: it is of another architecture.
         """
         if architecture != self.architecture:
-            raise ValueError(
+            raise UserError(
                 f"{self.superclass!r} was trained on {self.architecture!r}: it does not fit {architecture!r}"
             )
         if base_hash != self.base_hash:
@@ -208,12 +209,12 @@ class Concept:
 
     def _rounded(self, form: str) -> dict[str, Tensor]:
         if form not in FORMS:
-            raise ValueError(f"the form must be one of {', '.join(FORMS)}, not {form!r}")
+            raise UserError(f"the form must be one of {', '.join(FORMS)}, not {form!r}")
         dtype = torch.float16 if form == "half" else torch.float32
         tensors = {name: tensor.to(dtype).contiguous() for name, tensor in self.tensors.items()}
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"{name} has numbers that float16 does not reach: choose the form full or compact")
+                raise UserError(f"{name} has numbers that float16 does not reach: choose the form full or compact")
         return tensors
 
     @classmethod
@@ -228,14 +229,14 @@ class Concept:
         try:
             return cls._from_metadata(tensors, metadata)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {error}") from error
 
     @classmethod
     def _from_metadata(cls, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> "Concept":
         try:
             layers = fields.as_strings("layers", metadata["layers"])
             if tensors and set(layers) != set(tensors):
-                raise ValueError("the layers that the metadata lists are not those of the tensors")
+                raise UserError("the layers that the metadata lists are not those of the tensors")
             return cls(
                 tensors={name: tensors[name] for name in layers if name in tensors},
                 superclass=metadata["superclass"],
@@ -256,7 +257,7 @@ class Concept:
                 date=metadata["date"],
             )
         except KeyError as error:
-            raise ValueError(f"the metadata lacks {error}") from error
+            raise UserError(f"the metadata lacks {error}") from error
 
 
 def contents(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -268,7 +269,7 @@ def contents(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ValueError: the file is missing, damaged, no concept file, or of a newer version; the message names the file.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such concept file")
+        raise UserError(f"{path}: there is no such concept file")
     try:
         fields.check_header(Path(path))
         with safe_open(path, framework="pt") as file:
@@ -276,10 +277,10 @@ def contents(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             _check_format(metadata)
             form = metadata.get("form", "full")
             if form == COMPACT and Path(path).stat().st_size > compact.LIMIT:
-                raise ValueError(f"damaged: a compact file has at most {compact.LIMIT:,} bytes")
+                raise UserError(f"damaged: a compact file has at most {compact.LIMIT:,} bytes")
             names = list(file.keys())
             if len(names) > fields.TENSORS:
-                raise ValueError(f"no concept file: it has {len(names):,} tensors")
+                raise UserError(f"no concept file: it has {len(names):,} tensors")
             for name in names:
                 _check_stored(name, file.get_slice(name).get_dtype())
             tensors = {name: file.get_tensor(name) for name in names}
@@ -288,11 +289,11 @@ def contents(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = metadata | {"layers": json.dumps(list(tensors))}
         return tensors, metadata
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged, or no safetensors file ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(f"{path}: damaged, or no safetensors file ({' '.join(str(error).split())[:200]})") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -325,27 +326,25 @@ def describe(path: str | Path) -> dict[str, Any]:
 def _check_stored(name: str, dtype: str) -> None:
     """Raises ValueError for a tensor that no form of a concept file has, before it is read."""
     if dtype not in STORED:
-        raise ValueError(
-            f"the tensor {fields.shown(name)} holds {dtype}, not floating-point numbers of 16 bits or more"
-        )
+        raise UserError(f"the tensor {fields.shown(name)} holds {dtype}, not floating-point numbers of 16 bits or more")
 
 
 def _check_format(metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"no concept file: its format is {fields.shown(metadata.get('format'))}, not {FORMAT!r}")
+        raise UserError(f"no concept file: its format is {fields.shown(metadata.get('format'))}, not {FORMAT!r}")
     version = metadata.get("format_version", "")
     if not re.fullmatch(r"[0-9]{1,20}", version):
-        raise ValueError(f"the format version {fields.shown(version)} is no number")
+        raise UserError(f"the format version {fields.shown(version)} is no number")
     if int(version) > NEWEST:
-        raise ValueError(f"written by a newer version (format {version}; this code reads up to {NEWEST}): update")
+        raise UserError(f"written by a newer version (format {version}; this code reads up to {NEWEST}): update")
     if metadata.get("form", "full") not in FORMS:
-        raise ValueError(f"its form is {fields.shown(metadata['form'])}, which is none of {', '.join(FORMS)}")
+        raise UserError(f"its form is {fields.shown(metadata['form'])}, which is none of {', '.join(FORMS)}")
 
 
 def _gate(metadata: Mapping[str, str]) -> Gate:
     kind = metadata["gate"]
     if kind not in ("sigmoid", "hard", "global"):
-        raise ValueError(f"gate: {fields.shown(kind)} is none of sigmoid, hard, global")
+        raise UserError(f"gate: {fields.shown(kind)} is none of sigmoid, hard, global")
     return Gate(kind, *(fields.as_number(name, metadata[name]) for name in ("beta", "tau")))
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.util.cli import UserError
+
 HEADER = 2**20  # bytes of a concept file's header; that of a whole UNet's has a tenth
 TENSORS, AXES = 10_000, 8
 WORD, TEXT, TEXTS = 200, 2000, 10_000  # characters of a noun and of a prompt; prompts
@@ -30,18 +32,18 @@ def check_header(path: Path) -> None:
     with open(path, "rb") as file:
         first = file.read(8)
     if len(first) == 8 and struct.unpack("<Q", first)[0] > HEADER:
-        raise ValueError(f"damaged, or no concept file: its header has more than {HEADER:,} bytes")
+        raise UserError(f"damaged, or no concept file: its header has more than {HEADER:,} bytes")
 
 
 def check_words(superclass: str, templates: Iterable[str], noun: str = "") -> None:
     """What training and a concept file say in words; raises ValueError for none, control characters, or too many."""
     templates = tuple(templates)
     if not isinstance(superclass, str) or not superclass.strip():
-        raise ValueError("superclass: a concept needs a superclass word")
+        raise UserError("superclass: a concept needs a superclass word")
     if not templates:
-        raise ValueError("templates: a concept needs its training prompts")
+        raise UserError("templates: a concept needs its training prompts")
     if len(templates) > TEXTS:
-        raise ValueError(f"templates: there are {len(templates):,} training prompts; at most {TEXTS:,} are taken")
+        raise UserError(f"templates: there are {len(templates):,} training prompts; at most {TEXTS:,} are taken")
     for name, value in {"superclass": superclass, "noun": noun}.items():
         text(name, value, WORD)
     for value in templates:
@@ -51,39 +53,39 @@ def check_words(superclass: str, templates: Iterable[str], noun: str = "") -> No
 def text(name: str, value: object, most: int = TEXT) -> None:
     """Raises ValueError for what is no printable text of at most so many characters."""
     if not isinstance(value, str):
-        raise ValueError(f"{name}: a text is wanted, not {shown(value)}")
+        raise UserError(f"{name}: a text is wanted, not {shown(value)}")
     if len(value) > most:
-        raise ValueError(f"{name}: has {len(value):,} characters; at most {most:,} are taken")
+        raise UserError(f"{name}: has {len(value):,} characters; at most {most:,} are taken")
     if odd := next((c for c in value if not c.isprintable()), ""):
-        raise ValueError(f"{name}: has the character {odd!a}, which cannot be printed: {shown(value)}")
+        raise UserError(f"{name}: has the character {odd!a}, which cannot be printed: {shown(value)}")
 
 
 def form(name: str, value: object) -> None:
     """Raises ValueError for a value that is not made as `FORMS` says."""
     pattern, words = FORMS[name]
     if not isinstance(value, str) or not re.fullmatch(pattern, value):
-        raise ValueError(f"{name}: {words} is wanted, not {shown(value)}")
+        raise UserError(f"{name}: {words} is wanted, not {shown(value)}")
 
 
 def number(name: str, value: object, low: float = -1e9, high: float = 1e9) -> None:
     """Raises ValueError for what is no number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ValueError(f"{name}: a number from {low:g} to {high:g} is wanted, not {shown(value)}")
+        raise UserError(f"{name}: a number from {low:g} to {high:g} is wanted, not {shown(value)}")
 
 
 def whole(name: str, value: object) -> None:
     """Raises ValueError for what is no whole number from 0 to 2**64 - 1."""
     if type(value) is not int or not 0 <= value < 2**64:
-        raise ValueError(f"{name}: a whole number from 0 to 2**64 - 1 is wanted, not {shown(value)}")
+        raise UserError(f"{name}: a whole number from 0 to 2**64 - 1 is wanted, not {shown(value)}")
 
 
 def check_options(options: object) -> None:
     """Raises ValueError for what is no mapping of a few names to plain values."""
     if not isinstance(options, Mapping) or len(options) > 100:
-        raise ValueError(f"options: a mapping of a few names to values is wanted, not {shown(options)}")
+        raise UserError(f"options: a mapping of a few names to values is wanted, not {shown(options)}")
     for name, value in options.items():
         if not isinstance(name, str) or not re.fullmatch(r"[a-z]\w{0,63}", name):
-            raise ValueError(f"options: {shown(name)} is no name")
+            raise UserError(f"options: {shown(name)} is no name")
         if isinstance(value, str):
             text(f"options.{name}", value)
         elif value is not None and not isinstance(value, bool):
@@ -93,33 +95,33 @@ def check_options(options: object) -> None:
 def check_parts(parts: object) -> None:
     """Raises ValueError for what is no mapping of a few components of a base model to hashes."""
     if not isinstance(parts, Mapping) or len(parts) > 10:
-        raise ValueError(f"base_parts: a mapping of components to hashes is wanted, not {shown(parts)}")
+        raise UserError(f"base_parts: a mapping of components to hashes is wanted, not {shown(parts)}")
     for name, value in parts.items():
         if not isinstance(name, str) or not re.fullmatch(r"[a-z]\w{0,63}", name):
-            raise ValueError(f"base_parts: {shown(name)} is no name")
+            raise UserError(f"base_parts: {shown(name)} is no name")
         if not isinstance(value, str) or not re.fullmatch(HASH, value):
-            raise ValueError(f"base_parts.{name}: a hash is wanted, not {shown(value)}")
+            raise UserError(f"base_parts.{name}: a hash is wanted, not {shown(value)}")
 
 
 def check_tensors(tensors: object) -> None:
     """Raises ValueError for what is no mapping of names to finite floating-point tensors that hold something."""
     if not isinstance(tensors, Mapping) or not 0 < len(tensors) <= TENSORS:
         count = len(tensors) if isinstance(tensors, Mapping) else 0
-        raise ValueError(f"a concept needs 1 to {TENSORS:,} tensors; this one has {count or 'none'}")
+        raise UserError(f"a concept needs 1 to {TENSORS:,} tensors; this one has {count or 'none'}")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 300:
-            raise ValueError(f"the concept has a tensor of the name {shown(name)}, which no layer has")
+            raise UserError(f"the concept has a tensor of the name {shown(name)}, which no layer has")
         if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
             kind = getattr(tensor, "dtype", type(tensor).__name__)
-            raise ValueError(f"the concept's tensor {name} holds {kind}, not floating-point numbers of 16 bits or more")
+            raise UserError(f"the concept's tensor {name} holds {kind}, not floating-point numbers of 16 bits or more")
         if not tensor.numel() or tensor.ndim > AXES:
-            raise ValueError(f"the concept's tensor {name} has the shape {tuple(tensor.shape)[:AXES]}, which none has")
+            raise UserError(f"the concept's tensor {name} has the shape {tuple(tensor.shape)[:AXES]}, which none has")
 
 
 def as_whole(name: str, value: str) -> int:
     """The whole number that a text is; raises ValueError for another text."""
     if not re.fullmatch(r"[0-9]{1,20}", value):
-        raise ValueError(f"{name}: a whole number is wanted, not {shown(value)}")
+        raise UserError(f"{name}: a whole number is wanted, not {shown(value)}")
     return int(value)
 
 
@@ -130,14 +132,14 @@ def as_number(name: str, value: str) -> float:
     except ValueError:
         found = math.nan
     if not math.isfinite(found) or len(value) > 100:
-        raise ValueError(f"{name}: a finite number is wanted, not {shown(value)}")
+        raise UserError(f"{name}: a finite number is wanted, not {shown(value)}")
     return found
 
 
 def as_truth(name: str, value: str) -> bool:
     """Whether a text says true; raises ValueError for one that says neither that nor false."""
     if value not in ("true", "false"):
-        raise ValueError(f"{name}: true or false is wanted, not {shown(value)}")
+        raise UserError(f"{name}: true or false is wanted, not {shown(value)}")
     return value == "true"
 
 
@@ -152,7 +154,7 @@ def as_strings(name: str, value: str) -> list[str]:
     """The texts of a JSON list; raises ValueError for anything else."""
     values = _json(value)
     if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
-        raise ValueError(f"{name}: expected a JSON list of strings, not {shown(value)}")
+        raise UserError(f"{name}: expected a JSON list of strings, not {shown(value)}")
     return values
 
 
@@ -160,7 +162,7 @@ def as_options(value: str) -> dict[str, Any]:
     """The plain values of a JSON mapping; raises ValueError for anything else."""
     values = _json(value)
     if not isinstance(values, dict):
-        raise ValueError(f"options: expected a JSON mapping of plain values, not {shown(value)}")
+        raise UserError(f"options: expected a JSON mapping of plain values, not {shown(value)}")
     check_options(values)
     return values
 

@@ -16,7 +16,7 @@ from infusion.attention import key_name
 from infusion.concepts.concept import Concept
 from infusion.gate import Gate
 from infusion.inject import cross_attention_layers
-from ldm.util.cli import naming
+from ldm.util.cli import UserError, naming
 from ldm.util.config import backbones, instantiate
 from ldm.weights.files import TensorFile, tensors_of
 from ldm.weights.names import PREFIXES
@@ -56,11 +56,11 @@ def load(
         architecture = architecture or _architecture(tensors.get("target_input"))
         values, keys = (_residuals(tensors, part, architecture) for part in ("to_v", "to_k"))
         if not values:
-            raise ValueError(f"no concept of the released code: no tensor is named *.to_v.{LEARNED}")
+            raise UserError(f"no concept of the released code: no tensor is named *.to_v.{LEARNED}")
         if values_only or not any(key.any() for key in keys.values()):
             keys = {}
         if keys and attention != "own":
-            raise ValueError(
+            raise UserError(
                 f"{len(keys)} layers have residual keys (*.to_k.{LEARNED}), which need --attention own; "
                 "--values_only leaves them out, which gives another likeness"
             )
@@ -81,13 +81,13 @@ def _architecture(target_input: Tensor | None) -> str:
     for name, width in widths.items():
         if target_input is not None and target_input.shape[-1:] == (width,):
             return name
-    raise ValueError(f"it does not say what base model it is for: --architecture {{{','.join(widths)}}}")
+    raise UserError(f"it does not say what base model it is for: --architecture {{{','.join(widths)}}}")
 
 
 def _residuals(tensors: Mapping[str, Tensor], part: str, architecture: str) -> dict[str, Tensor]:
     """Layer name -> residual (C,) of "to_v" or "to_k", in the UNet's order, where each is as wide as its layer."""
     if architecture not in backbones():
-        raise ValueError(f"the architecture must be one of {', '.join(backbones())}, not {architecture!r}")
+        raise UserError(f"the architecture must be one of {', '.join(backbones())}, not {architecture!r}")
     with torch.device("meta"):
         layers = cross_attention_layers(instantiate(backbones()[architecture], "sd").unet)
     end, found = f".{part}.{LEARNED}", {}
@@ -95,9 +95,9 @@ def _residuals(tensors: Mapping[str, Tensor], part: str, architecture: str) -> d
         if name.endswith(end):
             layer = name.removesuffix(end).removeprefix(PREFIXES["unet"]).removeprefix("diffusion_model.")
             if layer not in layers:
-                raise ValueError(f"{architecture} has no cross-attention layer {layer[:100]!r}")
+                raise UserError(f"{architecture} has no cross-attention layer {layer[:100]!r}")
             width = layers[layer].heads * layers[layer].dim_head
             if tensor.shape not in ((width,), (1, width)):
-                raise ValueError(f"{layer} of {architecture} is {width} wide, the file's is {tuple(tensor.shape)}")
+                raise UserError(f"{layer} of {architecture} is {width} wide, the file's is {tuple(tensor.shape)}")
             found[layer] = tensor.reshape(width)
     return {layer: found[layer] for layer in layers if layer in found}

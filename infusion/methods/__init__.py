@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from infusion.methods.base import Method
+from ldm.util.cli import UserError
 from ldm.util.config import check_params
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def find_method(name: str) -> type[Method]:
         ValueError: there is no such method.
     """
     if name not in method_names():
-        raise ValueError(f"there is no method {name!r}; there are: {', '.join(method_names())}")
+        raise UserError(f"there is no method {name!r}; there are: {', '.join(method_names())}")
     found = vars(import_module(f"{__name__}.{name}")).values()
     return next(cls for cls in found if isinstance(cls, type) and vars(cls).get("name") == name)
 
@@ -39,6 +40,6 @@ def method_of(concept: "Concept") -> Method:
     try:
         return method.from_concept(concept)
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             f"{concept.superclass!r}: the options {concept.options} are none of {concept.method}"
         ) from error

@@ -15,6 +15,7 @@ from infusion.deltas import Difference
 from infusion.gate import Gate, target_input
 from infusion.tokens import Word
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import UserError
 
 if TYPE_CHECKING:
     from infusion.concepts.concept import Concept
@@ -149,4 +150,4 @@ def by_layer(terms: Sequence[Mapping[str, nn.Module]]) -> dict[str, nn.ModuleLis
 def check_names(tensors: Tensors, known: Sequence[str]) -> None:
     """Raises ValueError for a tensor that the model has no place for."""
     if unknown := [name for name in tensors if name not in set(known)]:
-        raise ValueError(f"there is a tensor {unknown[0]!r}, for which the UNet has no place")
+        raise UserError(f"there is a tensor {unknown[0]!r}, for which the UNet has no place")

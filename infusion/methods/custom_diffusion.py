@@ -11,6 +11,7 @@ from infusion.methods.base import TOKENS, RareWord
 from infusion.sampling.encode import own_embeddings
 from infusion.tokens import Word
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import UserError
 
 
 class CustomDiffusion(RareWord):
@@ -23,7 +24,7 @@ class CustomDiffusion(RareWord):
 
     def start(self, sd: StableDiffusion, word: Word) -> dict[str, nn.Parameter]:
         if not sd.text.tokenizer.encode(self.identifier):
-            raise ValueError(f"identifier: {self.identifier!r} has no tokens: give a rare word such as 'sks'")
+            raise UserError(f"identifier: {self.identifier!r} has no tokens: give a rare word such as 'sks'")
         learned = {TOKENS: nn.Parameter(own_embeddings(sd.text, self.identifier))}
         for name, layer in cross_attention_layers(sd.unet).items():
             for part in ("to_k", "to_v"):

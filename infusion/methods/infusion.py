@@ -12,6 +12,7 @@ from infusion.inject import cross_attention_layers
 from infusion.methods.base import Method, Tensors, check_names
 from infusion.tokens import Word
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import UserError
 
 if TYPE_CHECKING:
     from infusion.concepts.concept import Concept
@@ -40,13 +41,13 @@ class Infusion(Method):
         self, attention: Literal["foundation", "own"] = "foundation", keys: bool = False, layers: str = ""
     ) -> None:
         if attention not in ATTENTIONS:
-            raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, not {attention!r}")
+            raise UserError(f"attention must be one of {', '.join(ATTENTIONS)}, not {attention!r}")
         if keys and attention != "own":
-            raise ValueError("residual keys change an attention map, and the foundation's stays: set attention: own")
+            raise UserError("residual keys change an attention map, and the foundation's stays: set attention: own")
         try:
             self.layers = re.compile(layers)
         except re.error as error:
-            raise ValueError(f"layers is not a regular expression: {layers!r} ({error})") from error
+            raise UserError(f"layers is not a regular expression: {layers!r} ({error})") from error
         self.attention, self.keys = attention, keys
 
     @classmethod
@@ -63,7 +64,7 @@ class Infusion(Method):
         learned = [name for name in widths if self.layers.search(name)]
         if not learned:
             known = ", ".join(widths) or "there are none"
-            raise ValueError(f"{self.layers.pattern!r} matches none of the cross-attention layers: {known}")
+            raise UserError(f"{self.layers.pattern!r} matches none of the cross-attention layers: {known}")
         named = {name: name for name in learned} | {key_name(name): name for name in learned if self.keys}
         return {name: nn.Parameter(torch.zeros(widths[layer])) for name, layer in named.items()}
 

@@ -10,6 +10,7 @@ from infusion.inject import cross_attention_layers
 from infusion.methods.base import RareWord, Tensors
 from infusion.tokens import Word
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import UserError
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 DOWN, UP = ".down", ".up"
@@ -31,13 +32,13 @@ class LoRA(RareWord):
 
     def __init__(self, rank: int = 4, alpha: float | None = None, identifier: str = "sks", seed: int = 0) -> None:
         if rank < 1:
-            raise ValueError(f"rank: must be at least 1, not {rank}")
+            raise UserError(f"rank: must be at least 1, not {rank}")
         super().__init__(identifier)
         self.rank, self.alpha, self.seed = rank, float(rank if alpha is None else alpha), seed
         if not math.isfinite(self.alpha):
-            raise ValueError(f"alpha: must be a finite number, not {alpha}")
+            raise UserError(f"alpha: must be a finite number, not {alpha}")
         if not 0 <= seed < 2**63:
-            raise ValueError(f"seed: must be from 0 to 2**63 - 1, not {seed}")
+            raise UserError(f"seed: must be from 0 to 2**63 - 1, not {seed}")
         self.options = {"rank": rank, "alpha": self.alpha, **self.options}
 
     def start(self, sd: StableDiffusion, word: Word) -> dict[str, nn.Parameter]:
@@ -46,7 +47,7 @@ class LoRA(RareWord):
             for part in PROJECTIONS:
                 out, width = layer.get_submodule(part).weight.shape
                 if self.rank > min(out, width):
-                    raise ValueError(f"rank: must be at most {min(out, width)}, the width of {name}, not {self.rank}")
+                    raise UserError(f"rank: must be at most {min(out, width)}, the width of {name}, not {self.rank}")
                 bound = 1 / math.sqrt(width)  # the variance that a linear layer starts with
                 down = (2 * torch.rand(self.rank, width, generator=generator, device="cpu") - 1) * bound
                 learned[f"{name}.{part}.weight{DOWN}"] = nn.Parameter(down)
@@ -59,5 +60,5 @@ class LoRA(RareWord):
         try:
             pairs = {name: (tensors[name + DOWN], tensors[name + UP]) for name in names}
         except KeyError as error:
-            raise ValueError(f"the concept lacks {error}") from error
+            raise UserError(f"the concept lacks {error}") from error
         return {name: LowRank(down, up, self.alpha, strength) for name, (down, up) in pairs.items()}

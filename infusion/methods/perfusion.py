@@ -20,6 +20,7 @@ from infusion.sampling.encode import own_embeddings
 from infusion.tokens import Word
 from ldm.models.attention import CrossAttention
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import UserError
 
 TARGET = "target_input"  # i*
 
@@ -62,9 +63,9 @@ class Perfusion(Method):
 
     def __init__(self, token_learning_rate: float = 0.006, momentum: float = 0.99) -> None:
         if not 0 < token_learning_rate < math.inf:
-            raise ValueError(f"token_learning_rate: must be above 0 and finite, not {token_learning_rate}")
+            raise UserError(f"token_learning_rate: must be above 0 and finite, not {token_learning_rate}")
         if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum: must be between 0 and 1, not {momentum}")
+            raise UserError(f"momentum: must be between 0 and 1, not {momentum}")
         self.token_learning_rate, self.momentum = token_learning_rate, momentum
 
     def start(self, sd: StableDiffusion, word: Word) -> dict[str, nn.Parameter]:

@@ -18,6 +18,7 @@ from infusion.sampling.encode import encode, own_embeddings
 from infusion.sampling.regions import weights
 from infusion.sampling.settings import Settings, for_each
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import UserError
 
 
 class Customised:
@@ -216,9 +217,9 @@ def check_covariance(concepts: Sequence[Concept], inverse_covariance: Tensor | N
     for concept in concepts:
         noun, there = concept.superclass, concept.covariance
         if there != here and there == IDENTITY:
-            raise ValueError(f"{noun!r} was trained without a covariance: sample without one too (no --covariance)")
+            raise UserError(f"{noun!r} was trained without a covariance: sample without one too (no --covariance)")
         if there != here:
-            raise ValueError(
+            raise UserError(
                 f"{noun!r} was trained with the covariance {there[:12]}, and here is {here[:12]}: "
                 "its gate needs the same file (--covariance FILE)"
             )
@@ -233,7 +234,7 @@ def _methods(sd: StableDiffusion, concepts: Sequence[Concept]) -> list[Method]:
     for concept in concepts:
         concept.check_base(sd.architecture, sd.hash)
         if concept.attention != concepts[0].attention:
-            raise ValueError(
+            raise UserError(
                 f"{concepts[0].superclass!r} was trained with {concepts[0].attention} attention and "
                 f"{concept.superclass!r} with {concept.attention} attention: they cannot be sampled together"
             )
@@ -246,6 +247,6 @@ def _blended(learned: Tensor | None, sd: StableDiffusion, noun: str, strength: f
         return learned
     usual = own_embeddings(sd.text, noun)
     if len(usual) < len(learned):
-        raise ValueError(f"{noun!r} has {len(usual)} tokens, the concept {len(learned)}: its strength can only be 1")
+        raise UserError(f"{noun!r} has {len(usual)} tokens, the concept {len(learned)}: its strength can only be 1")
     usual = usual[: len(learned)]
     return usual + strength * (learned.to(usual) - usual)

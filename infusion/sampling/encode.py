@@ -7,6 +7,7 @@ from torch import Tensor
 
 from infusion.tokens import concept_places
 from ldm.models.text import ClipText, OpenClipText
+from ldm.util.cli import UserError
 
 
 def encode(
@@ -37,7 +38,7 @@ def encode(
     tokens, first = text.tokenizer(list(prompts)), len(text.embeddings)  # (B, L); the ids beyond the vocabulary's
     for k, rows in given:
         if rows.shape[1:] != text.embeddings.shape[1:]:
-            raise ValueError(f"a word learned as {tuple(rows.shape)} does not fit embeddings {text.width} wide")
+            raise UserError(f"a word learned as {tuple(rows.shape)} does not fit embeddings {text.width} wide")
         replaced = (places[:, k] >= 0) & (places[:, k] < len(rows))
         tokens = torch.where(replaced, first + places[:, k], tokens)
         first += len(rows)

@@ -33,7 +33,7 @@ def shrunk(images: Tensor, side: int = SIDE) -> Tensor:
 def to_image(image: Tensor) -> Image.Image:
     """(3, H, W) in [0, 1] -> an RGB picture; raises ValueError for numbers that are not finite."""
     if not image.isfinite().all():
-        raise ValueError("a picture has numbers that are not finite: use --precision full, or a lower --scale")
+        raise UserError("a picture has numbers that are not finite: use --precision full, or a lower --scale")
     return Image.fromarray(image.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
 
 

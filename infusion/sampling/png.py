@@ -10,6 +10,7 @@ from PIL import Image
 
 from infusion.sampling.regions import Region
 from infusion.sampling.settings import FORMER, Settings
+from ldm.util.cli import UserError
 from ldm.util.config import find
 from ldm.weights.checkpoint import sha256
 
@@ -63,13 +64,13 @@ def recall(path: str | Path) -> dict[str, str]:
                 info = {name: value for name, value in image.info.items() if isinstance(value, str)}
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: cannot be read as a picture ({reason})") from error
+        raise UserError(f"{path}: cannot be read as a picture ({reason})") from error
     said = {FORMER.get(name, name): str(info[name]) for name in KNOWN if name in info}
     if lacking := [name for name in (*FLAGS, *asdict(Settings())) if name not in {*said, *NEW}]:
-        raise ValueError(f"{path}: does not say how it was made ({lacking[0]} is lacking)")
+        raise UserError(f"{path}: does not say how it was made ({lacking[0]} is lacking)")
     for name in FILES:
         if any(_elsewhere(file) for file in _files(name, said.get(name, ""))):
-            raise ValueError(f"{path}: its {name} names no file of this machine: {said[name][:80]!r}")
+            raise UserError(f"{path}: its {name} names no file of this machine: {said[name][:80]!r}")
     return said
 
 

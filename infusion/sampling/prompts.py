@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from infusion.sampling.settings import Settings
-from ldm.util.cli import count, number, seed
+from ldm.util.cli import UserError, count, number, seed
 
 OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {  # letter -> setting, and how it is read
     "n": ("negative_prompt", str),
@@ -44,9 +44,9 @@ def read_jobs(text: str, settings: Settings) -> list[Job]:
     lines = ((row, line.strip()) for row, line in enumerate(text.splitlines(), 1))
     jobs = [read_line(line, row, settings) for row, line in lines if line and not line.startswith("#")]
     if not jobs:
-        raise ValueError("has no prompt in it")
+        raise UserError("has no prompt in it")
     if len(jobs) > PROMPTS:
-        raise ValueError(f"has {len(jobs):,} prompts; at most {PROMPTS:,} are taken: make several files of it")
+        raise UserError(f"has {len(jobs):,} prompts; at most {PROMPTS:,} are taken: make several files of it")
     return jobs
 
 
@@ -54,19 +54,19 @@ def read_line(line: str, row: int, settings: Settings) -> Job:
     """One line; raises ValueError as `read_jobs` does."""
     prompt, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line)
     if not prompt.strip():
-        raise ValueError(f"line {row}: has options and no prompt")
+        raise UserError(f"line {row}: has options and no prompt")
     chosen: dict[str, object] = {}
     for option in options:
         letter, _, value = option.partition(" ")
         if letter not in OPTIONS:
-            raise ValueError(f"line {row}: there is no option --{letter[:20]}; there are --{', --'.join(OPTIONS)}")
+            raise UserError(f"line {row}: there is no option --{letter[:20]}; there are --{', --'.join(OPTIONS)}")
         name, convert = OPTIONS[letter]
         try:
             chosen[name] = convert(value.strip())
         except (ValueError, argparse.ArgumentTypeError) as error:
-            raise ValueError(f"line {row}: --{letter}: {str(error)[:100]}") from error
+            raise UserError(f"line {row}: --{letter}: {str(error)[:100]}") from error
     first = chosen.pop("seed", None)
     try:
         return Job(prompt.strip(), replace(settings, **chosen), first)
     except ValueError as error:
-        raise ValueError(f"line {row}: {error}") from error
+        raise UserError(f"line {row}: {error}") from error

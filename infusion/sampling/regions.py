@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.util.cli import UserError
+
 FORM = "CONCEPT:x0,y0,x1,y1, such as 1:0,0,0.5,1 for the left half"
 NUMBER = r"\s*(\d*\.?\d+)\s*"
 
@@ -32,9 +34,9 @@ class Region:
 
     def __post_init__(self) -> None:
         if self.concept < 1:
-            raise ValueError(f"a region's concepts are counted from 1, not {self.concept}")
+            raise UserError(f"a region's concepts are counted from 1, not {self.concept}")
         if not (0 <= self.x0 < self.x1 <= 1 and 0 <= self.y0 < self.y1 <= 1):
-            raise ValueError(f"a region's corners are 0 ≤ x0 < x1 ≤ 1 and 0 ≤ y0 < y1 ≤ 1, not {self}")
+            raise UserError(f"a region's corners are 0 ≤ x0 < x1 ≤ 1 and 0 ≤ y0 < y1 ≤ 1, not {self}")
 
     def __str__(self) -> str:
         return f"{self.concept}:{self.x0:g},{self.y0:g},{self.x1:g},{self.y1:g}"
@@ -44,7 +46,7 @@ class Region:
         """The inverse of `str`; raises ValueError for another form."""
         found = re.fullmatch(rf"\s*(\d+)\s*:{','.join([NUMBER] * 4)}", text)
         if not found:
-            raise ValueError(f"write a region as {FORM}; {text[:80]!r} is none")
+            raise UserError(f"write a region as {FORM}; {text[:80]!r} is none")
         concept, *corners = found.groups()
         return cls(int(concept), *map(float, corners))
 
@@ -73,7 +75,7 @@ def weights(regions: Sequence[Region], concepts: int, size: Sequence[int]) -> Te
     """
     for region in regions:
         if region.concept > concepts:
-            raise ValueError(f"the region {region} is of no concept: there are {concepts}, counted from 1")
+            raise UserError(f"the region {region} is of no concept: there are {concepts}, counted from 1")
     if not regions:
         return None
     maps = []

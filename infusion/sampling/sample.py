@@ -11,6 +11,7 @@ from infusion.sampling.customised import Customised, nouns_of
 from infusion.sampling.settings import Settings
 from infusion.tokens import PLACEHOLDER, concept_masks
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import UserError
 
 
 def check_prompts(
@@ -24,7 +25,7 @@ def check_prompts(
         if concepts:
             concept_masks(sd.text.tokenizer, prompt, nouns_of(concepts, noun))
         elif found := PLACEHOLDER.search(prompt):
-            raise ValueError(f"there is no concept for {found[0]} in the prompt {prompt!r}")
+            raise UserError(f"there is no concept for {found[0]} in the prompt {prompt!r}")
 
 
 def sample(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from ldm.diffusion.schedulers import SAMPLERS
-from ldm.util.cli import count, number, numbers, words
+from ldm.util.cli import UserError, count, number, numbers, words
 
 if TYPE_CHECKING:
     from infusion.sampling.regions import Region
@@ -57,26 +57,26 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"steps: must be at least 1, not {self.steps}")
+            raise UserError(f"steps: must be at least 1, not {self.steps}")
         if not math.isfinite(self.scale):
-            raise ValueError(f"scale: must be a finite number, not {self.scale}")
+            raise UserError(f"scale: must be a finite number, not {self.scale}")
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta: must be between 0 and 1, not {self.eta}")
+            raise UserError(f"eta: must be between 0 and 1, not {self.eta}")
         if self.eta and self.sampler != "ddim":
-            raise ValueError(f"eta: only the ddim sampler takes it, not {self.sampler}")
+            raise UserError(f"eta: only the ddim sampler takes it, not {self.sampler}")
         for name, side in (("height", self.height), ("width", self.width)):
             if side is not None and not 1 <= side <= PIXELS:
-                raise ValueError(f"{name}: must be from 1 to {PIXELS} pixels, not {side}")
+                raise UserError(f"{name}: must be from 1 to {PIXELS} pixels, not {side}")
         for name in ("beta", "tau", "strength"):
             for value in each(getattr(self, name)):
                 if not math.isfinite(value) or (name == "tau" and value <= 0):
                     limit = "above 0 and finite" if name == "tau" else "finite"
-                    raise ValueError(f"{name}: must be {limit}, not {value}")
+                    raise UserError(f"{name}: must be {limit}, not {value}")
         named = (("sampler", [self.sampler], SAMPLERS), ("precision", [self.precision], PRECISIONS))
         for name, values, known in (*named, ("gate", each(self.gate or ()), GATES)):
             for value in values:
                 if value not in known:
-                    raise ValueError(f"{name}: must be one of {', '.join(known)}, not {value!r}")
+                    raise UserError(f"{name}: must be one of {', '.join(known)}, not {value!r}")
 
 
 FORMER = {own.metadata["also"]: own.name for own in fields(Settings) if own.metadata["also"]}  # older name -> name
@@ -101,5 +101,5 @@ def for_each(value: Any, concepts: int, name: str) -> list:
     if len(values) == 1:
         values = values * concepts
     if len(values) != concepts:
-        raise ValueError(f"give one {name} for all concepts or one for each of {concepts}, not {len(values)}")
+        raise UserError(f"give one {name} for all concepts or one for each of {concepts}, not {len(values)}")
     return values

@@ -24,7 +24,7 @@ from infusion.metrics.run.protocol import CONTEXT, Protocol
 from infusion.metrics.run.stages import Stages
 from infusion.metrics.run.subject import Checkpoint
 from infusion.training.trainer import ConceptTrainer
-from ldm.util.cli import find_device
+from ldm.util.cli import UserError, find_device
 from ldm.util.files import write
 
 BEST = "best.safetensors"
@@ -88,11 +88,11 @@ class BestConcept(pl.Callback):
         strata: int = 5,
     ) -> None:
         if every < 1:
-            raise ValueError(f"every: must be at least 1, not {every}")
+            raise UserError(f"every: must be at least 1, not {every}")
         if early_stop < 0:
-            raise ValueError(f"early_stop: must be at least 0, not {early_stop}")
+            raise UserError(f"early_stop: must be at least 0, not {early_stop}")
         if odd := [prompt for prompt in prompts if "{}" not in prompt]:
-            raise ValueError(f"prompts: {odd[0]!r} has no {{}} for the concept")
+            raise UserError(f"prompts: {odd[0]!r} has no {{}} for the concept")
         how = {"samples": samples, "batch_size": batch_size, "steps": steps, "scale": scale, "seed": seed}
         self.options = Options(("lfd", "w2", "clip_i"), strata=strata, **how)
         tools.check(self.options)
@@ -109,7 +109,7 @@ class BestConcept(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raises ValueError for a training of anything else than one concept."""
         if not isinstance(pl_module, ConceptTrainer):
-            raise ValueError("callbacks.best: it weighs the training of one concept: leave it out of this one")
+            raise UserError("callbacks.best: it weighs the training of one concept: leave it out of this one")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._judge(trainer)  # of a run that is done already

@@ -14,6 +14,7 @@ from infusion.sampling.sample import sample
 from infusion.tokens import fill
 from infusion.training.trainer import ConceptTrainer
 from ldm.training.callbacks import write_grid
+from ldm.util.cli import UserError
 
 
 class ConceptSamples(pl.Callback):
@@ -34,20 +35,20 @@ class ConceptSamples(pl.Callback):
         self, prompts: Sequence[str], every: int = 100, steps: int = 25, scale: float = 7.0, seed: int = 0
     ) -> None:
         if every < 1:
-            raise ValueError(f"every: must be at least 1, not {every}")
+            raise UserError(f"every: must be at least 1, not {every}")
         if not 1 <= steps <= 999:
-            raise ValueError(f"steps: must be from 1 to 999, not {steps}")
+            raise UserError(f"steps: must be from 1 to 999, not {steps}")
         if not math.isfinite(scale):
-            raise ValueError(f"scale: must be a finite number, not {scale}")
+            raise UserError(f"scale: must be a finite number, not {scale}")
         if not 0 <= seed < 2**63:
-            raise ValueError(f"seed: must be from 0 to 2**63 - 1, not {seed}")
+            raise UserError(f"seed: must be from 0 to 2**63 - 1, not {seed}")
         for prompt in prompts:
             if "{}" not in prompt or set("{}") & set(prompt.replace("{}", "")):
-                raise ValueError(
+                raise UserError(
                     f"prompts: every one must have {{}} for the concept and no other braces, not {prompt!r}"
                 )
         if not prompts:
-            raise ValueError("prompts: give at least one, with {} for the concept")
+            raise UserError("prompts: give at least one, with {} for the concept")
         self.prompts = list(prompts)
         self.every = every
         self.steps, self.scale, self.seed = steps, scale, seed

@@ -6,6 +6,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from ldm.util.cli import UserError
+
 
 class Learner(pl.LightningModule):
     """Resume state and checks.
@@ -19,7 +21,7 @@ class Learner(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Raises ValueError when the trainer's precision has cast the learned numbers to half precision."""
         if any(tensor.dtype != torch.float32 for tensor in self.tensors.values()):
-            raise ValueError("what is learned must stay in float32: use precision 32-true, bf16-mixed or 16-mixed")
+            raise UserError("what is learned must stay in float32: use precision 32-true, bf16-mixed or 16-mixed")
 
     def state_dict(
         self, *, destination: dict[str, Tensor] | None = None, prefix: str = "", keep_vars: bool = False

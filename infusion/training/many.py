@@ -24,7 +24,7 @@ from infusion.methods.infusion import Infusion
 from infusion.training.learner import Learner
 from infusion.training.trainer import ConceptTrainer, SaveConcept
 from ldm.pipeline import StableDiffusion
-from ldm.util.cli import naming
+from ldm.util.cli import UserError, naming
 
 
 class ResidualBank(nn.Module):
@@ -91,7 +91,7 @@ class ManyTrainer(Learner):
     ) -> None:
         super().__init__()
         if method.attention != "foundation":
-            raise ValueError(
+            raise UserError(
                 "many concepts share the foundation's attention: set attention: foundation, or train them apart"
             )
         self.learning_rate, self.weight_decay, self.normalise_loss = learning_rate, weight_decay, normalise_loss
@@ -118,7 +118,7 @@ class ManyTrainer(Learner):
     def setup(self, stage: str) -> None:
         """Raises ValueError where gradients would be clipped by a norm, which the concepts would share."""
         if self.trainer.gradient_clip_val and self.trainer.gradient_clip_algorithm != "value":
-            raise ValueError("trainer.gradient_clip_val: the norm would be that of all concepts together: leave it out")
+            raise UserError("trainer.gradient_clip_val: the norm would be that of all concepts together: leave it out")
         for part in self.parts:
             part.trainer = self.trainer  # for the step that its draws depend on
 
@@ -196,7 +196,7 @@ class ManyTrainer(Learner):
         """Raises ValueError for banks of other layers, or of another number of concepts."""
         shapes, own = ({name: bank.shape for name, bank in banks.items()} for banks in (state_dict, self.tensors))
         if shapes != own:
-            raise ValueError(f"the resume state does not fit: it is not of these layers and {len(self.names)} concepts")
+            raise UserError(f"the resume state does not fit: it is not of these layers and {len(self.names)} concepts")
 
     def _sizes(self, batch: Mapping[str, Mapping[str, Any]]) -> list[int]:
         return [len(batch[name]["latents"]) for name in self.names]
@@ -216,4 +216,4 @@ class SaveConcepts(SaveConcept):
                 continue
             concept.save(folder / one / name)
         if diverged:
-            raise ValueError("; ".join(diverged))
+            raise UserError("; ".join(diverged))

@@ -26,6 +26,7 @@ from infusion.sampling.encode import encode
 from infusion.tokens import Word, fill
 from infusion.training.learner import Learner
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import UserError
 from ldm.util.run import NonFinite
 
 
@@ -75,12 +76,12 @@ class ConceptTrainer(Learner):
     ) -> None:
         super().__init__()
         if not 0 < learning_rate <= 1000:
-            raise ValueError(f"learning_rate: must be above 0 and at most 1,000, not {learning_rate}")
+            raise UserError(f"learning_rate: must be above 0 and at most 1,000, not {learning_rate}")
         for name, value in (("weight_decay", weight_decay), ("prior_weight", prior_weight)):
             if not 0 <= value < math.inf:
-                raise ValueError(f"{name}: must be at least 0 and finite, not {value}")
+                raise UserError(f"{name}: must be at least 0 and finite, not {value}")
         if not 0 <= seed < 2**32:
-            raise ValueError(f"seed: must be from 0 to 2**32 - 1, not {seed}")
+            raise UserError(f"seed: must be from 0 to 2**32 - 1, not {seed}")
         self.sd = sd.requires_grad_(False).eval()
         self.method = method
         self.word = Word(superclass, tuple(templates))
@@ -229,11 +230,11 @@ class ConceptTrainer(Learner):
 
     def check_state(self, state_dict: Mapping[str, Tensor]) -> None:
         if odd := sorted(set(self.tensors) ^ set(state_dict)):
-            raise ValueError(f"the resume state does not fit the method: {odd[0]} is in one of them only")
+            raise UserError(f"the resume state does not fit the method: {odd[0]} is in one of them only")
         for name, parameter in self.tensors.items():
             if parameter.shape != state_dict[name].shape:
                 found = tuple(state_dict[name].shape)
-                raise ValueError(f"the resume state does not fit: {name} is {found}, not {tuple(parameter.shape)}")
+                raise UserError(f"the resume state does not fit: {name} is {found}, not {tuple(parameter.shape)}")
 
     def _encode(self, templates: Sequence[str]) -> tuple[Tensor, Tensor]:
         text, masks = encode(self.sd.text, templates, [self.noun], [self.tokens])  # (B, L, D), (B, 1, L)
@@ -263,7 +264,7 @@ class SaveConcept(pl.Callback):
 
     def __init__(self, every: int = 100, dirpath: str | Path | None = None) -> None:
         if every < 1:
-            raise ValueError(f"every: save a concept every 1 or more steps, not {every}")
+            raise UserError(f"every: save a concept every 1 or more steps, not {every}")
         self.every = every
         self.dirpath = dirpath
         self._saved = 0

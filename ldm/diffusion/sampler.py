@@ -8,6 +8,8 @@ from diffusers import SchedulerMixin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ldm.util.cli import UserError
+
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -83,14 +85,14 @@ def sample(
     """
     trained = scheduler.config.num_train_timesteps
     if not 1 <= steps < trained:
-        raise ValueError(f"steps must lie between 1 and {trained - 1}, not {steps}")
+        raise UserError(f"steps must lie between 1 and {trained - 1}, not {steps}")
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie between 0 and 1, not {eta}")
+        raise UserError(f"eta must lie between 0 and 1, not {eta}")
     if generators is not None and len(generators) != len(latents):
         raise ValueError(f"{len(generators)} generators for {len(latents)} images")
     accepted = inspect.signature(scheduler.step).parameters
     if eta > 0 and "eta" not in accepted:
-        raise ValueError("only the ddim sampler takes eta > 0")
+        raise UserError("only the ddim sampler takes eta > 0")
     options = {"eta": eta, "generator": None if generators is None else list(generators)}
     options = {name: value for name, value in options.items() if name in accepted}
 

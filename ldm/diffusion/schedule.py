@@ -8,6 +8,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ldm.diffusion.schedulers import SAMPLERS
+from ldm.util.cli import UserError
 
 
 class Schedule:
@@ -36,9 +37,9 @@ class Schedule:
         prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
     ) -> None:
         if prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f'prediction_type must be "epsilon" or "v_prediction", not {prediction_type!r}')
+            raise UserError(f'prediction_type must be "epsilon" or "v_prediction", not {prediction_type!r}')
         if timesteps < 1 or not 0 < beta_start <= beta_end < 1:
-            raise ValueError(f"no schedule has {timesteps} steps with β from {beta_start} to {beta_end}")
+            raise UserError(f"no schedule has {timesteps} steps with β from {beta_start} to {beta_end}")
         self.timesteps, self.beta_start, self.beta_end = timesteps, beta_start, beta_end
         self.prediction_type = prediction_type
         roots = torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float64, device="cpu")
@@ -77,7 +78,7 @@ class Schedule:
             ValueError: unknown name.
         """
         if name not in SAMPLERS:
-            raise ValueError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
+            raise UserError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
         scheduler, arguments = SAMPLERS[name]
         return getattr(diffusers, scheduler)(
             num_train_timesteps=self.timesteps,

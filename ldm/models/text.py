@@ -10,6 +10,7 @@ from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.models.tokenizer import Tokenizer
+from ldm.util.cli import UserError
 
 
 class ClipText(nn.Module):
@@ -118,7 +119,7 @@ class OpenClipText(nn.Module):
         vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
         _check_fit(tokenizer, vocab_size, max_length)
         if not 0 <= skip < layers:
-            raise ValueError(f"skip must lie between 0 and {layers - 1}, not {skip}")
+            raise UserError(f"skip must lie between 0 and {layers - 1}, not {skip}")
         self.tokenizer = tokenizer
         self.width = hidden_size
         self.skip = skip
@@ -168,8 +169,8 @@ class OpenClipText(nn.Module):
 
 def _check_fit(tokenizer: Tokenizer, vocab_size: int, max_length: int) -> None:
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the text encoder only {vocab_size}")
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the text encoder only {vocab_size}")
     if tokenizer.context_length != max_length:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer's context_length is {tokenizer.context_length}, the text encoder's max_length {max_length}"
         )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ldm.models.attention import Context, SpatialTransformer, normalise, zeroed
+from ldm.util.cli import UserError
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -130,7 +131,7 @@ class UNet(nn.Module):
         super().__init__()
         divisor = num_head_channels if num_heads is None else num_heads
         if (num_heads is None) == (num_head_channels is None) or divisor < 1:
-            raise ValueError(f"give exactly one of num_heads and num_head_channels: {num_heads=}, {num_head_channels=}")
+            raise UserError(f"give exactly one of num_heads and num_head_channels: {num_heads=}, {num_head_channels=}")
         self.model_channels = model_channels
         self.context_dim = context_dim
         self.factor = 2 ** (len(channel_mult) - 1)
@@ -139,7 +140,7 @@ class UNet(nn.Module):
 
         def transformer(channels: int) -> SpatialTransformer:
             if channels % divisor:
-                raise ValueError(f"{channels} channels do not divide into heads: {num_heads=}, {num_head_channels=}")
+                raise UserError(f"{channels} channels do not divide into heads: {num_heads=}, {num_head_channels=}")
             heads = num_heads or channels // divisor
             return SpatialTransformer(
                 channels,

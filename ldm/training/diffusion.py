@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.pipeline import StableDiffusion
 from ldm.training.optimise import adamw
+from ldm.util.cli import UserError
 from ldm.weights.checkpoint import PREFIXES
 
 
@@ -37,7 +38,7 @@ class LatentDiffusion(pl.LightningModule):
     ):
         super().__init__()
         if sd.schedule.prediction_type != "epsilon":
-            raise ValueError(f"min_snr weights an ε-prediction, and this model predicts {sd.schedule.prediction_type}")
+            raise UserError(f"min_snr weights an ε-prediction, and this model predicts {sd.schedule.prediction_type}")
         self.sd, self.learning_rate, self.caption_dropout = sd, learning_rate, caption_dropout
         self.min_snr, self.clean_weight, self.layout_share = min_snr, clean_weight, layout_share
         self.sd.vae.requires_grad_(False)

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterator, Sequence
 
+from ldm.util.cli import UserError
+
 LONGEST, WORD = 20_000, 4000  # characters of a filled prompt, and of one word: tokenizing takes the square of it
 PLACEHOLDER = re.compile(r"\{(\d*)\}")  # "{}" for the only concept, "{1}", "{2}" for several
 ARTICLE = re.compile(r"(?<!\w)([Aa])n?(\s+)\Z")  # right before a placeholder
@@ -17,10 +19,10 @@ def fill(template: str, nouns: Sequence[str]) -> str:
     """
     parts = filled_parts(template, nouns)
     if (length := sum(map(len, parts))) > LONGEST:
-        raise ValueError(f"{short(template)} has {length:,} characters once {{}} is filled in; at most {LONGEST:,} are")
+        raise UserError(f"{short(template)} has {length:,} characters once {{}} is filled in; at most {LONGEST:,} are")
     filled = "".join(parts)
     if (longest := max(map(len, filled.split()), default=0)) > WORD:
-        raise ValueError(f"{short(template)} has a word of {longest:,} characters; at most {WORD:,} are taken")
+        raise UserError(f"{short(template)} has a word of {longest:,} characters; at most {WORD:,} are taken")
     return filled
 
 
@@ -39,12 +41,12 @@ def placeholders(template: str, concepts: int) -> Iterator[tuple[re.Match[str], 
     for match in PLACEHOLDER.finditer(template):
         number = match.group(1)
         if len(number) > 4:
-            raise ValueError(f"{match.group()[:20]} in {short(template)} names no concept: there are {concepts}")
+            raise UserError(f"{match.group()[:20]} in {short(template)} names no concept: there are {concepts}")
         if not number and concepts > 1:
-            raise ValueError(f"{{}} in {short(template)} could be any of {concepts} concepts: write {{1}}, {{2}} …")
+            raise UserError(f"{{}} in {short(template)} could be any of {concepts} concepts: write {{1}}, {{2}} …")
         concept = int(number or 1) - 1
         if not 0 <= concept < concepts:
-            raise ValueError(
+            raise UserError(
                 f"{match.group()} in {short(template)} names no concept: there are {concepts}, counted from 1"
             )
         yield match, concept

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.util import files
+from ldm.util.cli import UserError
 from ldm.weights.diffusers_layout import Folder, open_checkpoint, sha256
 from ldm.weights.files import TensorFile
 from ldm.weights.names import EMA, PREFIXES, ignored, match
@@ -28,7 +29,7 @@ def load_component(path: str | Path, prefix: str) -> dict[str, Tensor]:
     with TensorFile(path) as file:
         names = [name for name in file.shapes if name.startswith(prefix) and not ignored(name)]
         if not names:
-            raise ValueError(f"{path}: no tensor is named {prefix}*")
+            raise UserError(f"{path}: no tensor is named {prefix}*")
         return {name.removeprefix(prefix): file.read(name) for name in names}
 
 
@@ -58,15 +59,15 @@ def load_into(
     """
     with open_checkpoint(path) as file:
         if use_ema and not any(name.startswith(EMA) for name in file.shapes):
-            raise ValueError(f"{path}: has no averaged weights ({EMA}*): load it without use_ema")
+            raise UserError(f"{path}: has no averaged weights ({EMA}*): load it without use_ema")
         found = match(file, modules, use_ema)
         if found.missing:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {len(found.missing)} of {found.expected} expected tensors are missing: "
                 f"{listed(found.missing)}; {guess(file)}"
             )
         if found.wrong:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {len(found.wrong)} tensors have other shapes: {listed(found.wrong)}; {guess(file)}"
             )
         for prefix, module in modules.items():
@@ -111,7 +112,7 @@ def save(
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: the name must end in .safetensors")
+        raise UserError(f"{path}: the name must end in .safetensors")
     tensors = {
         prefix + name: stored(tensor, dtype)
         for component, prefix in PREFIXES.items()

@@ -19,6 +19,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text import ClipText, OpenClipText
 from ldm.models.unet import Downsample, ResBlock, UNet, Upsample
 from ldm.util import digests
+from ldm.util.cli import UserError
 from ldm.weights.files import TensorFile
 
 PARTS = {"unet": "unet", "vae": "vae", "text": "text_encoder"}  # component of StableDiffusion -> its folder
@@ -63,7 +64,7 @@ class Folder:
         self.content: dict[str, object] = {}
         paths = {part: _weights(self.path / part) for part in PARTS.values()}
         if not any(paths.values()):
-            raise ValueError(f"{path}: no diffusers folder: there are no weights in {', '.join(paths)}")
+            raise UserError(f"{path}: no diffusers folder: there are no weights in {', '.join(paths)}")
         with ExitStack() as stack:
             self.files = {part: stack.enter_context(TensorFile(file)) for part, file in paths.items() if file}
             self.prediction_type = _scheduler(self.path / "scheduler" / "scheduler_config.json").get("prediction_type")
@@ -213,5 +214,5 @@ def _scheduler(path: Path) -> dict:
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no JSON ({error})") from error
+        raise UserError(f"{path}: no JSON ({error})") from error
     return settings if isinstance(settings, dict) else {}

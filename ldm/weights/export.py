@@ -12,6 +12,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text import ClipText, OpenClipText
 from ldm.models.unet import Downsample, ResBlock, UNet
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import UserError
 from ldm.util.files import replacing
 from ldm.weights.checkpoint import stored, write
 from ldm.weights.diffusers_layout import PARTS, diffusers_names
@@ -35,7 +36,7 @@ def export_diffusers(sd: StableDiffusion, folder: str | Path, dtype: torch.dtype
     """
     folder = Path(folder)
     if folder.exists():
-        raise ValueError(f"{folder}: exists already; name a new folder")
+        raise UserError(f"{folder}: exists already; name a new folder")
     configs = {
         "unet": unet_config(sd.unet, sd.image_size // sd.vae.factor),
         "vae": vae_config(sd.vae, sd.image_size),
@@ -106,7 +107,7 @@ def vae_config(vae: AutoencoderKL, sample_size: int) -> dict[str, Any]:
     """Config of diffusers' AutoencoderKL."""
     widths = [level.block[-1].conv2.out_channels for level in vae.encoder.down]
     if vae.post_quant_conv.out_channels != vae.embed_dim:
-        raise ValueError("diffusers has no autoencoder with other latents inside than outside (z_channels, embed_dim)")
+        raise UserError("diffusers has no autoencoder with other latents inside than outside (z_channels, embed_dim)")
     return {
         "_class_name": "AutoencoderKL",
         "_diffusers_version": VERSION,
@@ -164,7 +165,7 @@ def _groups(module: nn.Module) -> int:
     groups = {norm.num_groups for norm in module.modules() if isinstance(norm, nn.GroupNorm)}
     if len(groups) > 1:
         counts = ", ".join(map(str, sorted(groups)))
-        raise ValueError(f"diffusers has no {type(module).__name__} with different GroupNorms (of {counts} groups)")
+        raise UserError(f"diffusers has no {type(module).__name__} with different GroupNorms (of {counts} groups)")
     return groups.pop()
 
 

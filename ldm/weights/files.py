@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from ldm.util.cli import UserError
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -91,7 +93,7 @@ class TensorFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise ValueError(f"{path}: no such file")
+            raise UserError(f"{path}: no such file")
         self.metadata: dict[str, str] = {}
         self.content: Mapping[Any, Any] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -102,7 +104,7 @@ class TensorFile:
             else:
                 self._open_pickle()
         except UNREADABLE as error:
-            raise ValueError(f"{path}: not a checkpoint that can be read safely ({_reason(error)})") from error
+            raise UserError(f"{path}: not a checkpoint that can be read safely ({_reason(error)})") from error
 
     def _open_safetensors(self) -> None:
         with safe_open(self.path, framework="pt") as file:

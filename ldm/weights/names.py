@@ -8,6 +8,7 @@ from torch import nn
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text import ClipText, OpenClipText
 from ldm.models.unet import UNet
+from ldm.util.cli import UserError
 from ldm.util.defaults import PREFIXES
 from ldm.weights.diffusers_layout import PARTS, Folder, canonical, diffusers_names, unrun
 from ldm.weights.files import TensorFile
@@ -83,7 +84,7 @@ def _names(file: TensorFile | Folder, prefix: str, module: nn.Module, use_ema: b
     if isinstance(file, Folder):
         part = next((PARTS[component] for component, known in PREFIXES.items() if known == prefix), None)
         if part is None:
-            raise ValueError(f"{file.path}: a diffusers folder has no part {prefix}*")
+            raise UserError(f"{file.path}: a diffusers folder has no part {prefix}*")
         return {name: tuple(f"{part}/{n}" for n in stored) for name, stored in diffusers_names(module).items()}
     if use_ema and prefix == PREFIXES["unet"]:
         return {name: (ema_name(name),) for name in state}

@@ -51,7 +51,7 @@ def peak(name: str, settings: Settings) -> dict[str, int]:
         ValueError: unknown case.
     """
     if name not in MEMORY:
-        raise ValueError(f"there is no memory case {name!r}; there are {', '.join(MEMORY)}")
+        raise UserError(f"there is no memory case {name!r}; there are {', '.join(MEMORY)}")
     if torch.device(settings.device).type == "cuda":
         return peak_here(name, settings)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:

@@ -22,6 +22,7 @@ from infusion.metrics.run.cache import Rows
 from infusion.metrics.run.features import pooled_latents
 from infusion.metrics.run.stages import Group, Stages
 from infusion.metrics.run.subject import Checkpoint
+from ldm.util.cli import UserError
 
 MEASURED = ("likeness", "base_likeness", "lfd", "empty_lfd")  # columns of `Trial.rows`
 
@@ -83,7 +84,7 @@ class Balance:
 
     def __init__(self, stages: Stages, prompts: tuple[str, ...], superclass: str, photos: Tensor) -> None:
         if stages.options.samples < 2:
-            raise ValueError(f"samples: must be at least 2, not {stages.options.samples}")
+            raise UserError(f"samples: must be at least 2, not {stages.options.samples}")
         self.stages = stages
         self.group = Group("balance", prompts, superclass, stages.options.seed)
         self.photos = stages.tools.clip(photos).cpu()

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 
+from ldm.util.cli import UserError
 from ldm.weights.checkpoint import load_component
 
 
@@ -44,7 +45,7 @@ def among(photos: Tensor) -> Tensor:
     """
     (photos,) = _unit(photos)
     if len(photos) < 2:
-        raise ValueError("a ceiling needs at least 2 photos")
+        raise UserError("a ceiling needs at least 2 photos")
     cosines = photos @ photos.mT  # (P, P)
     return (cosines.sum(1) - cosines.diagonal()) / (len(photos) - 1)
 
@@ -115,7 +116,7 @@ def _lpips(alexnet: str | Path) -> _NoTrainLpips:
     target = network.net.state_dict()  # "slice2.3.weight" is layer 3 of `features`
     tensors = {name: source.get(name.partition(".")[2]) for name in target}
     if wrong := [name for name, tensor in tensors.items() if tensor is None or tensor.shape != target[name].shape]:
-        raise ValueError(
+        raise UserError(
             f"{alexnet}: is not torchvision's AlexNet, whose features.{wrong[0].partition('.')[2]} it lacks"
         )
     network.net.load_state_dict(tensors)
@@ -136,7 +137,7 @@ def _grouped(groups: Sequence[Hashable], count: int) -> list[list[int]]:
     for i, group in enumerate(groups):
         rows.setdefault(group, []).append(i)
     if alone := [group for group, members in rows.items() if len(members) < 2]:
-        raise ValueError(f"diversity needs at least 2 samples of a prompt, and there is 1 of {alone[0]!r}")
+        raise UserError(f"diversity needs at least 2 samples of a prompt, and there is 1 of {alone[0]!r}")
     return list(rows.values())
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from infusion.metrics.measures.estimate import Estimate, mean
 from ldm.diffusion.sampler import Denoiser
 from ldm.diffusion.schedule import Schedule
+from ldm.util.cli import UserError
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _outside(latents: Tensor, regions: Tensor | None) -> Tensor:
         raise ValueError("regions must lie in [0, 1]")
     outside = 1 - regions
     if covered := (outside.sum((1, 2, 3)) == 0).nonzero().flatten().tolist():
-        raise ValueError(f"image {covered[0]} is region everywhere: there is no outside to measure")
+        raise UserError(f"image {covered[0]} is region everywhere: there is no outside to measure")
     return outside
 
 

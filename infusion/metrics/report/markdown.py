@@ -30,7 +30,7 @@ def markdown(results: Sequence[Result], metrics: Sequence[str]) -> str:
     """The table; raises ValueError for a metric that no result has."""
     everything, groups = figures_of(results), groups_of(results)
     if unknown := [name for name in metrics if name not in everything]:
-        raise ValueError(f"--metrics: nothing has `{unknown[0]}`{suggestion(unknown[0], list(everything))}")
+        raise UserError(f"--metrics: nothing has `{unknown[0]}`{suggestion(unknown[0], list(everything))}")
     beside = table(against(everything, metrics), metrics)
     ours = table([(group.label.replace("_", " "), group.figures, group.anchored) for group in groups], metrics)
     for row, group in enumerate(groups):

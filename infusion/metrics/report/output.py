@@ -46,7 +46,7 @@ class Measured:
     def __post_init__(self) -> None:
         labels = [result["label"] for result in self.results]
         if double := [label for label in labels if labels.count(label) > 1]:
-            raise ValueError(f"two results are called {double[0]!r}: give each a label of its own")
+            raise UserError(f"two results are called {double[0]!r}: give each a label of its own")
 
     @cached_property
     def groups(self) -> list[Group]:

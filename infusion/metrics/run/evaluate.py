@@ -21,6 +21,7 @@ from infusion.metrics.run.protocol import CONTEXT, GROUPS, PLAIN, Protocol, plai
 from infusion.metrics.run.stages import Group, Stages
 from infusion.metrics.run.subject import Subject
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import UserError
 
 FLOOR = "floor"
 NORMAL = 3.92  # widths of a normal law's 95 % interval, in standard deviations
@@ -57,14 +58,14 @@ def check(subject: Subject, protocol: Protocol, options: Options, tools: Tools) 
     tools.check(options)
     prompts, samples = len(protocol.concept), options.samples
     if options.wants("div") and samples <= prompts:
-        raise ValueError(
+        raise UserError(
             f"--samples: div compares samples of one prompt, and of {prompts} prompts none is drawn twice with "
             f"{samples}: take at least {prompts + 1}, better {2 * prompts}, or leave div out of --metrics"
         )
     if subject.photos is None and (lacking := [name for name in OF_PHOTOS if options.wants(name)]):
-        raise ValueError(f"--images: {lacking[0]} compares with the concept's photos; name their folder")
+        raise UserError(f"--images: {lacking[0]} compares with the concept's photos; name their folder")
     if subject.exact is None and options.wants("exact"):
-        raise ValueError(f"--concept: exact figures are of the pocket world's own concepts; which is {subject.label}?")
+        raise UserError(f"--concept: exact figures are of the pocket world's own concepts; which is {subject.label}?")
 
 
 class Evaluation:

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from ldm.models.clip import Clip
+from ldm.util.cli import UserError
 from ldm.util.config import ConfigError, find, instantiate, load_config, resolve
 from ldm.util.defaults import POCKET
 from ldm.util.defaults import POCKET_CLIP as POCKET_WEIGHTS
@@ -74,13 +75,13 @@ def load_backbone(spec: str | Path, device: torch.device | str = "cpu") -> Backb
         return PocketBackbone(load_pocket_clip().to(device))
     folder = Path(spec)
     if not (folder / "config.json").is_file():
-        raise ValueError(f'backbone {spec}: "{POCKET}", or a local folder with a config.json, is wanted')
+        raise UserError(f'backbone {spec}: "{POCKET}", or a local folder with a config.json, is wanted')
     kind = _model_type(folder)
     if kind == "clip":
         return ClipBackbone(folder, device)
     if kind in CLASS_TOKEN:
         return ClassTokenBackbone(folder, kind, device)
-    raise ValueError(f"backbone {spec}: is of a {kind}, not of a clip, {', '.join(CLASS_TOKEN)}")
+    raise UserError(f"backbone {spec}: is of a {kind}, not of a clip, {', '.join(CLASS_TOKEN)}")
 
 
 def load_pocket_clip(config: str | Path = POCKET_CONFIG, weights: str | Path = POCKET_WEIGHTS) -> Clip:
@@ -150,7 +151,7 @@ class ClipBackbone(FolderBackbone):
     def texts(self, texts: list[str]) -> Tensor:
         """As `TextBackbone.texts`; raises ValueError where the folder has no tokenizer."""
         if self.tokenizer is None:
-            raise ValueError(f"backbone {self.name}: its folder has no tokenizer files, so no features of texts")
+            raise UserError(f"backbone {self.name}: its folder has no tokenizer files, so no features of texts")
         longest = self.network.config.text_config.max_position_embeddings
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         return F.normalize(self.network.get_text_features(**tokens.to(self.network.device)).pooler_output, dim=-1)
@@ -173,7 +174,7 @@ def _model_type(folder: Path) -> str | None:
     try:
         return json.loads((folder / "config.json").read_text()).get("model_type")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"backbone {folder}: its config.json is not a mapping in JSON") from error
+        raise UserError(f"backbone {folder}: its config.json is not a mapping in JSON") from error
 
 
 def _network(cls: type[PreTrainedModel], folder: Path, arguments: dict[str, bool] | None = None) -> nn.Module:
@@ -183,9 +184,9 @@ def _network(cls: type[PreTrainedModel], folder: Path, arguments: dict[str, bool
             folder, local_files_only=True, output_loading_info=True, dtype=torch.float32, **(arguments or {})
         )
     except (OSError, RuntimeError) as error:  # no file of weights; or one of another shape
-        raise ValueError(f"backbone {folder}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"backbone {folder}: {str(error).splitlines()[0]}") from error
     if missing := sorted(found["missing_keys"]):  # transformers fills them in at random, with a warning
-        raise ValueError(f"backbone {folder}: its weights lack {len(missing)} tensors, such as {missing[0]}")
+        raise UserError(f"backbone {folder}: its weights lack {len(missing)} tensors, such as {missing[0]}")
     return network.requires_grad_(False).eval()
 
 
@@ -193,7 +194,7 @@ def _processor(folder: Path) -> BaseImageProcessor:
     try:
         return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"backbone {folder}: has no preprocessor_config.json that can be used") from error
+        raise UserError(f"backbone {folder}: has no preprocessor_config.json that can be used") from error
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer | None:

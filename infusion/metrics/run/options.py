@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from infusion.sampling.settings import BETA, TAU
+from ldm.util.cli import UserError
 from ldm.util.config import find
 from ldm.util.defaults import POCKET, POCKET_CLIP
 
@@ -58,24 +59,24 @@ class Options:
 
     def __post_init__(self) -> None:
         if not self.metrics:
-            raise ValueError(f"--metrics: name at least one of {', '.join(METRICS)}")
+            raise UserError(f"--metrics: name at least one of {', '.join(METRICS)}")
         if unknown := [name for name in self.metrics if name not in METRICS]:
-            raise ValueError(f"--metrics: there is no `{unknown[0]}`; there are {', '.join(METRICS)}")
+            raise UserError(f"--metrics: there is no `{unknown[0]}`; there are {', '.join(METRICS)}")
         for name in ("samples", "batch_size", "steps", "strata", "resamples"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name}: must be at least 1, not {getattr(self, name)}")
+                raise UserError(f"--{name}: must be at least 1, not {getattr(self, name)}")
         for name in ("steps", "strata"):
             if getattr(self, name) > STEPS:
-                raise ValueError(f"--{name}: must be at most {STEPS}, not {getattr(self, name)}")
+                raise UserError(f"--{name}: must be at most {STEPS}, not {getattr(self, name)}")
         for name in ("scale", "beta", "tau", "strength"):
             if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"--{name}: must be a finite number, not {getattr(self, name)}")
+                raise UserError(f"--{name}: must be a finite number, not {getattr(self, name)}")
         if self.tau <= 0:
-            raise ValueError(f"--tau: must be above 0, not {self.tau}")
+            raise UserError(f"--tau: must be above 0, not {self.tau}")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed: must be from 0 to 2**63 - 1, not {self.seed}")
+            raise UserError(f"--seed: must be from 0 to 2**63 - 1, not {self.seed}")
         if "w2" in self.metrics and self.samples < 2:
-            raise ValueError(f"--samples: a distance between clouds (w2) needs at least 2 samples, not {self.samples}")
+            raise UserError(f"--samples: a distance between clouds (w2) needs at least 2 samples, not {self.samples}")
 
     def wants(self, *names: str) -> bool:
         """Whether any of these metrics is asked for."""
@@ -125,17 +126,17 @@ class Tools:
         from infusion.metrics.run.features import TextBackbone
 
         if options.wants("clip_t", "clip_i", "drift", "w2") and self.clip is None:
-            raise ValueError("--clip: name a folder of CLIP (the files of `openai/clip-vit-large-patch14`, say)")
+            raise UserError("--clip: name a folder of CLIP (the files of `openai/clip-vit-large-patch14`, say)")
         if options.wants("clip_t") and not isinstance(self.clip, TextBackbone):
-            raise ValueError(f"--clip: {self.clip.name} encodes no texts, and clip_t needs them: name a CLIP")
+            raise UserError(f"--clip: {self.clip.name} encodes no texts, and clip_t needs them: name a CLIP")
         if options.wants("dino") and self.dino is None:
-            raise ValueError("--dino: name a folder of DINO (the files of `facebook/dino-vits16`, say)")
+            raise UserError("--dino: name a folder of DINO (the files of `facebook/dino-vits16`, say)")
         if options.wants("pres") and self.dino is None and self.clip is None:
-            raise ValueError("--dino: pres needs a folder of DINO, or one of CLIP by --clip")
+            raise UserError("--dino: pres needs a folder of DINO, or one of CLIP by --clip")
         if options.wants("div") and self.lpips is None and self.dino is None and self.clip is None:
-            raise ValueError("--lpips: div needs AlexNet's weights, or a folder by --dino or --clip")
+            raise UserError("--lpips: div needs AlexNet's weights, or a folder by --dino or --clip")
         if options.wants("lfd") and self.clipseg is None:
-            raise ValueError("--clipseg: lfd needs CLIPSeg, which finds the concept's region")
+            raise UserError("--clipseg: lfd needs CLIPSeg, which finds the concept's region")
 
     def backbone(self, name: str) -> "Backbone":
         """`clip` or `dino`."""
@@ -148,7 +149,7 @@ def identity(spec: str | Path) -> str:
 
     path = find(POCKET_CLIP if str(spec) == POCKET else spec)
     if not path.exists():
-        raise ValueError(f"{spec}: no such file")
+        raise UserError(f"{spec}: no such file")
     if path.is_dir():
         tensors = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
         return "+".join(sha256(file) for file in (*sorted(path.glob("*.json")), *tensors))

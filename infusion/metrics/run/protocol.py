@@ -18,7 +18,7 @@ from typing import Self
 
 from omegaconf import OmegaConf
 
-from ldm.util.cli import suggestion
+from ldm.util.cli import UserError, suggestion
 from ldm.util.config import ROOT, ConfigError, find, load_config
 from ldm.util.templates import PLACEHOLDER, fill
 
@@ -96,7 +96,7 @@ class Protocol:
         row = next((row for row in self.kin if superclass in row), self.others)
         nouns = tuple(noun for noun in self.nouns or row if noun != superclass)
         if not nouns:
-            raise ValueError(f"--neighbours: name nouns beside {superclass!r}; the protocol has none for it")
+            raise UserError(f"--neighbours: name nouns beside {superclass!r}; the protocol has none for it")
         return nouns
 
     def prompts(self, group: str, superclass: str) -> list[str]:

@@ -26,6 +26,7 @@ from infusion.sampling.settings import Settings
 from ldm.diffusion.sampler import Denoiser
 from ldm.models.autoencoder import coverage
 from ldm.pipeline import StableDiffusion
+from ldm.util.cli import UserError
 from ldm.util.templates import fill
 
 OUTSIDE = 0.25  # share of a place of the latents that a mask covers; below it the place is outside
@@ -80,7 +81,7 @@ class Stages:
                 how = {"steps": self.options.steps, "sampler": self.options.sampler}
                 latents = self.sd.draw_latents(denoise, group.seeds(rows), **how)
             if odd := [row for row, drawn in zip(rows, latents, strict=True) if not drawn.isfinite().all()]:
-                raise ValueError(
+                raise UserError(
                     f"{group.templates(odd)[0]!r}, seed {group.seeds(odd)[0]}: the sample has numbers that are not "
                     "finite; measure with --precision full, or another concept"
                 )

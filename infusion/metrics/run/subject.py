@@ -14,6 +14,7 @@ from infusion.concepts.concept import Concept
 from infusion.gate import IDENTITY
 from infusion.methods import method_of
 from infusion.sampling.png import hashes
+from ldm.util.cli import UserError
 from ldm.util.config import find
 
 LONGEST = 4096  # characters of a name in a report
@@ -115,7 +116,7 @@ class Subject:
     def with_photos(self, photos: Tensor, folder: str = "") -> Self:
         """The same with photos (P, 3, H, W) in [0, 1]; raises ValueError for fewer than 2."""
         if len(photos) < 2:
-            raise ValueError(f"--images: {folder or 'these'} are fewer than 2 photos, too few for a ceiling")
+            raise UserError(f"--images: {folder or 'these'} are fewer than 2 photos, too few for a ceiling")
         return replace(self, photos=photos, photos_from=folder)
 
 
@@ -130,7 +131,7 @@ def concept_files(path: str | Path) -> list[Path]:
         return [found]
     files = sorted((found / "models").glob(RUN))
     if not files:
-        raise ValueError(f"--personalized_ckpt: {path} is a folder without models/{RUN}, so no run of main.py")
+        raise UserError(f"--personalized_ckpt: {path} is a folder without models/{RUN}, so no run of main.py")
     return files
 
 
@@ -145,16 +146,16 @@ def load_subjects(
     """
     for flag, given in (("labels", labels), ("groups", groups)):
         if given is not None and len(given) != len(paths):
-            raise ValueError(f"--{flag}: {len(given)} for {len(paths)} of --personalized_ckpt; give one for each")
+            raise UserError(f"--{flag}: {len(given)} for {len(paths)} of --personalized_ckpt; give one for each")
     names = [_name(find(path)) for path in paths] if labels is None else list(labels)
     if double := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"--labels: two are called {double[0]!r}; give each a name of its own")
+        raise UserError(f"--labels: two are called {double[0]!r}; give each a name of its own")
     groups = [""] * len(paths) if groups is None else groups
     for flag, words in {"personalized_ckpt": paths, "labels": names, "groups": groups}.items():
         for word in words:
             if not word.isprintable() or len(word) > LONGEST:
                 advice = "give it another by --labels" if flag == "labels" else "name it otherwise"
-                raise ValueError(f"--{flag}: a report cannot show the name {word[:80]!a}: {advice}")
+                raise UserError(f"--{flag}: a report cannot show the name {word[:80]!a}: {advice}")
     return [
         Subject(name, tuple(Checkpoint.load(file) for file in concept_files(path)), group=group)
         for name, path, group in zip(names, paths, groups, strict=True)

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from omegaconf import OmegaConf
 
 from infusion.metrics.run.protocol import FOLDER, Protocol
-from ldm.util.cli import suggestion
+from ldm.util.cli import UserError, suggestion
 from ldm.util.config import ROOT, find
 
 DREAMBOOTH = ROOT / "data" / "dreambooth"
@@ -120,24 +120,24 @@ def custom_concept_101(path: str | Path, subjects: Sequence[str] | None = None) 
 def _chosen(known: list[str], wanted: Sequence[str] | None, where: str) -> list[str]:
     names = known if wanted is None else list(wanted)
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{where} has no subject `{unknown[0]}`{suggestion(unknown[0], known)}")
+        raise UserError(f"{where} has no subject `{unknown[0]}`{suggestion(unknown[0], known)}")
     if double := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"the subject {double[0]} is named twice")
+        raise UserError(f"the subject {double[0]} is named twice")
     return names
 
 
 def _folder(path: str | Path) -> Path:
     folder = find(path)
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {path}: name the one that has a folder of photos for each subject")
+        raise UserError(f"there is no folder {path}: name the one that has a folder of photos for each subject")
     return folder
 
 
 def _photos(folder: Path, name: str) -> Path:
     if not folder.is_dir():
-        raise ValueError(f"{name}: there is no folder {folder} for its photos; fetch them, or name other subjects")
+        raise UserError(f"{name}: there is no folder {folder} for its photos; fetch them, or name other subjects")
     if not any(folder.iterdir()):
-        raise ValueError(f"{name}: {folder} holds no photo")
+        raise UserError(f"{name}: {folder} holds no photo")
     return folder
 
 
@@ -146,22 +146,22 @@ def _entries(file: Path) -> dict[str, dict[str, str]]:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"there is no file {file}: name CustomConcept101's {DATASET}, or its folder") from error
+        raise UserError(f"there is no file {file}: name CustomConcept101's {DATASET}, or its folder") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON: {error}") from error
+        raise UserError(f"{file}: cannot be read as JSON: {error}") from error
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{file}: a list of subjects is wanted, as in CustomConcept101's {DATASET}")
+        raise UserError(f"{file}: a list of subjects is wanted, as in CustomConcept101's {DATASET}")
     found: dict[str, dict[str, str]] = {}
     for place, entry in enumerate(entries):
         for key in FIELDS:
             value = entry.get(key) if isinstance(entry, dict) else None
             if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"{file}: [{place}] has no `{key}`, as every subject of {DATASET} has")
+                raise UserError(f"{file}: [{place}] has no `{key}`, as every subject of {DATASET} has")
             if not value.isprintable() or (key != FIELDS[0] and not _within(PurePosixPath(value))):
-                raise ValueError(f"{file}: [{place}] has the `{key}` {value[:80]!r}, which is no name beside {DATASET}")
+                raise UserError(f"{file}: [{place}] has the `{key}` {value[:80]!r}, which is no name beside {DATASET}")
         name = PurePosixPath(entry["instance_data_dir"]).name
         if name in found:
-            raise ValueError(f"{file}: [{place}] is a second subject called {name}")
+            raise UserError(f"{file}: [{place}] is a second subject called {name}")
         found[name] = entry
     return found
 
@@ -175,10 +175,10 @@ def _prompts(file: Path) -> tuple[str, ...]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read as text: {error}") from error
+        raise UserError(f"{file}: cannot be read as text: {error}") from error
     prompts = tuple(dict.fromkeys(line for line in lines if line))
     if not prompts:
-        raise ValueError(f"{file}: holds no prompt")
+        raise UserError(f"{file}: holds no prompt")
     if odd := [prompt for prompt in prompts if prompt.count("{}") != 1]:
-        raise ValueError(f"{file}: the prompt {odd[0]!r} has not one {{}} for the concept")
+        raise UserError(f"{file}: the prompt {odd[0]!r} has not one {{}} for the concept")
     return prompts
