@@ -1,4 +1,4 @@
-"""Measures the method on this machine: its cost beside the base model, diffusers and the released design.
+"""Measures the method on this machine: its cost beside the base model and diffusers.
 
 python scripts/benchmark.py --size sd15 --json outputs/benchmark.json
 """
@@ -12,8 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.util.cli import Parser, UserError, batch, count, find_device, report, words
-from scripts.benchmarks.settings import MEANS, MEMORY, PRECISIONS, RATIOS, SIZES, TIMED, Settings, choose
+from ldm.util.errors import Parser, UserError, report
+from ldm.util.flags import batch, count, find_device, words
+from scripts.benchmarks.settings import MEMORY, PRECISIONS, RATIOS, SIZES, TIMED, Settings, choose
 
 LATENT = 32  # on a CPU
 REPEATS = {"cpu": 5, "cuda": 20}
@@ -22,9 +23,8 @@ REPEATS = {"cpu": 5, "cuda": 20}
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     usual = Settings()
     parser = Parser(
-        description="Measures the method's cost beside the base model, diffusers and the released design; "
-        "all weights are random, so no file is needed.",
-        epilog=f"Cases: {', '.join((*TIMED, *MEMORY))}. Ratios: {', '.join(RATIOS)}. means: {', '.join(MEANS)}.",
+        description="Measures the method's cost beside the base model and diffusers; all weights are random.",
+        epilog=f"Cases: {', '.join((*TIMED, *MEMORY))}. Ratios: {', '.join(RATIOS)}.",
     )
     add = parser.add_argument
     add("--device", help="cpu, or cuda with or without an index; auto: CUDA where there is some", default="auto")
@@ -34,10 +34,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--precision", choices=PRECISIONS, help="of the UNet", default=usual.precision)
     add("--compile", action="store_true", help="compile the UNets, also those that are compared with")
     add("--repeats", type=count, metavar="N", help=f"rounds; None: {REPEATS['cpu']}, on CUDA {REPEATS['cuda']}")
-    add("--only", type=words, metavar="CASE[,CASE]", help="cases, ratios, or means; None: all but means")
+    add("--only", type=words, metavar="CASE[,CASE]", help="cases, or ratios; None: all but load")
     add("--json", metavar="FILE", help="gets everything that was measured")
     flags = parser.parse_args(arguments)
-    flags.chosen = choose(flags.only, flags.compile)
+    flags.chosen = choose(flags.only)
     if flags.json:
         check_target(Path(flags.json))
     return flags
@@ -49,7 +49,7 @@ def settle(flags: argparse.Namespace) -> Settings:
     Raises:
         UserError: a device that cannot be used, or latents that the UNet cannot halve as often as it needs.
     """
-    from scripts.benchmarks.model import sides  # after the flags: it takes seconds
+    from scripts.benchmarks.cases import sides  # after the flags: it takes seconds
 
     device = find_device(flags.device)
     if device.type not in REPEATS:
@@ -76,14 +76,9 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parse(arguments)
     settings = settle(flags)
     from ldm.util.files import write
-    from scripts.benchmarks.memory import measurable  # after the flags: these take seconds
-    from scripts.benchmarks.run import benchmark, check_compiler
-    from scripts.benchmarks.table import table
+    from scripts.benchmarks.measure import benchmark, measurable, table  # after the flags: it takes seconds
 
-    device = find_device(settings.device)
-    chosen = measurable(flags.chosen, flags.only is not None, device)
-    if settings.compile:
-        check_compiler(device)
+    chosen = measurable(flags.chosen, flags.only is not None, find_device(settings.device))
     command = shlex.join(["python", "scripts/benchmark.py", *(sys.argv[1:] if arguments is None else arguments)])
     result = benchmark(settings, chosen, command, progress=True)
     print(table(result))
