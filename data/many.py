@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,21 +24,12 @@ class ConceptEntry:
         superclass: the noun of what it is one of.
         data_root: folder of its photos, as for `ConceptImages`.
         flip_p: chance of the mirror image; None is that of all concepts.
-
-    Raises:
-        ValueError: another name, or no superclass.
     """
 
     name: str
     superclass: str
     data_root: str
     flip_p: float | None = None
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w-]+", self.name):
-            raise UserError(f"name: it names a folder, so letters, digits, - and _ make it, not {self.name!r}")
-        if not self.superclass.strip():
-            raise UserError("superclass: the noun of what the concept is one of is wanted")
 
 
 def entries(concepts: Sequence[Mapping[str, Any]]) -> list[ConceptEntry]:
@@ -50,19 +40,18 @@ def entries(concepts: Sequence[Mapping[str, Any]]) -> list[ConceptEntry]:
     """
     if isinstance(concepts, str) or not concepts:
         raise UserError("concepts: a list is wanted, such as [{name: cat, superclass: cat, data_root: photos/cat}]")
-    found: list[ConceptEntry] = []
+    found: dict[str, ConceptEntry] = {}
     for place, given in enumerate(concepts):
         check_params(ConceptEntry, given, f"concepts.{place}")
-        with of_concept(str(place)):
-            found.append(ConceptEntry(**given))
-        if found[-1].name in [entry.name for entry in found[:-1]]:
-            raise UserError(f"concepts.{place}.name: there is another {found[-1].name!r}: their files would collide")
-    return found
-
-
-def of_concept(name: str) -> AbstractContextManager[None]:
-    """Names the concept in a ValueError from inside the `with`."""
-    return naming(f"concepts.{name}")
+        entry = ConceptEntry(**given)
+        if not re.fullmatch(r"[\w-]+", entry.name):
+            raise UserError(f"concepts.{place}.name: {entry.name!r} names no folder: use letters, digits, - and _")
+        if not entry.superclass.strip():
+            raise UserError(f"concepts.{place}.superclass: name what the concept is, such as cat")
+        if entry.name in found:
+            raise UserError(f"concepts.{place}.name: there is another {entry.name!r}: their files would collide")
+        found[entry.name] = entry
+    return list(found.values())
 
 
 class ManyConcepts(pl.LightningDataModule):
@@ -93,7 +82,7 @@ class ManyConcepts(pl.LightningDataModule):
         self.parts: dict[str, ConceptData] = {}
         for entry in entries(concepts):
             own = flip_p if entry.flip_p is None else entry.flip_p
-            with of_concept(entry.name):
+            with naming(f"concepts.{entry.name}"):
                 images = ConceptImages(entry.data_root, image_size, entry.superclass, mask)
                 self.parts[entry.name] = ConceptData(images, batch_size, templates, own, seed)
 
@@ -101,7 +90,7 @@ class ManyConcepts(pl.LightningDataModule):
         """Reports and encodes the photos of every concept; raises ValueError as `ConceptData.setup` does."""
         for name, part in self.parts.items():
             part.trainer = self.trainer
-            with of_concept(name):
+            with naming(f"concepts.{name}"):
                 part.setup(stage)
 
     def train_dataloader(self) -> dict[str, DataLoader]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infusion.attention import CustomisedPass, EditedCrossAttention, FoundationPass, Tape, residual_share
+from infusion.attention import CustomisedPass, EditedCrossAttention, FoundationPass, Tape
 from infusion.concepts.concept import Concept
 from infusion.covariance import InverseCovariance
 from infusion.deltas import as_parameter
@@ -124,18 +124,14 @@ class ManyTrainer(Learner):
 
     def training_step(self, batch: Mapping[str, Mapping[str, Any]], batch_idx: int) -> Tensor:
         """`Σ_k` of the concepts' losses; logs each, and their mean as `train/loss`."""
-        tape: Tape = {}
-        losses = self.losses(batch, batch_idx, tape)
-        sizes = self._sizes(batch)
+        losses, rows = self.losses(batch, batch_idx), sum(self._sizes(batch))
         total = torch.stack(list(losses.values())).sum()
-        self.log("train/loss", total / len(losses), prog_bar=True, batch_size=sum(sizes))
-        self.log_dict({f"loss/{name}": loss for name, loss in losses.items()}, batch_size=sum(sizes))
-        if self.parts[0].logs_now:
-            self.log_dict({f"share/{name}": s for name, s in self.shares(tape, sizes).items()}, batch_size=sum(sizes))
+        self.log("train/loss", total / len(losses), prog_bar=True, batch_size=rows)
+        self.log_dict({f"loss/{name}": loss for name, loss in losses.items()}, batch_size=rows)
         return total
 
-    def losses(self, batch: Mapping[str, Mapping[str, Any]], batch_idx: int, tape: Tape) -> dict[str, Tensor]:
-        """The masked loss of each concept by name, from one pass over the rows of all; fills the tape."""
+    def losses(self, batch: Mapping[str, Mapping[str, Any]], batch_idx: int) -> dict[str, Tensor]:
+        """The masked loss of each concept by name, from one pass over the rows of all."""
         sizes, schedule = self._sizes(batch), self.sd.schedule
         latents = torch.cat([batch[name]["latents"] for name in self.names])  # (ΣB, 4, h, w)
         own = zip(self.parts, latents.split(sizes), strict=True)
@@ -145,40 +141,16 @@ class ManyTrainer(Learner):
         text, gates = (torch.cat(rows) for rows in zip(*encoded, strict=True))  # (ΣB, L, D), (ΣB, 1, L)
         noisy = schedule.add_noise(latents, noise, timesteps).to(text.dtype)
         chosen = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(latents.device)  # (ΣB,)
-        prediction = self.predict(noisy, timesteps, text, gates, chosen, tape).split(sizes)
+        tape: Tape = {}
+        with torch.no_grad():
+            self.sd.unet(noisy, timesteps, FoundationPass(text, gates, tape))
+        own_residual = BankPass(text, tape, torch.ones(1, device=noisy.device), chosen)
+        prediction = self.sd.unet(noisy, timesteps, own_residual).split(sizes)
         target = schedule.target(latents, noise, timesteps).split(sizes)
         return {
             name: masked_loss(prediction[k], target[k], batch[name].get("mask"), self.normalise_loss)
             for k, name in enumerate(self.names)
         }
-
-    def predict(
-        self, latents: Tensor, timesteps: Tensor, text: Tensor, gates: Tensor, chosen: Tensor, tape: Tape
-    ) -> Tensor:
-        """The customised stream's prediction, each row's with its own concept; the foundation stream has no gradients.
-
-        Args:
-            latents: noisy, (B, 4, h, w). timesteps: (B,). text: (B, L, D).
-            gates: (B, 1, L), each row's for its own concept.
-            chosen: (B,) int64, the concept of each row.
-            tape: empty; left with the attention of every layer.
-
-        Returns:
-            (B, 4, h, w) in the model's own prediction type.
-        """
-        with torch.no_grad():
-            self.sd.unet(latents, timesteps, FoundationPass(text, gates, tape))
-        ones = torch.ones(1, device=latents.device)
-        return self.sd.unet(latents, timesteps, BankPass(text, tape, ones, chosen))
-
-    def shares(self, tape: Tape, sizes: Sequence[int]) -> dict[str, Tensor]:
-        """As `ConceptTrainer.shares`, averaged over the rows of all concepts, of which there are `sizes`."""
-        shares = {}
-        for name, bank in self.tensors.items():
-            out, mass = (taped.split(list(sizes)) for taped in tape[name])
-            own = [residual_share(out[k], mass[k], bank[k : k + 1]) for k in range(len(sizes))]
-            shares[name] = torch.cat(own).mean()
-        return shares
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(list(self.tensors.values()), lr=self.learning_rate, weight_decay=self.weight_decay)

@@ -63,8 +63,8 @@ CAT = {"name": "cat", "superclass": "cat", "data_root": "x"}
         ([{"name": "cat", "data_root": "x"}], r"concepts\.0: .*`superclass`"),
         ([{**CAT, "name": 3}], r"concepts\.0\.name: .*wants str"),
         ([{**CAT, "flip_p": "often"}], r"concepts\.0\.flip_p"),
-        ([{**CAT, "name": "../cat"}], r"concepts\.0: name: .*folder"),
-        ([{**CAT, "superclass": " "}], r"concepts\.0: superclass"),
+        ([{**CAT, "name": "../cat"}], r"concepts\.0\.name: .*folder"),
+        ([{**CAT, "superclass": " "}], r"concepts\.0\.superclass"),
         ([CAT, {**CAT, "superclass": "dog"}], r"concepts\.1\.name: there is another 'cat'"),
     ],
 )
