@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -194,7 +195,7 @@ def to_square(image: Image.Image, size: int) -> Tensor:
     """The largest centred square of an image, resized: (C, size, size) float32, in the image's own range."""
     method = Image.Resampling.BILINEAR if image.mode == "F" else Image.Resampling.LANCZOS
     pixels = np.asarray(ImageOps.fit(image, (size, size), method), dtype=np.float32)
-    return torch.from_numpy(pixels.reshape(size, size, -1).copy()).permute(2, 0, 1)
+    return rearrange(torch.from_numpy(pixels.copy()), "h w -> 1 h w" if pixels.ndim == 2 else "h w c -> c h w")
 
 
 def _mask(path: Path, image: Image.Image, size: int, superclass: str) -> Tensor:

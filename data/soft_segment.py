@@ -170,11 +170,12 @@ def to_tensor(path: Path) -> "Tensor":
     """A photo, upright, as (1, 3, H, W) in [0, 1]."""
     import numpy as np
     import torch
+    from einops import rearrange
 
     from data.dataset import over_white, read_image
 
     pixels = np.asarray(over_white(read_image(path)), dtype=np.float32) / 255
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    return rearrange(torch.from_numpy(pixels), "h w c -> 1 c h w")
 
 
 def read_kept(path: Path) -> "Tensor":

@@ -8,11 +8,11 @@ something: so each image has two, of which most name what it shows, and some a s
 from collections.abc import Iterator
 from dataclasses import replace
 
+import kornia.augmentation as K
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from data.pocket.world import NOUNS, SIZE, Scene, World, caption, draw_scene
@@ -21,6 +21,26 @@ from ldm.util.templates import fill
 
 RECOLOURED, TEXTURED, BENT = 0.4, 0.5, 0.5  # share of objects, of objects, of images
 PAIRED, DESCRIBED = 0.5, 0.25  # share of images with two objects, of captions among the prompts
+
+
+BENDING = nn.Sequential(
+    K.RandomHorizontalFlip(p=0.5),
+    K.RandomAffine(degrees=15, translate=(0.08, 0.08), scale=(0.8, 1.25), shear=12, padding_mode="reflection", p=1),
+    K.RandomElasticTransform((33, 33), (8, 8), (3, 3), padding_mode="reflection", p=1),
+)
+PERTURBING = nn.Sequential(
+    K.RandomGaussianBlur((3, 3), (0.3, 1.0), p=0.6),
+    K.RandomBrightness((0.9, 1.1), p=1),
+    K.RandomRGBShift(0.08, 0.08, 0.08, p=1),
+    K.RandomGaussianNoise(std=0.02, p=0.6),
+)
+
+
+def augment(augmentation: nn.Module, images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Images (B, C, 64, 64) under an augmentation of kornia's, whose draws depend on `rng` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng.integers(2**63)))
+        return augmentation(images)
 
 
 def random(rng: np.random.Generator, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -66,27 +86,16 @@ def repaint(images: Tensor, masks: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def bend(images: Tensor, masks: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Images and masks with a mirror, a shear, another size and a smooth swirl, the same for both."""
-    count = len(images)
-    theta = torch.eye(2) + random(rng, (count, 2, 2), -0.25, 0.25)
-    theta = theta * torch.where(random(rng, (count, 1, 1)) < 0.5, torch.tensor([-1.0, 1.0]), 1.0)  # mirrors some
-    theta = torch.cat([theta, random(rng, (count, 2, 1), -0.15, 0.15)], 2)  # (B, 2, 3)
-    flow = F.affine_grid(theta, images.shape, align_corners=False)  # (B, 64, 64, 2)
-    swirl = F.interpolate(random(rng, (count, 2, 4, 4), -0.12, 0.12), (SIZE, SIZE), mode="bicubic")
-    flow = flow + swirl.permute(0, 2, 3, 1)
-    both = F.grid_sample(torch.cat([images, masks], 1), flow, padding_mode="reflection", align_corners=False)
-    chosen = random(rng, (count, 1, 1, 1)) < BENT
-    return torch.where(chosen, both[:, :3], images), torch.where(chosen, both[:, 3:], masks)
+    """Some images and their masks, the same for both, with a mirror, a shear, another size and a smooth swirl."""
+    both = torch.cat([images, masks], 1)
+    chosen = random(rng, (len(images), 1, 1, 1)) < BENT
+    both = torch.where(chosen, augment(BENDING, both, rng), both)
+    return both[:, :3], both[:, 3:]
 
 
 def perturb(images: Tensor, rng: np.random.Generator) -> Tensor:
     """Blur, noise and another exposure, as a decoder or a camera has them."""
-    count = len(images)
-    blurred = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
-    images = images + random(rng, (count, 1, 1, 1), -0.5, 0.9).clamp(min=0) * (blurred - images)
-    images = images * random(rng, (count, 3, 1, 1), 0.85, 1.15) + random(rng, (count, 1, 1, 1), -0.08, 0.08)
-    noise = torch.from_numpy(rng.standard_normal(images.shape, dtype=np.float32))
-    return (images + random(rng, (count, 1, 1, 1), -0.03, 0.04).clamp(min=0) * noise).clamp(0, 1)
+    return augment(PERTURBING, images, rng).clamp(0, 1)
 
 
 class PromptedBatches(IterableDataset):

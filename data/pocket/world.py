@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -136,10 +137,8 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, keep: float = 
 def load_atlas(path: Path = ATLAS) -> Tensor:
     """Sprites as premultiplied RGBA in [0, 1], shape (drawings, nouns, 4, sprite, sprite)."""
     sheet = torch.from_numpy(np.asarray(Image.open(path).convert("RGBA")).copy()).float().div_(255)  # (3 S, nouns S, 4)
-    side = sheet.shape[0] // len(DRAWINGS)
-    sprites = (
-        sheet.unflatten(0, (len(DRAWINGS), side)).unflatten(2, (len(NOUNS), side)).permute(0, 2, 4, 1, 3).contiguous()
-    )
+    count = {"drawing": len(DRAWINGS), "noun": len(NOUNS)}
+    sprites = rearrange(sheet, "(drawing h) (noun w) c -> drawing noun c h w", **count).contiguous()
     sprites[:, :, :3] *= sprites[:, :, 3:]
     return sprites
 
@@ -232,4 +231,4 @@ class World:
 
 def to_images(images: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [0, 1] -> PIL images."""
-    return [Image.fromarray(image) for image in images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()]
+    return [Image.fromarray(image) for image in rearrange(images.mul(255).round().byte(), "b c h w -> b h w c").numpy()]

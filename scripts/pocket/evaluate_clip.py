@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from data.pocket.world import CHOICES, World, caption, draw_scene
 from ldm.models.clip import Clip
@@ -29,7 +30,7 @@ def accuracy(clip: Clip, count: int, seed: int = 0) -> dict[str, float]:
     found = {}
     for part, words in CHOICES.items():
         captions = [caption(replace(scene, **{part: word})) for scene in scenes for word in words]
-        texts = clip.text_features(captions).unflatten(0, (count, len(words)))  # (B, words, F)
+        texts = rearrange(clip.text_features(captions), "(b words) f -> b words f", b=count)
         nearest = torch.einsum("bwf,bf->bw", texts, images).argmax(1).tolist()
         hits = [words[i] == getattr(scene, part) for i, scene in zip(nearest, scenes, strict=True)]
         found[part] = round(sum(hits) / count, 4)
