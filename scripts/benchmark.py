@@ -12,8 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.util.errors import Parser, UserError, report
-from ldm.util.flags import batch, count, find_device, words
+from ldm.util.cli import Parser, UserError, batch, count, find_device, report, words
 from scripts.benchmarks.settings import MEMORY, PRECISIONS, RATIOS, SIZES, TIMED, Settings, choose
 
 LATENT = 32  # on a CPU

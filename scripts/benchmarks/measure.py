@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from infusion.concepts.concept import now
 from ldm.pipeline import StableDiffusion, half_precision
-from ldm.util.errors import UserError
+from ldm.util.cli import UserError
 from scripts.benchmarks.cases import CASES, DTYPES, NOUNS, SCALE, STEPS, build_model
 from scripts.benchmarks.settings import GROUPS, MEMORY, RATIOS, TIMED, Settings
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ldm.util.cli import UserError
 from ldm.util.config import ROOT
-from ldm.util.errors import UserError
 from scripts.benchmarks import measure
 from scripts.benchmarks.measure import benchmark, measurable, peak_here, ratio, summarise, table, take_turns, warm_up
 from scripts.benchmarks.settings import MEMORY, TIMED, Settings, choose
@@ -26,7 +26,7 @@ from scripts.benchmarks.settings import Settings
 def spike(mebibytes):
     return torch.ones(mebibytes * 2**20 // 4)
 
-def build(settings):
+def instantiate(settings):
     spike(300)
     return SimpleNamespace(device=torch.device("cpu"), weights=spike(30))
 
