@@ -20,7 +20,11 @@ FORBIDDEN = {
 WANTED = {"torch.load": ("weights_only", True)}  # call -> keyword that it must have
 NEVER = {"shell": True, "trust_remote_code": True, "allow_pickle": True, "weights_only": False}
 SAVES = "trainer.save_checkpoint"  # whose weights_only is about what is written
-DYNAMIC = {"ldm/util/config.py", "infusion/methods/__init__.py"}  # import by name: from a few packages, from this one
+DYNAMIC = {  # import by a name out of a list, or from a few packages
+    "ldm/util/config.py",
+    "infusion/__init__.py",
+    "infusion/methods/__init__.py",
+}
 
 
 def third_party(file: Path) -> set[str]:

@@ -78,11 +78,12 @@ class Customised:
         for edits in self.edits.values():
             edits.to(sd.device)  # a concept lies on the CPU
         self.strengths = torch.tensor(strengths, dtype=torch.float32, device=sd.device)[self.owners]  # (R,)
-        self._stack = ExitStack()
 
     def __enter__(self) -> "Customised":
-        self._stack.enter_context(edited(self.sd.unet, self.edits))
-        self._stack.enter_context(weights_edited(self.sd.unet, self.changes))
+        with ExitStack() as stack:
+            stack.enter_context(edited(self.sd.unet, self.edits))
+            stack.enter_context(weights_edited(self.sd.unet, self.changes))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
