@@ -7,17 +7,12 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import pytorch_lightning as pl
-import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from ldm.pipeline import StableDiffusion
-from ldm.training.setup import Training, make_trainer, quiet, read_config, summarise
-from ldm.util import run
-from ldm.util.cli import Parser, UserError, count, report, suggestion
-from ldm.util.config import ConfigError, find, instantiate
-from ldm.util.defaults import PREFIXES
-from ldm.util.dist import leave
+from ldm.training.config import Training, check_inputs, check_nodes, read_config
+from ldm.util.cli import Parser, count, report
+from ldm.util.config import instantiate
+from ldm.util.folders import folder_of, requeued
 
 DEVICES = ("gpus", "devices", "num_nodes", "strategy")  # flags that a resumed run is given anew
 
@@ -41,7 +36,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     flags, rest = parser.parse_known_args(arguments)
     flags.overrides = [word for word in flags.base + rest if "=" in word and not Path(word).is_file()]
     flags.base = [word for word in flags.base if word not in flags.overrides]
-    if run.requeued(flags.logdir):
+    if requeued(flags.logdir):
         flags.resume, flags.base, flags.overrides = flags.logdir, [], []
         flags.logdir = flags.name = flags.seed = None
     for word in rest:
@@ -59,39 +54,6 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     return flags
 
 
-def build_model(config: DictConfig, meta: bool = False) -> pl.LightningModule:
-    """The model; its `sd` gets its weights before the model changes anything in it. With `meta`, nothing has values."""
-    node = (config.model.get("params") or {}).get("sd")
-    if node is None and (config.get("ckpt") or config.get("parts")):
-        raise ConfigError("ckpt: names weights, and model.params has no `sd` to load them into")
-    with torch.device("meta" if meta or config.get("ckpt") else "cpu"):  # a checkpoint brings the values of all tensors
-        if node is None:
-            return instantiate(config.model, "model")
-        sd = instantiate(node, "model.params.sd")
-    sd.config = OmegaConf.to_container(node)
-    if not meta:
-        load_weights(sd, config)
-    sd.cast(getattr(torch, config.get("weights", Training.weights)))
-    return instantiate(config.model, "model", given={"sd": sd})
-
-
-def load_weights(sd: StableDiffusion, config: DictConfig) -> None:
-    """Loads the checkpoint, then the components that have files of their own."""
-    ckpt, parts = config.get("ckpt"), config.get("parts") or {}
-    if unknown := sorted(set(parts) - set(PREFIXES)):
-        raise ConfigError(f"parts.{unknown[0]}: unknown component{suggestion(unknown[0], list(PREFIXES))}")
-    if ckpt is None and config.use_ema:
-        raise ConfigError("use_ema: there is no `ckpt` whose averaged weights it could take")
-    for key, name in {"ckpt": ckpt, **{f"parts.{part}": name for part, name in parts.items()}}.items():
-        if name is not None and not find(name).exists():
-            source = f"get it from {config.ckpt_source} or " if key == "ckpt" and config.get("ckpt_source") else ""
-            raise UserError(f"{key}: there is no file {name}; {source}name another by {key}=FILE")
-    if ckpt is not None:
-        sd.load(find(ckpt), config.use_ema)
-    for part, name in parts.items():
-        sd.load_part(part, find(name))
-
-
 def resume_command(flags: Namespace, folder: Path) -> str:
     """The command that resumes a run, on the same devices."""
     devices = [f"--{name}={getattr(flags, name)}" for name in DEVICES if getattr(flags, name)]
@@ -100,15 +62,26 @@ def resume_command(flags: Namespace, folder: Path) -> str:
 
 @report
 def main() -> None:
-    quiet()
     flags = parse()
     config = read_config(flags)
+    if not flags.summary:
+        check_inputs(config)
+    check_nodes(config)
+
+    import pytorch_lightning as pl  # these take seconds, and mistakes are reported at once
+    import torch
+
+    from ldm.training.setup import build_model, make_trainer, quiet, summarise
+    from ldm.util import run
+    from ldm.util.dist import leave
+
+    quiet()
     if flags.summary:
         print(summarise(build_model(config, meta=True)))
         return
     atexit.register(leave)
     name = flags.name or (Path(flags.base[-1]).stem if flags.base else "")
-    folder = run.folder_of(flags.resume) if flags.resume else run.new_folder(flags.logdir, flags.basedir, name)
+    folder = folder_of(flags.resume) if flags.resume else run.new_folder(flags.logdir, flags.basedir, name)
     state, step = run.resume_state(flags.resume) if flags.resume else (None, 0)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     devices = {name: getattr(flags, name) for name in DEVICES}

@@ -7,6 +7,7 @@ import torch
 import main
 from data.prompts import TEMPLATES
 from ldm.pipeline import StableDiffusion
+from ldm.training import setup
 from ldm.util.config import ConfigError, load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -23,7 +24,7 @@ def read(path: Path, *overrides: str):
 @pytest.mark.parametrize("path", ENTRIES, ids=lambda path: path.stem)
 def test_every_config_builds_on_the_meta_device(path: Path):
     config = read(path)
-    model = main.build_model(config, meta=True)
+    model = setup.build_model(config, meta=True)
     assert any(parameter.requires_grad for parameter in model.parameters())
     if "sd" in config.model.params:
         assert all(parameter.is_meta for parameter in model.sd.text.parameters())
@@ -36,7 +37,7 @@ def test_what_is_named_beside_an_entry_fits_it(path: Path, entry: str):
     config, alone = main.read_config(main.parse(arguments)), read(CONFIGS / f"{entry}.yaml")
     more = set(config.callbacks) - set(alone.callbacks)
     assert more == {{"best": "best", "small_card": "offload"}[path.stem]}
-    assert any(parameter.requires_grad for parameter in main.build_model(config, meta=True).parameters())
+    assert any(parameter.requires_grad for parameter in setup.build_model(config, meta=True).parameters())
 
 
 @pytest.mark.parametrize("path", BACKBONES, ids=lambda path: path.stem)
@@ -51,7 +52,7 @@ def test_every_backbone_builds_and_names_its_file(path: Path):
     ["infusion_custom", "infusion_custom_sd_v2", "infusion_custom_sd_v2_768", "infusion_cat", "infusion_custom_own"],
 )
 def test_infusion_learns_12480_numbers_in_16_layers(name: str):
-    model = main.build_model(read(CONFIGS / f"{name}.yaml"), meta=True)
+    model = setup.build_model(read(CONFIGS / f"{name}.yaml"), meta=True)
     widths = sorted(p.numel() for p in model.parameters() if p.requires_grad)
     assert widths == [320] * 5 + [640] * 5 + [1280] * 6
     assert sum(widths) == 12480
@@ -68,7 +69,7 @@ def test_numbers_that_each_method_learns_on_sd15(method: str, numbers: int):
     files = ("backbone/sd15.yaml", "data/photos.yaml", f"method/{method}.yaml")
     arguments = ["--base", *(str(CONFIGS / file) for file in files), "--summary"]
     config = main.read_config(main.parse(arguments))
-    model = main.build_model(config, meta=True)
+    model = setup.build_model(config, meta=True)
     assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == numbers
 
 
@@ -85,7 +86,7 @@ def test_a_methods_recipe_is_the_same_in_every_order_of_the_files(method: str):
 
 
 def test_residual_keys_double_the_numbers():
-    model = main.build_model(read(CONFIGS / "infusion_custom_own_keys.yaml"), meta=True)
+    model = setup.build_model(read(CONFIGS / "infusion_custom_own_keys.yaml"), meta=True)
     assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == 24960
 
 

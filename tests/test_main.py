@@ -18,6 +18,7 @@ from tensorboard.plugins.hparams import metadata
 
 import main
 from ldm.pipeline import StableDiffusion
+from ldm.training import setup
 from ldm.weights.checkpoint import sha256
 
 ROOT = Path(__file__).parents[1]
@@ -187,7 +188,7 @@ def test_parts_come_from_files_of_their_own(entry, tiny, tmp_path):
     save_file(vae, tmp_path / "vae.safetensors")
     arguments = ["--base", str(entry), f"parts.vae={tmp_path / 'vae.safetensors'}"]
     config = main.read_config(main.parse(arguments))
-    model = main.build_model(config)
+    model = setup.build_model(config)
     expected = StableDiffusion.from_checkpoint(tiny)
     assert all(torch.equal(tensor, vae[name]) for name, tensor in model.sd.vae.state_dict().items())
     assert torch.equal(model.sd.unet.time_embed[0].weight, expected.unet.time_embed[0].weight)

@@ -12,11 +12,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMMANDS = (  # as users type them
     *("main.py", "data/soft_segment.py", "data/estimate_C_inv.py"),
-    *sorted(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py") if path.stem != "compare_forms"),
+    *sorted(
+        f"scripts/{path.name}"
+        for path in (ROOT / "scripts").glob("*.py")
+        if path.stem not in ("compare_forms", "estimate_C_inv")
+    ),
 )
 SLOW = {
     *("torch", "torchvision", "pytorch_lightning", "lightning_fabric", "tensorboard", "torchmetrics"),
-    *("transformers", "diffusers", "open_clip", "kornia", "safetensors", "numpy", "scipy", "matplotlib", "ot"),
+    *("transformers", "diffusers", "open_clip", "kornia", "safetensors", "numpy", "scipy", "matplotlib", "pandas"),
 }
 RUNNER = """
 import contextlib, io, json, runpy, sys

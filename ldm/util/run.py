@@ -29,8 +29,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from ldm.util.cli import UserError
 from ldm.util.files import PARTIAL, holds_work, locked, replacing, write
+from ldm.util.folders import CONFIG, STATE, is_run
 
-CONFIG, STATE = "config.yaml", "models/last.ckpt"
 SAVE = getattr(signal, "SIGUSR1", None)  # which Windows has not
 logger = logging.getLogger(__name__)
 
@@ -49,22 +49,6 @@ def new_folder(logdir: str | None, basedir: str, name: str) -> Path:
     if (holds_work(folder) and not rank_zero_only.rank) or (folder.exists() and not folder.is_dir()):
         raise UserError(f"--logdir: {folder} exists already; resume it by --resume {folder}, or name another")
     return folder
-
-
-def is_run(folder: str | Path) -> bool:
-    """Whether a run has begun in a folder."""
-    return (Path(folder) / CONFIG).is_file()
-
-
-def requeued(logdir: str | None) -> bool:
-    """Whether SLURM has started the same command once more, for a run that has begun in `logdir`."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and logdir is not None and is_run(logdir)
-
-
-def folder_of(resume: str) -> Path:
-    """The run folder, of itself or of a state in it."""
-    named = Path(resume)
-    return named.parent.parent if named.suffix == ".ckpt" else named
 
 
 def resume_state(resume: str) -> tuple[Path | None, int]:

@@ -1,7 +1,7 @@
 """What is measured: each case makes ready, which is not timed, and then does some steps of its work."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,8 @@ from data.prompts import TEMPLATES
 from infusion.concepts.concept import Concept
 from infusion.inject import cross_attention_layers, edited, remove
 from infusion.methods.infusion import Infusion
+from infusion.sampling.customised import Customised
+from infusion.sampling.settings import Settings as Sampling
 from infusion.training.trainer import ConceptTrainer
 from ldm.pipeline import StableDiffusion
 from ldm.util.config import ROOT
@@ -82,17 +84,21 @@ def guided_step(sd: StableDiffusion, settings: Settings, concepts: int) -> Itera
     prompts = [f"a photo of a {', a '.join(slots)}"] * settings.batch
     latents = latents_of(sd, settings)
     timestep = torch.tensor(TIMESTEP, device=latents.device)
-    denoiser = sd.denoiser(prompts, random_concepts(sd, concepts), "", SCALE)
-    with denoiser as denoise, torch.no_grad(), autocast(sd, settings):
+    with ExitStack() as stack, torch.no_grad(), autocast(sd, settings):
+        if concepts:
+            customised = Customised(sd, random_concepts(sd, concepts), Sampling(scale=SCALE))
+            denoise = stack.enter_context(customised)(prompts)
+        else:
+            denoise = sd.guided(prompts, scale=SCALE)
         yield lambda steps: [denoise(latents, timestep) for _ in range(steps)][-1]
 
 
 @contextmanager
 def image(sd: StableDiffusion, settings: Settings) -> Iterator[Run]:
     """Guided images with a concept, from noise to pixels, in so many steps; they are (B, 3, H, W) in [0, 1]."""
-    denoiser = sd.denoiser(["a photo of a {}"] * settings.batch, random_concepts(sd, 1), "", SCALE)
     side, seeds = settings.latent * sd.vae.factor, range(settings.batch)
-    with denoiser as denoise, autocast(sd, settings):
+    with Customised(sd, random_concepts(sd, 1), Sampling(scale=SCALE)) as customised, autocast(sd, settings):
+        denoise = customised(["a photo of a {}"] * settings.batch)
         yield lambda steps: sd.decode(sd.draw_latents(denoise, seeds, steps, height=side, width=side))
 
 

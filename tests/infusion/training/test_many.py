@@ -18,6 +18,7 @@ from infusion.methods.infusion import Infusion
 from infusion.sampling.sample import sample
 from infusion.training.many import ManyTrainer, SaveConcepts
 from infusion.training.trainer import ConceptTrainer
+from ldm.training import setup
 from tests.infusion import conftest
 
 ROOT = Path(__file__).parents[3]
@@ -266,7 +267,7 @@ def read(name: str):
 
 
 def test_the_summary_counts_every_concept_s_numbers():
-    summary = json.loads(main.summarise(main.build_model(read("infusion_many"), meta=True)))
+    summary = json.loads(setup.summarise(setup.build_model(read("infusion_many"), meta=True)))
     assert summary == {"trainable_parameters": 3 * 12_480, "layers": 16, "bytes": 4 * 3 * 12_480}
 
 

@@ -195,17 +195,17 @@ def test_configs_and_callers_may_ask_for_averages(tiny, tmp_path):
 
 
 def test_training_starts_from_averages_and_from_folders(tiny, tmp_path):
-    import main  # not above: it brings in Lightning's Trainer
+    from ldm.training import setup  # not above: it brings in Lightning
 
     sd = StableDiffusion.from_checkpoint(tiny)
     export_diffusers(sd, tmp_path / "diffusers")
     config = OmegaConf.create({"ckpt": str(tmp_path / "diffusers"), "parts": {}, "use_ema": False})
     with torch.device("meta"):
         other = StableDiffusion.from_config(tiny)
-    main.load_weights(other, config)
+    setup.load_weights(other, config)
     assert same(sd, other)
     with pytest.raises(ValueError, match="no averaged weights"):
-        main.load_weights(other, OmegaConf.merge(config, {"use_ema": True}))
+        setup.load_weights(other, OmegaConf.merge(config, {"use_ema": True}))
 
 
 def test_averaged_weights_must_all_be_there(written):
