@@ -134,7 +134,7 @@ def read(file: Path, convert: Converter | None = None, model: ClipSeg | None = N
         return tensors
     try:
         return convert(tensors, model.network.config)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{file}: {error}") from error
 
 

@@ -105,7 +105,7 @@ def read_prompts(flags: argparse.Namespace, settings: Settings) -> list[Job]:
         return read_jobs(content.decode("utf-8-sig"), settings)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--from-file: {flags.from_file} cannot be read as text ({error})") from error
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"--from-file: {flags.from_file}: {error}") from error
 
 
@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags.noun = flags.noun or flags.target_word
     try:
         settings = Settings(**{field.name: getattr(flags, field.name) for field in fields(Settings)})
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"--{error}") from error
     jobs = read_prompts(flags, settings)
     check_words(flags, jobs)

@@ -68,5 +68,5 @@ def read_line(line: str, row: int, settings: Settings) -> Job:
     first = chosen.pop("seed", None)
     try:
         return Job(prompt.strip(), replace(settings, **chosen), first)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"line {row}: {error}") from error

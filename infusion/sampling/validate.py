@@ -79,7 +79,7 @@ def check_sizes(sd: "StableDiffusion", jobs: list[Job]) -> None:
         for flag, size in (("height", (settings.height, None)), ("width", (None, settings.width))):
             try:
                 sd.latent_shape(*size)
-            except ValueError as error:
+            except UserError as error:
                 raise UserError(f"{error} (--{flag})") from error
         if settings.steps >= sd.schedule.timesteps:
             most = sd.schedule.timesteps - 1

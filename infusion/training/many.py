@@ -183,7 +183,7 @@ class SaveConcepts(SaveConcept):
         for one in module.names:
             try:
                 concept = module.concept(one)
-            except ValueError as error:
+            except UserError as error:
                 diverged.append(f"{one}: {error}")
                 continue
             concept.save(folder / one / name)

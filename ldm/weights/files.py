@@ -116,7 +116,7 @@ class TensorFile:
     def _open_pickle(self) -> None:
         content = _unpickle(self.path, legacy=self.format == "legacy pickle")
         if not isinstance(content, Mapping):
-            raise ValueError(f"holds no state dict but a {type(content).__name__}")
+            raise UserError(f"holds no state dict but a {type(content).__name__}")
         self.content = content
         for _ in range(NESTED):
             if isinstance(content.get("state_dict"), Mapping):
@@ -160,21 +160,21 @@ def _format(path: Path) -> str:
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= HEADER:
         return "safetensors"
     found = next((says for start, says in OTHERS.items() if head.lstrip().startswith(start)), None)
-    raise ValueError(found or "neither a safetensors file nor one of torch.save's; is it whole?")
+    raise UserError(found or "neither a safetensors file nor one of torch.save's; is it whole?")
 
 
 def _unpickle(path: Path, legacy: bool) -> Any:
     """What torch.save wrote; tensors of zip archives stay in the file until they are read."""
     if path.suffix == ".safetensors":  # torch.load goes by the ending
-        raise ValueError("a pickle, and no safetensors file: let its name end in .ckpt")
+        raise UserError("a pickle, and no safetensors file: let its name end in .ckpt")
     if not legacy:
         with zipfile.ZipFile(path) as archive:
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                raise ValueError("its records are compressed, as torch.save never does")
+                raise UserError("its records are compressed, as torch.save never does")
     names = _named(path) if legacy else get_unsafe_globals_in_checkpoint(path)
     for name in names:
         if name.startswith(FORBIDDEN):
-            raise ValueError(f"its pickle names {name[:100]!a}, which is no tensor data; nothing of it ran")
+            raise UserError(f"its pickle names {name[:100]!a}, which is no tensor data; nothing of it ran")
     stand_ins = [(DictStandIn if name.endswith(DICTS) else StandIn, name) for name in names]
     with safe_globals(stand_ins):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=not legacy)

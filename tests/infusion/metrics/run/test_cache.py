@@ -87,5 +87,5 @@ def test_files_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match="is damaged .*; delete it"):
         cache.rows("stage", {}, 1, 1, squares([]))
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="is a file"):
+    with pytest.raises(NotADirectoryError, match="Not a directory"):
         Cache(tmp_path / "file").rows("stage", {}, 1, 1, squares([]))
