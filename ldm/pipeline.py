@@ -289,7 +289,7 @@ class StableDiffusion(nn.Module):
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
         if len(seeds) != len(prompts):
-            raise UserError(f"seed: give one, or one for each of {len(prompts)} prompts, not {len(seeds)}")
+            raise ValueError(f"seed: give one, or one for each of {len(prompts)} prompts, not {len(seeds)}")
         if denoiser is None:
             denoiser = partial(self.guided, negative_prompt=negative_prompt, scale=scale)
         size = len(prompts) if batch_size is None else batch_size

@@ -220,7 +220,7 @@ class UNet(nn.Module):
             context = Context(context)
         time = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(latents.dtype))  # (B, time_dim)
         if (self.label_emb is None) != (context.vector is None):
-            raise UserError(f"the context has {'no' if context.vector is None else 'a'} vector, unlike the UNet")
+            raise ValueError(f"the context has {'no' if context.vector is None else 'a'} vector, unlike the UNet")
         if self.label_emb is not None:
             time = time + self.label_emb(context.vector)
         h, skips = latents, []
