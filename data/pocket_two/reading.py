@@ -69,24 +69,23 @@ class TextReading(pl.LightningModule):
         present = torch.stack([presence(words) for words in batch["words"]]).to(whole)
         of_scene = F.binary_cross_entropy_with_logits(whole, present)
 
-        rows, places, things = [], [], []
-        after_rows, after_places, after_nouns = [], [], []
+        at_nouns, at_places = [], []  # (row, place among the tokens, object)
         for i, (ids, words) in enumerate(zip(tokens.tolist(), batch["words"], strict=True)):
             for thing in words.things:
-                at = last_token(ids, self.text.tokenizer.encode(thing.noun))
-                rows.append(i), places.append(at), things.append(thing)
+                at_nouns.append((i, last_token(ids, self.text.tokenizer.encode(thing.noun)), thing))
                 said = PLACE_WORDS[thing.place]
                 if said in batch["captions"][i]:
-                    after_rows.append(i)
-                    after_places.append(last_token(ids, self.text.tokenizer.encode(said)))
-                    after_nouns.append(NOUNS.index(thing.noun))
-        looks = self.looks(encodings[rows, places]).split([len(CHOICES[part]) for part in LOOKS], dim=1)
+                    at_places.append((i, last_token(ids, self.text.tokenizer.encode(said)), thing))
+        rows, places, things = zip(*at_nouns, strict=True)
+        looks = self.looks(encodings[list(rows), list(places)]).split([len(CHOICES[part]) for part in LOOKS], dim=1)
         of_looks = sum(
             F.cross_entropy(logits, labels_of(things, part).to(logits.device))
             for logits, part in zip(looks, LOOKS, strict=True)
         )
-        read = self.nouns(encodings[after_rows, after_places])
-        of_nouns = F.cross_entropy(read, torch.tensor(after_nouns, device=read.device))
+        rows, places, things = zip(*at_places, strict=True)
+        of_nouns = F.cross_entropy(
+            self.nouns(encodings[list(rows), list(places)]), labels_of(things, "noun").to(whole.device)
+        )
         self.log_dict({"train/scene": of_scene, "train/looks": of_looks, "train/nouns": of_nouns}, prog_bar=True)
         return 10 * of_scene + of_looks + of_nouns
 

@@ -8,7 +8,7 @@ from ldm.util.cli import UserError
 LONGEST, WORD = 20_000, 4000  # characters of a filled prompt, and of one word: tokenizing takes the square of it
 PLACEHOLDER = re.compile(r"\{(\d*)\}")  # "{}" for the only concept, "{1}", "{2}" for several
 ARTICLE = re.compile(r"(?<!\w)([Aa])n?(\s+)\Z")  # right before a placeholder
-VOWELS = tuple("aeiou")  # a noun is taken to sound as it is spelt
+VOWEL = re.compile(r"(?!eu|ewe|one\b|u(ni|se|te|ku))[aeiou]|hour|heir|hono|hones", re.IGNORECASE)  # as it is spoken
 
 
 def fill(template: str, nouns: Sequence[str]) -> str:
@@ -30,7 +30,7 @@ def filled_parts(template: str, nouns: Sequence[str]) -> list[str]:
     """Text, noun, text, noun, …, text: what a filled template consists of, with the article that each noun has."""
     parts, last = [], 0
     for match, concept in placeholders(template, len(nouns)):
-        n = "n" if nouns[concept].strip().lower().startswith(VOWELS) else ""
+        n = "n" if VOWEL.match(nouns[concept].strip()) else ""
         parts += [ARTICLE.sub(rf"\1{n}\2", template[last : match.start()]), nouns[concept]]
         last = match.end()
     return [*parts, template[last:]]

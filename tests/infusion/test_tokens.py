@@ -36,6 +36,10 @@ def test_positions(tokenizer, template, noun, expected):
     ("template", "nouns", "prompt"),
     [
         ("a photo of a {}", ["elephant"], "a photo of an elephant"),
+        ("a photo of a {}", ["unicorn"], "a photo of a unicorn"),
+        ("a photo of a {}", ["umbrella"], "a photo of an umbrella"),
+        ("a photo of an {}", ["ukulele"], "a photo of a ukulele"),
+        ("a photo of a {}", ["hourglass"], "a photo of an hourglass"),
         ("A {} and an  {}", ["Owl"], "An Owl and an  Owl"),
         ("an {} on grass", ["cat"], "a cat on grass"),
         ("a photo of a {}", ["sks elephant"], "a photo of a sks elephant"),
