@@ -15,8 +15,9 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from infusion.concepts import FORMS
 from infusion.concepts.base import load_base
-from infusion.concepts.concept import FORMS, Concept
+from infusion.concepts.concept import Concept
 from infusion.covariance import InverseCovariance
 from infusion.sampling.sample import sample
 from infusion.sampling.settings import Settings

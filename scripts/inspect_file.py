@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(description="Prints what a file of tensors, or a diffusers folder, holds as JSON.")
     parser.add_argument("file", metavar="FILE", help="a .safetensors or .ckpt file, or a diffusers folder")
     flags = parser.parse_args(arguments)
-    from infusion.concepts.concept import describe  # after the flags: it takes seconds
+    from infusion.concepts.file import describe  # after the flags: it takes seconds
     from ldm.weights.recognise import inspect
 
     facts = inspect(flags.file)

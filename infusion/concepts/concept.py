@@ -1,37 +1,22 @@
-"""A learned concept and its file: safetensors, one tensor per edited layer, everything else as metadata strings.
-
-The file has three forms: "full" (float32), "half" (float16) and "compact" (`infusion.concepts.compact`);
-docs/concept-file.md.
-"""
+"""A learned concept: its tensors, and what they were learned from."""
 
 import json
 import math
 import os
-import re
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from infusion.concepts import compact, fields
-from infusion.concepts.forms import COMPACT, FORMS
+from infusion.concepts import fields, file
 from infusion.gate import IDENTITY, Gate
-from infusion.tokens import Word
-from ldm.util.cli import UserError
-from ldm.util.files import write
-from ldm.weights.checkpoint import write as write_tensors
+from ldm.util.errors import naming
 
-FORMAT = "infusion-concept"
-VERSION = 1  # of the forms full and half
-NEWEST = compact.VERSION  # that can be read
-STORED = ("F16", "BF16", "F32", "F64", "U8")  # U8: the streams of a compact file
 MODELSPEC_ARCHITECTURES = {
     "sd15": "stable-diffusion-v1",
     "sd21": "stable-diffusion-v2-512",
@@ -47,7 +32,7 @@ def now() -> str:
 
 @dataclass(frozen=True, eq=False)
 class Concept:
-    """What was learned, and what it was learned from.
+    """What was learned, and what it was learned from. Whatever a `Concept` may be can be saved and loaded.
 
     Attributes:
         tensors: name -> float32, what the method learned; of Infusion: layer name -> residual value embedding (C,).
@@ -90,21 +75,23 @@ class Concept:
     def __post_init__(self) -> None:
         fields.check_tensors(self.tensors)
         fields.check_words(self.superclass, self.templates, self.noun)
-        for name in ("architecture", "method", "covariance", *(("base_hash",) if self.base_hash is not None else ())):
-            fields.form(name, getattr(self, name))
-        if self.attention not in fields.ATTENTIONS:
-            raise UserError(f"attention: {fields.shown(self.attention)} is none of {', '.join(fields.ATTENTIONS)}")
+        fields.check_form("architecture", self.architecture, fields.ARCHITECTURE)
+        fields.check_form("method", self.method, fields.NAME)
+        fields.check_form("attention", self.attention, "foundation|own")
+        fields.check_form("covariance", self.covariance, fields.HASH)
+        if self.base_hash is not None:
+            fields.check_form("base_hash", self.base_hash, fields.HASH)
+        for component, digest in self.base_parts.items():
+            fields.check_form("base_parts", component, fields.NAME)
+            fields.check_form(f"base_parts.{component}", digest, fields.HASH)
         fields.check_options(self.options)
-        fields.check_parts(self.base_parts)
-        for name, value in {"beta": self.gate.beta, "tau": self.gate.tau, "learning_rate": self.learning_rate}.items():
-            fields.number(name, value)
-        fields.whole("steps", self.steps)
-        fields.whole("seed", self.seed)
-        fields.text("date", self.date)
+        fields.check_number("beta", self.gate.beta)
+        fields.check_number("tau", self.gate.tau)
+        fields.check_number("learning_rate", self.learning_rate)
+        fields.check_int("steps", self.steps)
+        fields.check_int("seed", self.seed)
+        fields.check_text("date", self.date)
         tensors = {name: tensor.detach().cpu().float().clone() for name, tensor in self.tensors.items()}
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise UserError(f"the concept's tensor {name} is not finite (NaN or infinity): the training diverged")
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "templates", tuple(self.templates))
         object.__setattr__(self, "noun", self.noun.strip() or self.superclass)
@@ -155,11 +142,9 @@ class Concept:
             )
 
     def metadata(self) -> dict[str, str]:
-        """What a file of the forms full and half says beside its tensors."""
+        """What a file says beside its tensors, in any form (docs/concept-file.md)."""
         name = MODELSPEC_ARCHITECTURES.get(self.architecture, self.architecture)
         return {
-            "format": FORMAT,
-            "format_version": str(VERSION),
             "method": self.method,
             "attention": self.attention,
             **({"options": json.dumps(dict(self.options))} if self.options else {}),
@@ -169,7 +154,6 @@ class Concept:
             "beta": str(self.gate.beta),
             "tau": str(self.gate.tau),
             "covariance": self.covariance,
-            "layers": json.dumps(list(self.tensors)),
             "base_architecture": self.architecture,
             "base_sha256": self.base_hash or "",
             **({"base_use_ema": "true"} if self.base_use_ema else {}),
@@ -189,163 +173,51 @@ class Concept:
         }
 
     def save(self, path: str | Path, form: Literal["full", "half", "compact"] = "full") -> None:
-        """Write the file in one go: it is there whole, or not at all. Makes the folder if need be.
-
-        Raises:
-            ValueError: an unknown form, numbers beyond float16's for "half", or too many of them, or too much metadata,
-                for "compact".
-        """
-        path = Path(path)
-        content = self._encoded(form) if form == COMPACT else self._rounded(form)
-        if isinstance(content, bytes):
-            write(path, content)
-        else:
-            write_tensors(path, content, self.metadata())
-
-    def _encoded(self, form: str) -> bytes:
-        metadata = self.metadata() | {"format_version": str(compact.VERSION), "form": form}
-        del metadata["layers"]  # they are in the file's tensor `layers`
-        return compact.encode(self.tensors, metadata)
-
-    def _rounded(self, form: str) -> dict[str, Tensor]:
-        if form not in FORMS:
-            raise UserError(f"the form must be one of {', '.join(FORMS)}, not {form!r}")
-        dtype = torch.float16 if form == "half" else torch.float32
-        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in self.tensors.items()}
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise UserError(f"{name} has numbers that float16 does not reach: choose the form full or compact")
-        return tensors
+        """Write a concept file; raises ValueError as `infusion.concepts.file.write`."""
+        file.write(Path(path), self.tensors, self.metadata(), form)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Concept":
+    def load(cls, path: str | Path) -> Self:
         """Read a concept file of any form.
 
         Raises:
             ValueError: the file is missing, damaged, no concept file, of a newer version, or has unusable contents;
                 the message names the file.
         """
-        tensors, metadata = contents(path)
-        try:
-            return cls._from_metadata(tensors, metadata)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
+        tensors, metadata = file.read(path)
+        with naming(str(path)):
+            try:
+                return cls._from_metadata(tensors, metadata)
+            except KeyError as error:
+                raise ValueError(f"the metadata lacks {error}") from error
 
     @classmethod
-    def _from_metadata(cls, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> "Concept":
-        try:
-            layers = fields.as_strings("layers", metadata["layers"])
-            if tensors and set(layers) != set(tensors):
-                raise UserError("the layers that the metadata lists are not those of the tensors")
-            return cls(
-                tensors={name: tensors[name] for name in layers if name in tensors},
-                superclass=metadata["superclass"],
-                templates=tuple(fields.as_strings("templates", metadata["templates"])),
-                architecture=metadata["base_architecture"],
-                base_hash=metadata["base_sha256"] or None,
-                base_use_ema=fields.as_truth("base_use_ema", metadata.get("base_use_ema", "false")),
-                base_parts=fields.as_parts(metadata.get("base_parts", "{}")),
-                gate=_gate(metadata),
-                covariance=metadata["covariance"],
-                method=metadata["method"],
-                attention=metadata["attention"],
-                options=fields.as_options(metadata.get("options", "{}")),
-                noun=metadata.get("modelspec.trigger_phrase", ""),
-                steps=fields.as_whole("steps", metadata["steps"]),
-                learning_rate=fields.as_number("learning_rate", metadata["learning_rate"]),
-                seed=fields.as_whole("seed", metadata["seed"]),
-                date=metadata["date"],
-            )
-        except KeyError as error:
-            raise UserError(f"the metadata lacks {error}") from error
+    def _from_metadata(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Self:
+        def parsed(name: str, kind: type, default: str | None = None) -> Any:
+            return fields.as_json(name, metadata.get(name, default) if default else metadata[name], kind)
 
-
-def contents(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Layer name -> numbers as stored, and the metadata, of a concept file of any form.
-
-    A compact file's are decoded: its numbers are float32, and its metadata list the layers.
-
-    Raises:
-        ValueError: the file is missing, damaged, no concept file, or of a newer version; the message names the file.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such concept file")
-    try:
-        fields.check_header(Path(path))
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_format(metadata)
-            form = metadata.get("form", "full")
-            if form == COMPACT and Path(path).stat().st_size > compact.LIMIT:
-                raise UserError(f"damaged: a compact file has at most {compact.LIMIT:,} bytes")
-            names = list(file.keys())
-            if len(names) > fields.TENSORS:
-                raise UserError(f"no concept file: it has {len(names):,} tensors")
-            for name in names:
-                _check_stored(name, file.get_slice(name).get_dtype())
-            tensors = {name: file.get_tensor(name) for name in names}
-        if form == COMPACT:
-            tensors = compact.decode(tensors, metadata)
-            metadata = metadata | {"layers": json.dumps(list(tensors))}
-        return tensors, metadata
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged, or no safetensors file ({' '.join(str(error).split())[:200]})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def describe(path: str | Path) -> dict[str, Any]:
-    """What a concept file of any form says and holds, as values for JSON; see `contents`.
-
-    Returns:
-        `tensors`, `parameters`, `dtypes` and `metadata` as decoded, `form`, and for each of `layers` shape, dtype and
-        Euclidean norm.
-    """
-    tensors, metadata = contents(path)
-    layers = {
-        name: {
-            "shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "norm": tensor.double().norm().item(),
-        }
-        for name, tensor in tensors.items()
-    }
-    dtypes = Counter(layer["dtype"] for layer in layers.values())
-    return {
-        "tensors": len(layers),
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "dtypes": dict(dtypes),
-        "metadata": metadata,
-        "form": metadata.get("form", "half" if set(dtypes) == {"float16"} else "full"),
-        "layers": layers,
-    }
-
-
-def _check_stored(name: str, dtype: str) -> None:
-    """Raises ValueError for a tensor that no form of a concept file has, before it is read."""
-    if dtype not in STORED:
-        raise UserError(f"the tensor {fields.shown(name)} holds {dtype}, not floating-point numbers of 16 bits or more")
-
-
-def _check_format(metadata: Mapping[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"no concept file: its format is {fields.shown(metadata.get('format'))}, not {FORMAT!r}")
-    version = metadata.get("format_version", "")
-    if not re.fullmatch(r"[0-9]{1,20}", version):
-        raise UserError(f"the format version {fields.shown(version)} is no number")
-    if int(version) > NEWEST:
-        raise UserError(f"written by a newer version (format {version}; this code reads up to {NEWEST}): update")
-    if metadata.get("form", "full") not in FORMS:
-        raise UserError(f"its form is {fields.shown(metadata['form'])}, which is none of {', '.join(FORMS)}")
-
-
-def _gate(metadata: Mapping[str, str]) -> Gate:
-    kind = metadata["gate"]
-    if kind not in ("sigmoid", "hard", "global"):
-        raise UserError(f"gate: {fields.shown(kind)} is none of sigmoid, hard, global")
-    return Gate(kind, *(fields.as_number(name, metadata[name]) for name in ("beta", "tau")))
+        layers = parsed("layers", list)
+        if not all(isinstance(name, str) for name in layers) or set(layers) != set(tensors):
+            raise ValueError("the layers that the metadata lists are not those of the tensors")
+        return cls(
+            tensors={name: tensors[name] for name in layers},
+            superclass=metadata["superclass"],
+            templates=tuple(parsed("templates", list)),
+            architecture=metadata["base_architecture"],
+            base_hash=metadata["base_sha256"] or None,
+            base_use_ema=parsed("base_use_ema", bool, "false"),
+            base_parts=parsed("base_parts", dict, "{}"),
+            gate=Gate(metadata["gate"], parsed("beta", float), parsed("tau", float)),
+            covariance=metadata["covariance"],
+            method=metadata["method"],
+            attention=metadata["attention"],
+            options=parsed("options", dict, "{}"),
+            noun=metadata.get("modelspec.trigger_phrase", ""),
+            steps=parsed("steps", int),
+            learning_rate=parsed("learning_rate", float),
+            seed=parsed("seed", int),
+            date=metadata["date"],
+        )
 
 
 def _short(base_hash: str | None) -> str:

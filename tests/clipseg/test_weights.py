@@ -153,7 +153,7 @@ class TestDecoderFile:
 
     def test_a_program_is_not_run(self, decoder, tmp_path):
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-B-16.pt")
-        with pytest.raises(ValueError, match="ViT-B-16.pt: not a checkpoint that can be read safely"):
+        with pytest.raises(ValueError, match="ViT-B-16.pt: not a file of tensors that can be read safely"):
             load(decoder, tmp_path / "ViT-B-16.pt")
 
 

@@ -13,9 +13,9 @@ from fuzz_mutations import ODD_TEXT, ODD_VALUE, as_json, changed, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infusion.concepts import compact
-from infusion.concepts.concept import Concept, contents
-from infusion.concepts.forms import FORMS
+from infusion.concepts import FORMS, compact
+from infusion.concepts.concept import Concept
+from infusion.concepts.file import read as contents
 from infusion.covariance import InverseCovariance, save_inverse
 from infusion.gate import Gate
 from infusion.methods import method_names, method_of

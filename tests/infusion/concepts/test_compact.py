@@ -156,12 +156,12 @@ def test_every_layer_has_the_same_error():
 def test_the_code_takes_the_bits_that_its_weights_say():
     torch.manual_seed(0)
     q = (20 * torch.randn(1280)).round().long().numpy()
-    layer = compact._model(q, (1280,))
-    state = compact._pack(q.tolist(), layer.weights())
-    assert compact._unpack(state, 1280, layer.weights()) == q.tolist()
-    assert abs(state.bit_length() - compact._bits(layer, q)) < 40
+    model, bits = compact._model(q)
+    packed = compact.pack(q.tolist(), compact.weights(*model))
+    assert compact.unpack(packed, 1280, compact.weights(*model)) == q.tolist()
+    assert abs(8 * len(packed) - bits) < 40
     gaussian_entropy = 1280 * (0.5 * math.log2(2 * math.pi * math.e) + math.log2(20))
-    assert state.bit_length() < 1.03 * gaussian_entropy
+    assert 8 * len(packed) < 1.03 * gaussian_entropy
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
@@ -180,8 +180,8 @@ def test_the_file_is_readable_by_others(small, tmp_path):
     with safe_open(saved(small, tmp_path / "c.safetensors"), "pt") as file:
         metadata, names = file.metadata(), sorted(file.keys())
     assert names == ["layers", "numbers"]
-    full = small.metadata()
-    assert metadata == {k: v for k, v in full.items() if k != "layers"} | {"format_version": "2", "form": "compact"}
+    form = {"format": "infusion-concept", "format_version": "2", "form": "compact"}
+    assert metadata == small.metadata() | form
     assert metadata["modelspec.trigger_phrase"] == "naïve cat"
 
 
@@ -215,60 +215,47 @@ def test_every_truncation_is_noticed(small, tmp_path):
         with pytest.raises(ValueError, match=re.escape(f"{path}: ")):
             Concept.load(path)
     path.write_bytes(whole + bytes(11_264))
-    with pytest.raises(ValueError, match=re.escape(f"{path}: damaged")):
+    with pytest.raises(ValueError, match=re.escape(f"{path}: ")):
         Concept.load(path)
 
 
-def streams(layers: dict, content: bytes = b"", **changes) -> dict[str, torch.Tensor]:
-    """A compact file's tensors that hold what they should not, with the checksums right."""
-    checksum = compact._checksum(METADATA, content)
-    text = json.dumps({"step": 0.5, "crc32": checksum, "layers": layers} | changes)
-    parts = {"layers": zlib.compress(text.encode()), "numbers": content}
-    return {name: torch.frombuffer(bytearray(part), dtype=torch.uint8) if part else torch.empty(0, dtype=torch.uint8)
-            for name, part in parts.items()}  # fmt: skip
+def streams(layers: object, content: bytes = b"", **changes: object) -> dict[str, torch.Tensor]:
+    """A compact file's tensors that hold what they should not, with the checksum right."""
+    said = {"step": 0.5, "crc32": compact.checksum(METADATA, content), "layers": layers} | changes
+    parts = {"layers": zlib.compress(json.dumps(said).encode()), "numbers": content}
+    return {name: compact._bytes(part) for name, part in parts.items()}
 
 
 def test_streams_without_a_lie_are_read():
-    layer = compact.Layer((2,), 1, 2)
-    content = compact._pack([1, -1], layer.weights()).to_bytes(8, "little")
-    decoded = compact.decode(streams({"a": [[3], 0, 1, 0], "b": [[2], 1, 2, 8]}, content), METADATA)
+    content = compact.pack([1, -1], compact.weights(1, 2))
+    decoded = compact.decode(streams({"a": [[3], 0, 1, 0], "b": [[2], 1, 2, len(content)]}, content), METADATA)
     assert decoded["a"].tolist() == [0, 0, 0] and decoded["b"].tolist() == [0.5, -0.5]
 
 
 @pytest.mark.parametrize(
-    "lie, message",
+    ("lie", "message"),
     [
-        ({"layers": {"a": [[10**4, 10**4], 0, 1, 0]}}, "at most 50,000 numbers"),
-        ({"layers": {"a": [[10**12], 0, 1, 0]}}, "out of range"),
+        ({"layers": {"a": [[10**4, 10**4], 0, 1, 0]}}, "out of range"),
+        ({"layers": {"a": [[10**12, 0], 0, 1, 0]}}, "out of range"),
         ({"layers": {"a": [[1] * 70, 0, 1, 0]}}, "out of range"),
         ({"layers": {"a": [[-1], 0, 1, 0]}}, "out of range"),
         ({"layers": {"a": [[1], 10**6, 1, 0]}}, "out of range"),
-        ({"layers": {str(i): [[1], 8191, 1, 0] for i in range(40)}}, "peaks"),
         ({"layers": {"a": [[1], 0, 0, 0]}}, "out of range"),
-        ({"layers": {"a": [[1], 0, 1, 5]}}, "lengths"),
+        ({"layers": {"a": [[1], 0, 1, 5]}}, "out of range"),
+        ({"layers": {}, "content": b"x"}, "lengths"),
         ({"layers": {"a": [[2], 1, 1, 1]}, "content": b"\xff"}, "more than its numbers"),
-        ({"layers": {"a": [[1.5], 0, 1, 0]}}, "whole number"),
-        ({"layers": {"a": ["xy", 0, 1, 0]}}, "cannot be read"),
-        ({"layers": {"a": [[1], 0]}}, "cannot be read"),
-        ({"layers": {"a": 3}}, "cannot be read"),
-        ({"layers": [1]}, "cannot be read"),
+        ({"layers": {"a": [[1.5], 0, 1, 0]}}, "damaged"),
+        ({"layers": {"a": ["xy", 0, 1, 0]}}, "damaged"),
+        ({"layers": {"a": 3}}, "damaged"),
+        ({"layers": [1]}, "damaged"),
         ({"layers": {}, "step": math.nan}, "above 0"),
-        ({"layers": {}, "step": -1.0}, "above 0"),
-        ({"layers": {}, "step": "1"}, "above 0"),
+        ({"layers": {}, "step": "1"}, "damaged"),
         ({"layers": {"a": [[1], 0, 1, 0]}, "crc32": 5}, "checksum"),
-        ({"layers": {"a" * 2**17: [[1], 0, 1, 0]}}, "does not end"),
     ],
 )
 def test_lies_are_refused(lie, message):
     with pytest.raises(ValueError, match=message):
         compact.decode(streams(**lie), METADATA)
-
-
-def test_a_deep_description_is_refused():
-    deep = zlib.compress(b"[" * 60_000)
-    with pytest.raises(ValueError, match="cannot be read"):
-        compact.decode({"layers": torch.frombuffer(bytearray(deep), dtype=torch.uint8)}
-                       | {"numbers": torch.empty(0, dtype=torch.uint8)}, METADATA)  # fmt: skip
 
 
 def test_other_tensors_are_refused():
@@ -277,7 +264,6 @@ def test_other_tensors_are_refused():
         {"layers": honest["layers"]},
         honest | {"more": honest["layers"]},
         honest | {"numbers": torch.zeros(0)},
-        honest | {"layers": honest["layers"][None]},
     ):
         with pytest.raises(ValueError, match="two tensors"):
             compact.decode(wrong, METADATA)

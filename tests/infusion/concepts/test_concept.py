@@ -126,7 +126,7 @@ def test_truncated_files_are_errors(concept, tmp_path, keep):
     path = tmp_path / "c.safetensors"
     concept.save(path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="c.safetensors: damaged"):
+    with pytest.raises(ValueError, match="c.safetensors: not a file of tensors"):
         Concept.load(path)
 
 
@@ -142,7 +142,7 @@ def test_truncated_files_are_errors(concept, tmp_path, keep):
         ({"superclass": None}, "lacks 'superclass'"),
         ({"superclass": " "}, "superclass"),
         ({"templates": "a photo"}, "c.safetensors"),
-        ({"templates": '{"a": 1}'}, "list of strings"),
+        ({"templates": '{"a": 1}'}, "a JSON list"),
         ({"templates": "[]"}, "training prompts"),
         ({"layers": json.dumps(LAYERS[:1])}, "not those of the tensors"),
         ({"gate": "soft"}, "soft"),
@@ -161,7 +161,7 @@ def test_unusable_metadata_is_an_error(concept, tmp_path, metadata, message):
 @pytest.mark.parametrize(
     "tensors, message",
     [
-        ({}, "has none"),
+        ({}, "not those of the tensors"),
         ({LAYERS[0]: torch.full((64,), float("nan")), LAYERS[1]: torch.zeros(32)}, "not finite"),
         ({LAYERS[0]: torch.zeros(64, dtype=torch.int32), LAYERS[1]: torch.zeros(32)}, "floating"),
     ],

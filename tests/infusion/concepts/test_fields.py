@@ -1,5 +1,4 @@
 import json
-import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from infusion.concepts import fields
 from infusion.concepts.concept import Concept
 
 LAYER = "middle_block.1.transformer_blocks.0.attn2"
@@ -41,67 +39,42 @@ def refused(path: Path) -> str:
 
 DEEP = "[" * 100_000 + "]" * 100_000
 METADATA = [
-    ("base_architecture", "../../../etc/passwd", "architecture: a name"),
-    ("base_architecture", "/etc/passwd", "architecture: a name"),
-    ("base_architecture", "..", "architecture: a name"),
-    ("base_architecture", ".hidden", "architecture: a name"),
-    ("base_architecture", "a\\b", "architecture: a name"),
-    ("base_architecture", "a\0b", "architecture: a name"),
-    ("base_architecture", "", "architecture: a name"),
-    ("base_architecture", "x" * 100_000, "architecture: a name"),
-    ("method", "../os", "method: a name"),
-    ("method", "os.path", "method: a name"),
-    ("method", "__init__", "method: a name"),
-    ("base_sha256", "a/b", "base_hash: a hash"),
-    ("base_sha256", "x" * 500, "base_hash: a hash"),
-    ("covariance", "\x1b[2J", "covariance: a hash"),
-    ("base_use_ema", "1", "base_use_ema: true or false is wanted"),
-    ("base_parts", DEEP, "base_parts: a mapping of components to hashes"),
-    ("base_parts", json.dumps({"../x": "ab"}), "base_parts: '../x' is no name"),
-    ("base_parts", json.dumps({"vae": "a/b"}), "base_parts.vae: a hash"),
-    ("attention", "other", "attention: 'other' is none of"),
-    ("superclass", "cat\n", "superclass: has the character"),
+    *(
+        ("base_architecture", name, "architecture: ")
+        for name in ("../../../etc/passwd", "..", "a\0b", "", "x" * 100_000)
+    ),
+    *(("method", name, "method: ") for name in ("../os", "os.path", "__init__")),
+    ("base_sha256", "a/b", "base_hash: "),
+    ("covariance", "\x1b[2J", "covariance: "),
+    ("base_use_ema", "1", "base_use_ema: true or false"),
+    ("base_parts", DEEP, "base_parts: a JSON mapping"),
+    ("base_parts", json.dumps({"../x": "ab"}), "base_parts: '../x'"),
+    ("base_parts", json.dumps({"vae": "a/b"}), "base_parts.vae: "),
+    ("attention", "other", "attention: 'other'"),
     ("superclass", "\x1b]0;pwned\x07", "superclass: has the character"),
     ("superclass", "x" * 201, "superclass: has 201 characters"),
     ("modelspec.trigger_phrase", "\u202ecat", "noun: has the character"),
-    ("modelspec.trigger_phrase", "x" * 201, "noun: has 201 characters"),
-    ("templates", DEEP, "templates: expected a JSON list"),
-    ("templates", "[" + "9" * 5000 + "]", "templates: expected a JSON list"),
-    ("templates", json.dumps([["a {}"]]), "templates: expected a JSON list"),
-    ("templates", json.dumps(["a {}"] * 10_001), "templates: there are 10,001 training prompts"),
+    ("templates", DEEP, "templates: a JSON list"),
+    ("templates", "[" + "9" * 5000 + "]", "templates: a JSON list"),
+    ("templates", json.dumps([["a {}"]]), "templates: a text"),
+    ("templates", json.dumps(["a {}"] * 10_001), "templates: .* not 10,001"),
     ("templates", json.dumps(["x" * 2001]), "templates: has 2,001 characters"),
-    ("templates", json.dumps(["a {}\x00"]), "templates: has the character"),
-    ("layers", DEEP, "layers: expected a JSON list"),
+    ("layers", DEEP, "layers: a JSON list"),
     ("layers", json.dumps([LAYER, "other"]), "not those of the tensors"),
-    ("options", DEEP, "options: expected a JSON mapping"),
-    ("options", "[]", "options: expected a JSON mapping"),
+    ("options", "[]", "options: a JSON mapping"),
     ("options", '{"rank": [1]}', "options.rank: a number"),
-    ("options", '{"rank": 1e999}', "options.rank: a number"),
     ("options", '{"rank": NaN}', "options.rank: a number"),
     ("options", '{"rank": ' + "9" * 4000 + "}", "options.rank: a number .*out of range"),
-    ("options", '{"__class__": 1}', "options: '__class__' is no name"),
-    ("options", json.dumps({"x": "y" * 3000}), "options.x: has 3,000 characters"),
+    ("options", '{"__class__": 1}', "options: '__class__'"),
     ("options", json.dumps({f"x{i}": i for i in range(101)}), "options: a mapping of a few"),
-    ("steps", "9" * 5000, "steps: a whole number is wanted"),
-    ("steps", "-1", "steps: a whole number is wanted"),
-    ("steps", "1_000", "steps: a whole number is wanted"),
-    ("steps", "٣", "steps: a whole number is wanted"),
-    ("steps", "99999999999999999999", "steps: a whole number from 0"),
-    ("seed", "1e3", "seed: a whole number is wanted"),
-    ("learning_rate", "nan", "learning_rate: a finite number"),
-    ("learning_rate", "inf", "learning_rate: a finite number"),
-    ("learning_rate", "1" * 200, "learning_rate: a finite number"),
-    ("learning_rate", "1e300", "learning_rate: a number from"),
-    ("beta", "nan", "beta: a finite number"),
-    ("beta", "-1e30", "beta: a number from"),
-    ("tau", "inf", "tau: a finite number"),
-    ("tau", "-1", "tau"),
-    ("gate", "x" * 5000, "gate: 'xxx"),
-    ("date", "x" * 3000, "date: has 3,000 characters"),
+    *(("steps", text, "steps: a whole number") for text in ("9" * 5000, "-1", "1_000", "٣", "9" * 20, "1e3", "true")),
+    *(("learning_rate", text, "learning_rate: a number") for text in ("nan", "inf", "NaN", "1" * 400, "1e300", "x")),
+    *(("beta", text, "beta") for text in ("NaN", "-1e30")),
+    *(("tau", text, "tau") for text in ("Infinity", "-1", "0")),
+    ("gate", "soft", "gate"),
     ("date", "\x07", "date: has the character"),
     ("format", "x" * 5000, "no concept file"),
-    ("format_version", "9" * 5000, "is no number"),
-    ("format_version", "²", "is no number"),
+    *(("format_version", text, "is no number") for text in ("9" * 5000, "²")),
     ("form", "x" * 5000, "its form is"),
 ]
 
@@ -115,19 +88,12 @@ def test_every_field_is_checked(file, key, value, message):
 
 TENSORS = [
     ({LAYER: torch.zeros(0)}, "has the shape"),
-    ({LAYER: torch.zeros(0, 2**40)}, "has the shape"),
     ({LAYER: torch.zeros([1] * 9)}, "has the shape"),
-    ({LAYER: torch.zeros(8, dtype=torch.int64)}, "holds I64"),
-    ({LAYER: torch.zeros(8, dtype=torch.bool)}, "holds BOOL"),
-    ({LAYER: torch.zeros(8, dtype=torch.uint8)}, "holds torch.uint8"),
-    ({LAYER: torch.zeros(8, dtype=torch.complex64)}, "holds C64"),
-    ({LAYER: torch.zeros(8).to(torch.float8_e4m3fn)}, "holds F8_E4M3"),
+    *(({LAYER: torch.zeros(8).to(kind)}, "holds torch") for kind in (torch.int64, torch.complex64, torch.float8_e5m2)),
     ({LAYER: torch.full((8,), 1e300, dtype=torch.float64)}, "is not finite"),
     ({LAYER: torch.tensor([1.0, float("-inf")])}, "is not finite"),
-    ({"a\nb": torch.ones(1)}, "no layer has"),
-    ({"x" * 301: torch.ones(1)}, "no layer has"),
-    ({"": torch.ones(1)}, "no layer has"),
-    ({f"x{i}": torch.ones(1) for i in range(fields.TENSORS + 1)}, "it has 10,001 tensors|has more than"),
+    ({"a\nb": torch.ones(1)}, "cannot be printed"),
+    ({"x" * 301: torch.ones(1)}, "has 301 characters"),
 ]
 
 
@@ -138,13 +104,6 @@ def test_tensors_that_no_concept_has(file, tensors, message):
     file.write_bytes(save(tensors, metadata | {"layers": json.dumps(list(tensors))}))
     assert pytest.raises(ValueError, Concept.load, file).match(message)
     refused(file)
-
-
-def test_a_header_longer_than_any_is_not_read(file):
-    with file.open("wb") as content:
-        content.write(struct.pack("<Q", 50_000_000) + b'{"__metadata__":{}')
-        content.truncate(50_000_008)
-    assert "its header has more than" in refused(file)
 
 
 def test_what_a_concept_file_may_not_say_no_concept_can_be_made_of(concept):

@@ -337,7 +337,7 @@ def test_ckpt_files_are_read_too(written, tmp_path, nested, zipped):
 @pytest.mark.parametrize("content", [b"", b"<html>404: not found</html>" * 9])
 def test_a_file_of_something_else_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}: not a checkpoint"):
+    with pytest.raises(ValueError, match=f"{name}: not a file of tensors"):
         load_component(tmp_path / name, "model.")
 
 

@@ -82,7 +82,7 @@ def reason(path: Path) -> str:
     with pytest.raises(ValueError) as error:
         TensorFile(path)
     text = str(error.value)
-    assert text.startswith(f"{path}: not a checkpoint that can be read safely (") and "\n" not in text
+    assert text.startswith(f"{path}: not a file of tensors that can be read safely (") and "\n" not in text
     assert len(text) < 400 + len(str(path)) and "trust" not in text and "weights_only=False" not in text
     return text
 

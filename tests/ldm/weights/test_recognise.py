@@ -5,7 +5,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from infusion.concepts.concept import FORMAT
 from ldm.models.unet import UNet
 from ldm.weights.checkpoint import load_into
 from ldm.weights.files import TensorFile
@@ -81,8 +80,7 @@ def test_other_files_are_called_by_their_names(shapes, name, says):
 
 
 def test_what_is_around_the_tensors_counts():
-    assert CONCEPT == FORMAT
-    kind = recognise(file({"input_blocks.1.1": (320,)}, format=FORMAT))
+    kind = recognise(file({"input_blocks.1.1": (320,)}, format=CONCEPT))
     assert kind.name == "concept" and "pass it as --personalized_ckpt" in kind.says
     assert recognise(file({}, top=("string_to_token", "string_to_param"))).name == "textual inversion"
     state = recognise(file({"x.weight": (1,)}, top=("epoch", "pytorch-lightning_version", "state_dict")))
