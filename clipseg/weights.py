@@ -1,14 +1,14 @@
 """Where CLIPSeg's weights come from: a Hugging Face folder, or a decoder and the CLIP that it was trained on."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPSegConfig
 
-from clipseg.convert import SHOWN, convert_clip, convert_decoder, refined_config
+from clipseg.convert import convert_clip, convert_decoder
 from clipseg.model import ClipSeg
 from ldm.models.tokenizer import Tokenizer
 from ldm.util.cli import UserError
@@ -16,6 +16,8 @@ from ldm.util.config import ConfigError, find, instantiate, load_config, resolve
 from ldm.util.defaults import CLIPSEG as USUAL
 from ldm.util.defaults import POCKET
 from ldm.util.defaults import POCKET_CLIPSEG as POCKET_WEIGHTS
+from ldm.util.errors import naming
+from ldm.weights.checkpoint import listed
 from ldm.weights.files import TensorFile
 
 SOURCE = (
@@ -24,7 +26,6 @@ SOURCE = (
 )
 POCKET_CONFIG = Path("configs/pocket_clipseg.yaml")
 FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
-Converter = Callable[[Mapping[str, Tensor], CLIPSegConfig], dict[str, Tensor]]
 SIZE = 352  # pixels of the squares that the published networks were trained on
 
 
@@ -56,6 +57,11 @@ def load(model_weight: str | Path = USUAL, clip: str | Path | None = None, confi
     return from_decoder(path, clip) if config is None else from_config(config, path)
 
 
+def refined_config() -> CLIPSegConfig:
+    """The network of `rd64-uni-refined.pth` and of `CIDAS/clipseg-rd64-refined`; all else is transformers' default."""
+    return CLIPSegConfig(vision_config={"patch_size": 16}, use_complex_transposed_convolution=True)
+
+
 def from_config(config: str | Path, file: Path) -> ClipSeg:
     """The network of a config's node `clipseg`, CLIP from its key `clip`; raises ValueError if a file does not fit."""
     nodes = resolve(load_config(find(config)))
@@ -65,7 +71,7 @@ def from_config(config: str | Path, file: Path) -> ClipSeg:
         model = instantiate(nodes.clipseg, "clipseg")
     if nodes.get("clip") is None:
         return fill(model, read(file), file)
-    return fill(model, read_clip(nodes.clip, model) | read(file), f"{file} and {nodes.clip}")
+    return fill(model, read_clip(nodes.clip) | read(file), f"{file} and {nodes.clip}")
 
 
 def on_clip(clipseg: ClipSeg, clip: str | Path, start: str | Path | None = None) -> ClipSeg:
@@ -79,7 +85,7 @@ def on_clip(clipseg: ClipSeg, clip: str | Path, start: str | Path | None = None)
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             module.reset_parameters()
     drawn = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
-    fill(clipseg, read_clip(clip, clipseg) | (drawn if start is None else read(find(start))), clip)
+    fill(clipseg, read_clip(clip) | (drawn if start is None else read(find(start))), clip)
     decoder.requires_grad_(True)
     return clipseg.train()
 
@@ -91,8 +97,20 @@ def from_decoder(file: Path, clip: str | Path | None) -> ClipSeg:
             f"clip: {file} holds CLIPSeg's decoder alone; name a CLIP ViT-B/16 too, such as the files of "
             "`openai/clip-vit-base-patch16` (Hugging Face)"
         )
-    model = empty(refined_config(), SIZE)
-    return fill(model, read(file, convert_decoder, model) | read_clip(clip, model), f"{file} and {clip}")
+    return fill(empty(refined_config(), SIZE), convert_decoder(read(file)) | read_clip(clip), f"{file} and {clip}")
+
+
+def from_folder(folder: Path) -> ClipSeg:
+    """A Hugging Face folder with `config.json` and weights; raises ValueError if it is none, or does not fit."""
+    config, processor = folder / "config.json", folder / "preprocessor_config.json"
+    with naming(f"{folder}: no JSON of a network"):
+        found = json.loads(config.read_text(encoding="utf-8"))
+        size = json.loads(processor.read_text(encoding="utf-8")).get("size", SIZE) if processor.is_file() else SIZE
+    if found.get("model_type") != "clipseg":
+        raise ValueError(f"{config}: is of a {found.get('model_type')}, not of a clipseg")
+    size = size.get("height", SIZE) if isinstance(size, Mapping) else size
+    file = weights_file(folder)
+    return fill(empty(CLIPSegConfig.from_dict(found), size), read(file), file)
 
 
 def empty(config: CLIPSegConfig, size: int) -> ClipSeg:
@@ -101,41 +119,18 @@ def empty(config: CLIPSegConfig, size: int) -> ClipSeg:
         return ClipSeg(config, Tokenizer(context_length=config.text_config.max_position_embeddings), size)
 
 
-def from_folder(folder: Path) -> ClipSeg:
-    """A Hugging Face folder with `config.json` and weights; raises ValueError if it is none, or does not fit."""
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != "clipseg":
-        raise UserError(f"{folder}/config.json: is of a {config.get('model_type')}, not of a clipseg")
-    config = CLIPSegConfig.from_dict(config)
-    processor = folder / "preprocessor_config.json"
-    size = read_json(processor).get("size", SIZE) if processor.is_file() else SIZE
-    size = size.get("height", SIZE) if isinstance(size, Mapping) else size
-    file = weights_file(folder)
-    return fill(empty(config, size), read(file), file)
-
-
-def read_clip(path: str | Path, model: ClipSeg) -> dict[str, Tensor]:
-    """CLIP's tensors from a file or folder, named `clip.*`; raises ValueError if there is none, or it does not fit."""
+def read_clip(path: str | Path) -> dict[str, Tensor]:
+    """CLIP's tensors from a file or folder, named `clip.*`; raises ValueError if there is none."""
     found = find(path)
     if not found.exists():
-        raise UserError(f"clip: there is no {path}")
-    return read(weights_file(found) if found.is_dir() else found, convert_clip, model)
+        raise ValueError(f"clip: there is no {path}")
+    return convert_clip(read(weights_file(found) if found.is_dir() else found))
 
 
-def read(file: Path, convert: Converter | None = None, model: ClipSeg | None = None) -> dict[str, Tensor]:
-    """Every tensor of a file but the position numbers that old ones store, converted for a model.
-
-    Raises:
-        ValueError: the file cannot be read or converted.
-    """
+def read(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a file but the position numbers that old ones store; raises ValueError as `TensorFile`."""
     with TensorFile(file) as content:
-        tensors = {name: content.read(name) for name in content.shapes if not name.endswith("position_ids")}
-    if convert is None or model is None:
-        return tensors
-    try:
-        return convert(tensors, model.network.config)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+        return {name: content.read(name) for name in content.shapes if not name.endswith("position_ids")}
 
 
 def fill(model: ClipSeg, tensors: Mapping[str, Tensor], source: object) -> ClipSeg:
@@ -148,8 +143,7 @@ def fill(model: ClipSeg, tensors: Mapping[str, Tensor], source: object) -> ClipS
     }
     for problem, names in wrong.items():
         if names:
-            shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
-            raise UserError(f"{source}: {len(names)} tensors {problem}: {shown}")
+            raise ValueError(f"{source}: {len(names)} tensors {problem}: {listed(names)}")
     model.network.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -160,14 +154,3 @@ def weights_file(folder: Path) -> Path:
     if file is None:
         raise UserError(f"{folder}: holds no weights ({', '.join(FILES)})")
     return file
-
-
-def read_json(file: Path) -> dict:
-    """A JSON object; raises ValueError if the file holds none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: a JSON object is wanted, not a {type(content).__name__}")
-    return content
