@@ -11,12 +11,11 @@ from transformers import CLIPSegConfig
 from clipseg.convert import convert_clip, convert_decoder
 from clipseg.model import ClipSeg
 from ldm.models.tokenizer import Tokenizer
-from ldm.util.cli import UserError
+from ldm.util.cli import UserError, naming
 from ldm.util.config import ConfigError, find, instantiate, load_config, resolve
 from ldm.util.defaults import CLIPSEG as USUAL
 from ldm.util.defaults import POCKET
 from ldm.util.defaults import POCKET_CLIPSEG as POCKET_WEIGHTS
-from ldm.util.errors import naming
 from ldm.weights.checkpoint import listed
 from ldm.weights.files import TensorFile
 
@@ -107,7 +106,7 @@ def from_folder(folder: Path) -> ClipSeg:
         found = json.loads(config.read_text(encoding="utf-8"))
         size = json.loads(processor.read_text(encoding="utf-8")).get("size", SIZE) if processor.is_file() else SIZE
     if found.get("model_type") != "clipseg":
-        raise ValueError(f"{config}: is of a {found.get('model_type')}, not of a clipseg")
+        raise UserError(f"{config}: is of a {found.get('model_type')}, not of a clipseg")
     size = size.get("height", SIZE) if isinstance(size, Mapping) else size
     file = weights_file(folder)
     return fill(empty(CLIPSegConfig.from_dict(found), size), read(file), file)
@@ -123,7 +122,7 @@ def read_clip(path: str | Path) -> dict[str, Tensor]:
     """CLIP's tensors from a file or folder, named `clip.*`; raises ValueError if there is none."""
     found = find(path)
     if not found.exists():
-        raise ValueError(f"clip: there is no {path}")
+        raise UserError(f"clip: there is no {path}")
     return convert_clip(read(weights_file(found) if found.is_dir() else found))
 
 
@@ -143,7 +142,7 @@ def fill(model: ClipSeg, tensors: Mapping[str, Tensor], source: object) -> ClipS
     }
     for problem, names in wrong.items():
         if names:
-            raise ValueError(f"{source}: {len(names)} tensors {problem}: {listed(names)}")
+            raise UserError(f"{source}: {len(names)} tensors {problem}: {listed(names)}")
     model.network.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
     return model.eval().requires_grad_(False)
 

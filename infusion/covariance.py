@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from infusion.gate import fingerprint
 from ldm.models.tokenizer import Tokenizer
-from ldm.util.cli import UserError, naming
+from ldm.util.cli import UserError
 from ldm.util.config import find
 from ldm.weights.checkpoint import write
 from ldm.weights.files import TensorFile
@@ -211,17 +211,17 @@ def read_captions(path: str | Path) -> Iterator[str]:
 def _read(path: str | Path) -> tuple[Tensor, dict[str, str]]:
     file = find(path)
     if not file.is_file():
-        raise ValueError(f"{path}: there is no such covariance file")
+        raise UserError(f"{path}: there is no such covariance file")
     with TensorFile(file) as content:
         metadata = content.metadata
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path}: no covariance file: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+            raise UserError(f"{path}: no covariance file: its format is {metadata.get('format')!r}, not {FORMAT!r}")
         version = metadata.get("format_version", "")
         if not re.fullmatch("[0-9]{1,9}", version) or int(version) > VERSION:
-            raise ValueError(f"{path}: the format version is {version[:20]!r}; this code reads up to {VERSION}")
+            raise UserError(f"{path}: the format version is {version[:20]!r}; this code reads up to {VERSION}")
         if list(content.shapes) != [NAME]:
             held = ", ".join(name[:80] for name in list(content.shapes)[:5]) or "no tensor"
-            raise ValueError(f"{path}: holds {held} instead of {NAME}")
+            raise UserError(f"{path}: holds {held} instead of {NAME}")
         matrix = content.read(NAME)
     if problem := _problem(matrix):
         raise UserError(f"{path}: {problem}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from infusion.concepts import FORMS
+from ldm.util.cli import Parser, UserError, report
 from ldm.util.config import backbones
 
 if TYPE_CHECKING:

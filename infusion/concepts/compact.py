@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.util.cli import UserError
 from ldm.weights.checkpoint import serialise
 
 LIMIT = 11_264  # bytes of a whole file
@@ -70,7 +71,7 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
             file = serialise({name: _bytes(stream) for name, stream in streams.items()}, metadata)
             if len(file) <= LIMIT:
                 return file
-    raise ValueError(
+    raise UserError(
         f"{len(numbers):,} numbers and their metadata do not fit into a compact file, which has at most {LIMIT:,} "
         "bytes: shorten the templates or the superclass word, or choose the form half"
     )
@@ -83,29 +84,29 @@ def decode(streams: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
         ValueError: damaged, or nothing that `encode` writes.
     """
     if any(stream.dtype != torch.uint8 for stream in streams.values()) or streams.keys() != {"layers", "numbers"}:
-        raise ValueError("damaged: a compact file has the two tensors `layers` and `numbers` of bytes")
+        raise UserError("damaged: a compact file has the two tensors `layers` and `numbers` of bytes")
     try:
         content = streams["numbers"].numpy().tobytes()
         description = json.loads(zlib.decompress(streams["layers"].numpy().tobytes()))
         if checksum(metadata, content) != description["crc32"]:
-            raise ValueError("the checksum is that of other numbers and metadata")
+            raise UserError("the checksum is that of other numbers and metadata")
         if not 0 < description["step"] < math.inf:
-            raise ValueError("its step is no number above 0")
+            raise UserError("its step is no number above 0")
         tensors, start, room = {}, 0, NUMBERS
         for name, (shape, peak, spread, length) in description["layers"].items():
             count, end = math.prod(shape), start + length
             room -= count
             sides = (*shape, *(NUMBERS - side for side in shape), 8 - len(shape))
             if min(*sides, peak, PEAK - peak, spread - 1, length, room, len(content) - end) < 0:
-                raise ValueError("a layer's shape, peak, spread or length is out of range")
+                raise UserError("a layer's shape, peak, spread or length is out of range")
             q = unpack(content[start:end], count, weights(peak, spread))
             tensors[name] = (torch.tensor(q, dtype=torch.float64) * description["step"]).float().reshape(shape)
             start = end
         if start != len(content):
-            raise ValueError("the layers' lengths are not that of `numbers`")
+            raise UserError("the layers' lengths are not that of `numbers`")
         return tensors
     except DAMAGES as error:
-        raise ValueError(f"damaged: {error}") from error
+        raise UserError(f"damaged: {error}") from error
 
 
 def weights(peak: int, spread: int) -> list[int]:
@@ -134,7 +135,7 @@ def unpack(packed: bytes, count: int, weights: Sequence[int]) -> list[int]:
         state = weights[index] * turns + rest - below[index]
         quantised.append(index - len(weights) // 2)
     if state:
-        raise ValueError("a layer holds more than its numbers")
+        raise UserError("a layer holds more than its numbers")
     return quantised
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from infusion.concepts import fields, file
 from infusion.gate import IDENTITY, Gate
-from ldm.util.errors import naming
+from infusion.tokens import Word
+from ldm.util.cli import UserError, naming
 
 MODELSPEC_ARCHITECTURES = {
     "sd15": "stable-diffusion-v1",
@@ -189,7 +190,7 @@ class Concept:
             try:
                 return cls._from_metadata(tensors, metadata)
             except KeyError as error:
-                raise ValueError(f"the metadata lacks {error}") from error
+                raise UserError(f"the metadata lacks {error}") from error
 
     @classmethod
     def _from_metadata(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Self:
@@ -198,7 +199,7 @@ class Concept:
 
         layers = parsed("layers", list)
         if not all(isinstance(name, str) for name in layers) or set(layers) != set(tensors):
-            raise ValueError("the layers that the metadata lists are not those of the tensors")
+            raise UserError("the layers that the metadata lists are not those of the tensors")
         return cls(
             tensors={name: tensors[name] for name in layers},
             superclass=metadata["superclass"],

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.util.cli import UserError
+
 WORD, TEXT, TEXTS = 200, 2000, 10_000  # characters of a noun and of a prompt; prompts
 TENSORS = 10_000
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,7 +32,7 @@ def check_text(name: str, value: object, most: int = TEXT) -> None:
 def check_form(name: str, value: object, pattern: str) -> None:
     """A text that a regular expression fits."""
     if not isinstance(value, str) or not re.fullmatch(pattern, value):
-        raise ValueError(f"{name}: {shown(value)} is not of the form {pattern}")
+        raise UserError(f"{name}: {shown(value)} is not of the form {pattern}")
 
 
 def check_number(name: str, value: object, low: float = -1e9, high: float = 1e9) -> None:
@@ -51,9 +53,9 @@ def check_words(superclass: str, templates: Iterable[str], noun: str = "") -> No
     check_text("superclass", superclass, WORD)
     check_text("noun", noun, WORD)
     if not superclass.strip():
-        raise ValueError("superclass: a concept needs a superclass word")
+        raise UserError("superclass: a concept needs a superclass word")
     if not 0 < len(templates) <= TEXTS:
-        raise ValueError(f"templates: a concept needs 1 to {TEXTS:,} training prompts, not {len(templates):,}")
+        raise UserError(f"templates: a concept needs 1 to {TEXTS:,} training prompts, not {len(templates):,}")
     for template in templates:
         check_text("templates", template)
 
@@ -61,7 +63,7 @@ def check_words(superclass: str, templates: Iterable[str], noun: str = "") -> No
 def check_options(options: Mapping[str, Any]) -> None:
     """Up to 100 names, each with a text, number, truth value or None."""
     if len(options) > 100:
-        raise ValueError(f"options: a mapping of a few names to values is wanted, not of {len(options)}")
+        raise UserError(f"options: a mapping of a few names to values is wanted, not of {len(options)}")
     for name, value in options.items():
         check_form("options", name, NAME)
         if isinstance(value, str):
@@ -73,15 +75,15 @@ def check_options(options: Mapping[str, Any]) -> None:
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
     """Finite floating-point tensors that hold something, under printable names."""
     if not 0 < len(tensors) <= TENSORS:
-        raise ValueError(f"a concept needs 1 to {TENSORS:,} tensors; this one has {len(tensors) or 'none'}")
+        raise UserError(f"a concept needs 1 to {TENSORS:,} tensors; this one has {len(tensors) or 'none'}")
     for name, tensor in tensors.items():
         check_text("the name of a tensor", name, 300)
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"the concept's tensor {name} holds {tensor.dtype}, not floating-point numbers")
+            raise UserError(f"the concept's tensor {name} holds {tensor.dtype}, not floating-point numbers")
         if not tensor.numel() or tensor.ndim > 8:
-            raise ValueError(f"the concept's tensor {name} has the shape {tuple(tensor.shape)[:8]}, which none has")
+            raise UserError(f"the concept's tensor {name} has the shape {tuple(tensor.shape)[:8]}, which none has")
         if not torch.isfinite(tensor.float()).all():
-            raise ValueError(f"the concept's tensor {name} is not finite (NaN or infinity): the training diverged")
+            raise UserError(f"the concept's tensor {name} is not finite (NaN or infinity): the training diverged")
 
 
 def as_json(name: str, text: str, kind: type) -> Any:
@@ -93,7 +95,7 @@ def as_json(name: str, text: str, kind: type) -> Any:
     if type(value) is int and kind is float:
         value = float(value) if abs(value) < 1e300 else None
     if type(value) is not kind:
-        raise ValueError(f"{name}: {WANTED[kind]} is wanted, not {shown(text)}")
+        raise UserError(f"{name}: {WANTED[kind]} is wanted, not {shown(text)}")
     return value
 
 

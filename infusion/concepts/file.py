@@ -15,7 +15,7 @@ from torch import Tensor
 from infusion.concepts import FORMS, compact
 from infusion.concepts.fields import shown
 from ldm.util import files
-from ldm.util.errors import naming
+from ldm.util.cli import UserError, naming
 from ldm.weights.checkpoint import serialise
 from ldm.weights.files import TensorFile
 from ldm.weights.recognise import CONCEPT, guess
@@ -37,14 +37,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
             for "compact".
     """
     if form not in FORMS:
-        raise ValueError(f"the form must be one of {', '.join(FORMS)}, not {form!r}")
+        raise UserError(f"the form must be one of {', '.join(FORMS)}, not {form!r}")
     said = {"format": CONCEPT, "format_version": str(VERSION)} | dict(metadata)
     if form == "compact":
         content = compact.encode(tensors, said | {"format_version": str(NEWEST), "form": form})
     else:
         rounded = {name: tensor.half() if form == "half" else tensor for name, tensor in tensors.items()}
         if beyond := [name for name, tensor in rounded.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"{beyond[0]} has numbers that float16 does not reach: choose the form full or compact")
+            raise UserError(f"{beyond[0]} has numbers that float16 does not reach: choose the form full or compact")
         content = serialise(rounded, said | {"layers": json.dumps(list(tensors))})
     files.write(path, content)
 
@@ -59,16 +59,16 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such concept file")
+        raise UserError(f"{path}: there is no such concept file")
     with TensorFile(path) as file, naming(str(path)):
         if file.metadata.get("format") != CONCEPT:
-            raise ValueError(f"no concept file; {guess(file)}")
+            raise UserError(f"no concept file; {guess(file)}")
         _check_version(file.metadata)
         tensors = {name: file.read(name) for name in file.shapes}
         if file.metadata.get("form") != "compact":
             return tensors, file.metadata
         if path.stat().st_size > compact.LIMIT:
-            raise ValueError(f"damaged: a compact file has at most {compact.LIMIT:,} bytes")
+            raise UserError(f"damaged: a compact file has at most {compact.LIMIT:,} bytes")
         tensors = compact.decode(tensors, file.metadata)
         return tensors, file.metadata | {"layers": json.dumps(list(tensors))}
 
@@ -99,8 +99,8 @@ def describe(path: str | Path) -> dict[str, Any]:
 def _check_version(metadata: Mapping[str, str]) -> None:
     version = metadata.get("format_version", "")
     if not re.fullmatch("[0-9]{1,9}", version):
-        raise ValueError(f"the format version {shown(version)} is no number")
+        raise UserError(f"the format version {shown(version)} is no number")
     if int(version) > NEWEST:
-        raise ValueError(f"written by a newer version (format {version}; this code reads up to {NEWEST}): update")
+        raise UserError(f"written by a newer version (format {version}; this code reads up to {NEWEST}): update")
     if metadata.get("form", "full") not in FORMS:
-        raise ValueError(f"its form is {shown(metadata['form'])}, which is none of {', '.join(FORMS)}")
+        raise UserError(f"its form is {shown(metadata['form'])}, which is none of {', '.join(FORMS)}")

@@ -104,7 +104,7 @@ class TensorFile:
             else:
                 self._open_pickle()
         except UNREADABLE as error:
-            raise ValueError(f"{path}: not a file of tensors that can be read safely ({_reason(error)})") from error
+            raise UserError(f"{path}: not a file of tensors that can be read safely ({_reason(error)})") from error
 
     def _open_safetensors(self) -> None:
         with safe_open(self.path, framework="pt") as file:
