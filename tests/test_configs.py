@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import main
 from data.prompts import TEMPLATES
@@ -121,3 +122,17 @@ def test_a_misspelt_key_is_refused_by_name(path: Path, tmp_path: Path):
         read(entry)
     with pytest.raises(ConfigError, match="no key `trainr`; did you mean `trainer`"):
         read(path, "trainr.max_steps=1")
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "pocket_two").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_part_of_pocket_two_builds(path: Path, tmp_path: Path):
+    """CLIPSeg stands on a CLIP from a file: here, one that was never trained."""
+    overrides = []
+    if path.stem == "clipseg":
+        clip = setup.build_model(read(path.with_stem("clip"))).clip
+        save_file(
+            {name: tensor.contiguous() for name, tensor in clip.state_dict().items()}, tmp_path / "clip.safetensors"
+        )
+        overrides = [f"clip={tmp_path / 'clip.safetensors'}"]
+    model = setup.build_model(read(path, *overrides), meta=not overrides)
+    assert any(parameter.requires_grad for parameter in model.parameters())

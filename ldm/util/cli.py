@@ -127,7 +127,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=Defaults, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
+        shown = message if len(message) <= LONGEST else f"{message[:LONGEST]} …"  # it quotes what was typed
+        raise UserError(f"{shown} (--help lists the flags)")
 
 
 class Together(argparse.Action):

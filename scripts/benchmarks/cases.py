@@ -162,7 +162,7 @@ def load(sd: StableDiffusion, settings: Settings) -> Iterator[Run]:
     """Building the model from one file in half precision, which the system has just written and keeps in memory."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "model.safetensors"
-        checkpoint.save(file, sd)
+        checkpoint.save(file, {name: getattr(sd, name) for name in checkpoint.PREFIXES}, sd.architecture)
         options = {"device": settings.device, "dtype": DTYPES[settings.precision]}
         yield lambda steps: StableDiffusion.from_checkpoint(backbone(settings.size), file, **options)
 

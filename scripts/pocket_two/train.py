@@ -42,7 +42,7 @@ def train(part: str, runs: Path, overrides: list[str]) -> Path:
             arguments = ["--resume", str(run)]
         else:
             shutil.rmtree(run, ignore_errors=True)  # nothing was kept of it
-            arguments = ["--base", f"configs/pocket_two_{part}.yaml", "--logdir", str(run), *overrides]
+            arguments = ["--base", f"configs/pocket_two/{part}.yaml", "--logdir", str(run), *overrides]
         subprocess.run([sys.executable, "main.py", "-t", *arguments], check=True)
     return weights
 

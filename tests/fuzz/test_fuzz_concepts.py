@@ -19,6 +19,7 @@ from infusion.concepts.file import read as contents
 from infusion.covariance import InverseCovariance, save_inverse
 from infusion.gate import Gate
 from infusion.methods import method_names, method_of
+from ldm.util.cli import UserError
 
 LAYER = "middle_block.1.transformer_blocks.0.attn2"
 OPTIONS = {"lora": {"rank": 2, "alpha": 2.0, "identifier": "sks"}, "dreambooth": {"identifier": "sks"}}
@@ -158,8 +159,8 @@ def shortly(path: Path) -> InverseCovariance:
     """As commands show its messages."""
     try:
         return InverseCovariance(path)
-    except ValueError as error:
-        raise ValueError(str(error)[:400]) from error
+    except UserError as error:
+        raise UserError(str(error)[:400]) from error
 
 
 @given(data=st.data())

@@ -74,7 +74,7 @@ def _argument(convert, text: str):
 
     try:
         return convert(text)
-    except ArgumentTypeError as error:
+    except (ArgumentTypeError, ValueError) as error:
         raise UserError(str(error)) from error
 
 

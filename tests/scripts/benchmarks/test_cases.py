@@ -5,6 +5,8 @@ from data.prompts import TEMPLATES
 from infusion.attention import EditedCrossAttention
 from infusion.inject import remove
 from infusion.methods.infusion import Infusion
+from infusion.sampling.customised import Customised
+from infusion.sampling.sample import sample
 from infusion.training.trainer import ConceptTrainer
 from ldm.pipeline import StableDiffusion
 from scripts.benchmarks.cases import CASES, NOUNS, STEPS, autocast, build_model, latents_of, random_concepts, sides
@@ -71,8 +73,8 @@ def test_guided_steps_are_the_samplers(pocket):
     concepts, eight = random_concepts(pocket, 8), "a photo of a " + ", a ".join(f"{{{i}}}" for i in range(1, 9))
     assert tuple(concept.superclass for concept in concepts) == NOUNS
     for name, number, prompt in (("one_concept", 1, "a photo of a {1}"), ("eight_concepts", 8, eight)):
-        with pocket.denoiser([prompt] * 2, concepts[:number], "", 7.5) as denoise:
-            expected = denoise(latents, torch.tensor(500))
+        with Customised(pocket, concepts[:number]) as customised, torch.no_grad():
+            expected = customised([prompt] * 2)(latents, torch.tensor(500))
         assert torch.equal(result(f"guided_step_{name}", pocket, 2), expected)
         assert (expected - base).norm() > 1e-3 * expected.norm() and plain(pocket)
 
@@ -109,7 +111,7 @@ def test_operations_of_training(pocket):
 
 def test_an_image_is_what_the_sampler_draws(pocket):
     concepts = random_concepts(pocket, 1)
-    expected = pocket.sample(["a photo of a {}"] * 2, concepts, steps=2, scale=7.5, seed=0, height=32, width=32)
+    expected = sample(pocket, ["a photo of a {}"] * 2, concepts, steps=2, height=32, width=32)
     assert torch.equal(result("image_50_steps", pocket, 2), expected)
     assert expected.shape == (2, 3, 32, 32) and plain(pocket)
 

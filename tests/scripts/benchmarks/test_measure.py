@@ -26,7 +26,7 @@ from scripts.benchmarks.settings import Settings
 def spike(mebibytes):
     return torch.ones(mebibytes * 2**20 // 4)
 
-def instantiate(settings):
+def build(settings):
     spike(300)
     return SimpleNamespace(device=torch.device("cpu"), weights=spike(30))
 

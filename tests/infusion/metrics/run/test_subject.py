@@ -48,6 +48,8 @@ def test_groups(run, tmp_path, capsys):
     paths = [str(run), str(tmp_path / "dog.safetensors")]
     assert [one.about()["group"] for one in load_subjects(paths)] == ["infusion", "infusion"]  # the method
     assert [one.about()["group"] for one in load_subjects(paths, groups=["a", "b"])] == ["a", "b"]
+    replace(CONCEPT, architecture="pocket").save(tmp_path / "pocket.safetensors")  # whose weights there are
+    paths[0] = str(tmp_path / "pocket.safetensors")
     with pytest.raises(SystemExit) as stop:
         main(["--personalized_ckpt", ",".join(paths), "--groups", "a,b,c", "--out", str(tmp_path / "out")])
     assert stop.value.code == 2 and not (tmp_path / "out").exists()
