@@ -43,7 +43,7 @@ def words_of(table: Tensor) -> list[SceneWords]:
     for row in table.tolist():
         things = [row[2 : 2 + len(THING)], row[2 + len(THING) :]]
         things = tuple(
-            ThingWords(*(CHOICES[name][i] for name, i in zip(THING, thing, strict=True)))
+            ThingWords(**{name: CHOICES[name][i] for name, i in zip(THING, thing, strict=True)})
             for thing in things
             if thing[0] != ABSENT
         )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data.pocket_two.backgrounds import BACKGROUNDS
+from data.pocket.backgrounds import BACKGROUNDS
 from data.pocket_two.scene import NATURAL, NONE, PATTERNED, PLAIN, SceneWords, ThingWords
 
 STYLE_WORDS = {

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from data.pocket_two.backgrounds import BACKGROUNDS
+from data.pocket.backgrounds import BACKGROUNDS
 from data.pocket_two.textures import WORDS, Texture
 
 NOUNS = ("cat", "dog", "pig", "rabbit", "frog", "horse", "elephant", "penguin", "owl", "duck", "turtle", "fish",

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data.pocket_two.backgrounds import BACKGROUNDS, paint
+from data.pocket.backgrounds import BACKGROUNDS, paint
 from data.pocket_two.scene import (
     COLOURS,
     DRAWINGS,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.pocket_two.backgrounds import BACKGROUNDS
+from data.pocket.backgrounds import BACKGROUNDS
 from data.pocket_two.captions import caption
 from data.pocket_two.concepts import COMPARED, CONCEPTS, FOLDER, TUNING, draw
 from data.pocket_two.scene import (
