@@ -43,8 +43,8 @@ class LatentDiffusion(pl.LightningModule):
         self.min_snr, self.clean_weight, self.layout_share = min_snr, clean_weight, layout_share
         self.sd.vae.requires_grad_(False)
         self.sd.text.requires_grad_(train_text)
-        if compile:
-            self.sd.unet.compile()
+        # for training alone: each batch size takes minutes to compile, and samples have another
+        self.predict = torch.compile(self.sd.unet.forward) if compile else self.sd.unet.forward
 
     def training_step(self, batch: dict, index: int) -> Tensor:
         latents = batch["latents"]
@@ -55,7 +55,7 @@ class LatentDiffusion(pl.LightningModule):
         noisy = self.sd.schedule.add_noise(latents, noise, timesteps)
         # the backward pass of the fused CPU kernel takes a third of a step at these sizes
         with sdpa_kernel(SDPBackend.MATH) if latents.device.type == "cpu" else nullcontext():
-            prediction = self.sd.unet(noisy, timesteps, text)
+            prediction = self.predict(noisy, timesteps, text)
         errors = F.mse_loss(prediction.float(), noise, reduction="none").mean((1, 2, 3))  # (B,)
         signal = self.sd.schedule.alphas_cumprod.to(latents.device)[timesteps]
         snr = signal / (1 - signal)
