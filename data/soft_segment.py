@@ -145,8 +145,9 @@ def segment_folder(
     import torch
 
     from data.dataset import png, read_image
-    from ldm.util.files import write
+    from ldm.util.files import clear, write
 
+    clear(Path(image_dir) / "mask")
     photos, prompts = find_photos(image_dir, overwrite), fill_templates(super_class, templates)
     rows = {photo.path: measure(photo.path, photo.kept, read_kept(photo.kept), False) for photo in photos if photo.kept}
     wanted = [photo for photo in photos if not photo.kept]

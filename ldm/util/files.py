@@ -63,9 +63,15 @@ def create(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def clear(folder: Path) -> None:
+    """Removes what processes that were killed have left half written, in a folder where no other is at work."""
+    for left in list(folder.rglob(f"*{PARTIAL}")):
+        shutil.rmtree(left)
+
+
 @contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Keeps other processes out of a folder, which is made if need be.
+    """Keeps other processes out of a folder, which is made if need be, and clears what killed ones left in it.
 
     The system itself lets go of the lock when its process ends, however it ends: none is ever stale.
 
@@ -78,6 +84,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / LOCK, timeout=-1 if wait else 0):
+            clear(folder)
             yield
     except Timeout as error:
         raise UserError(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard.summary import hparams
 
 from ldm.util.cli import UserError
-from ldm.util.files import PARTIAL, holds_work, locked, replacing, write
+from ldm.util.files import holds_work, locked, replacing, write
 from ldm.util.folders import CONFIG, STATE, is_run
 
 SAVE = getattr(signal, "SIGUSR1", None)  # which Windows has not
@@ -78,8 +78,6 @@ def working_in(folder: Path, config: str) -> Iterator[None]:
         return
     new = not holds_work(folder)
     with locked(folder):
-        for left in folder.rglob(f"*{PARTIAL}"):  # by a process that was killed
-            shutil.rmtree(left)
         try:
             if not is_run(folder):
                 write(folder / CONFIG, config.encode())
