@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from transformers import CLIPSegConfig
 from clipseg.convert import convert_clip, convert_decoder
 from clipseg.model import ClipSeg
 from ldm.models.tokenizer import Tokenizer
-from ldm.util.cli import UserError, naming
+from ldm.util.cli import UserError
 from ldm.util.config import ConfigError, find, instantiate, load_config, resolve
 from ldm.util.defaults import CLIPSEG as USUAL
 from ldm.util.defaults import POCKET
@@ -99,12 +100,22 @@ def from_decoder(file: Path, clip: str | Path | None) -> ClipSeg:
     return fill(empty(refined_config(), SIZE), convert_decoder(read(file)) | read_clip(clip), f"{file} and {clip}")
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file's mapping; raises UserError if it holds none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file.parent}: no JSON of a network: {file.name}: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file.parent}: no JSON of a network: {file.name} holds a {type(found).__name__}")
+    return found
+
+
 def from_folder(folder: Path) -> ClipSeg:
     """A Hugging Face folder with `config.json` and weights; raises ValueError if it is none, or does not fit."""
     config, processor = folder / "config.json", folder / "preprocessor_config.json"
-    with naming(f"{folder}: no JSON of a network"):
-        found = json.loads(config.read_text(encoding="utf-8"))
-        size = json.loads(processor.read_text(encoding="utf-8")).get("size", SIZE) if processor.is_file() else SIZE
+    found, processing = read_json(config), read_json(processor) if processor.is_file() else {}
+    size = processing.get("size", SIZE)
     if found.get("model_type") != "clipseg":
         raise UserError(f"{config}: is of a {found.get('model_type')}, not of a clipseg")
     size = size.get("height", SIZE) if isinstance(size, Mapping) else size

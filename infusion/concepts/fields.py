@@ -55,7 +55,7 @@ def check_words(superclass: str, templates: Iterable[str], noun: str = "") -> No
     if not superclass.strip():
         raise UserError("superclass: a concept needs a superclass word")
     if not 0 < len(templates) <= TEXTS:
-        raise ValueError(f"templates: a concept needs its training prompts, 1 to {TEXTS:,}, not {len(templates):,}")
+        raise UserError(f"templates: a concept needs its training prompts, 1 to {TEXTS:,}, not {len(templates):,}")
     for template in templates:
         check_text("templates", template)
 
