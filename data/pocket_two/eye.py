@@ -1,5 +1,7 @@
 """The network behind the judges of the pocket world: convolutions, then a small transformer with tokens that ask."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ class Eye(nn.Module):
     def __init__(self, questions: int, layers: int = 3, heads: int = 4):
         super().__init__()
         blocks: list[nn.Module] = [nn.Conv2d(3, WIDTHS[0], 4, stride=2, padding=1)]
-        for width, wider in zip(WIDTHS, WIDTHS[1:], strict=False):
+        for width, wider in pairwise(WIDTHS):
             blocks += [nn.SiLU(), nn.Conv2d(width, wider, 3, stride=2, padding=1), Residual(wider)]
         self.convolutions = nn.Sequential(*blocks)
         self.places = nn.Parameter(0.02 * torch.randn(64, self.width))
