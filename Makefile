@@ -3,7 +3,7 @@ PYTHON = $(shell for python in python3.12 python3.11 python3; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
-.PHONY: demo compare test lint
+.PHONY: demo compare pocket test lint
 .DEFAULT_GOAL := demo
 
 demo: .venv
@@ -12,6 +12,10 @@ demo: .venv
 # hours; goes on where it was killed
 compare: .venv
 	HF_HUB_OFFLINE=1 $(BIN)/python -m scripts.pocket.compare
+
+# trains the pocket model, part by part: about a day; resumes what was interrupted
+pocket: .venv
+	HF_HUB_OFFLINE=1 $(BIN)/python -m scripts.pocket_two.train
 
 # side by side, one process a core; then those marked slow, which take cores and memory for themselves; not with FAST=1
 test: .venv
