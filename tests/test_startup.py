@@ -15,7 +15,7 @@ COMMANDS = (  # as users type them
     *sorted(
         f"scripts/{path.name}"
         for path in (ROOT / "scripts").glob("*.py")
-        if path.stem not in ("compare_forms", "estimate_C_inv")
+        if path.stem not in ("benchmark", "compare_forms", "estimate_C_inv")
     ),
 )
 SLOW = {
@@ -68,10 +68,6 @@ MISTAKES = {  # command -> flags and what is said of them
         ([*NEEDED["data/estimate_C_inv.py"], "--type", "bert"], "--type: invalid choice: 'bert'"),
         ([*NEEDED["data/estimate_C_inv.py"], "--ridge=-1"], "--ridge: must be at least 0"),
         (["--caption", "nowhere", "--save_path", "C.pt"], "C.pt must end in .safetensors"),
-    ],
-    "scripts/benchmark.py": [
-        (["--only", "unett"], "did you mean `unet`?"),
-        (["--size", "sd3"], "--size: invalid choice: 'sd3'"),
     ],
     "scripts/convert_concept.py": [
         (["nowhere"], "required: OUT"),

@@ -119,7 +119,7 @@ FLAGS: dict[str, tuple[list, dict[str, tuple[str, ...]]]] = {  # command -> flag
         },
     ),
     "benchmark": (
-        ["--device", "cpu", "--only", "unet"],
+        ["--device", "cpu", "--size", "pocket", "--only", "unet"],
         {
             "--latent": ("0", "-1", "33", "1000000000", "x"),
             "--batch": ("0", "1000000000", "x"),

@@ -1,78 +1,136 @@
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
 
+from infusion.attention import EditedCrossAttention
+from infusion.sampling.customised import Customised
+from infusion.sampling.sample import sample
+from ldm.pipeline import StableDiffusion
 from scripts import benchmark
-from scripts.benchmark import main
-from scripts.benchmarks import measure
+from scripts.benchmark import CASES, RATIOS, Settings, build_model, main, noise, random_concepts
 
-SMALL = ["--size", "pocket", "--latent", "8", "--device", "cpu"]
-
-
-@pytest.fixture
-def refused(capsys):
-    """The one line that the command ends with, with exit code 2."""
-
-    def of(*arguments: object) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main(list(map(str, arguments)))
-        assert stop.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: ")
-        return line
-
-    return of
+SETTINGS, MIB = Settings("cpu", "pocket", latent=8, batch=2, steps=2), 2**20
 
 
-def test_a_file_and_a_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(measure.PEAK_SIDE, "cpu", 128)
-    file = tmp_path / "new" / "result.json"
-    main([*SMALL, "--repeats", "2", "--only", "train_step_with_checkpointing_vs_without", "--json", str(file)])
-    result, shown = json.loads(file.read_text()), capsys.readouterr()
-    assert {"date", "device", "settings", "command", "peak", "times", "flops", "utilisation"} <= result.keys()
-    assert {"memory", "ratios", "agreement"} <= result.keys()
-    assert {"name", "cores", "threads", "torch", "dtype"} <= result["device"].keys()
-    assert result["command"].startswith("python scripts/benchmark.py --size pocket --latent 8 --device cpu --repeats 2")
-    assert result["settings"]["repeats"] == 2 and result["settings"]["batch"] == 1
-    assert list(result["times"]) == ["train_step", "train_step_checkpointing"]
-    assert all(time["n"] == 2 for time in result["times"].values())
-    (ratio,) = result["ratios"].values()
-    stored, recomputed = (result["times"][name]["median_s"] for name in result["times"])
-    assert ratio["value"] == pytest.approx(recomputed / stored) and ratio["flops"] > 1
-    assert "train_step_with_checkpointing_vs_without" in shown.out and "train_step_checkpointing" in shown.err
+@pytest.fixture(scope="module")
+def pocket() -> StableDiffusion:
+    return build_model(SETTINGS)
 
 
-def test_defaults_depend_on_the_device(monkeypatch: pytest.MonkeyPatch):
-    flags = benchmark.parse([])
-    assert (flags.size, flags.batch, flags.precision) == ("sd15", 1, "full")
-    monkeypatch.setattr(benchmark, "find_device", lambda name: torch.device("cpu"))
-    settings = benchmark.settle(flags)
-    assert (settings.device, settings.latent, settings.repeats) == ("cpu", 32, 5)
-    monkeypatch.setattr(benchmark, "find_device", lambda name: torch.device("cuda:1"))
-    settings = benchmark.settle(flags)
-    assert (settings.device, settings.latent, settings.repeats) == ("cuda:1", 64, 20)
+def result(name: str, sd: StableDiffusion) -> torch.Tensor:
+    """What a case gives; it leaves the base model as it was."""
+    with CASES[name](sd, SETTINGS) as run:
+        found = run()
+    assert not any(isinstance(module, EditedCrossAttention) for module in sd.unet.modules())
+    return found
 
 
-def test_what_it_refuses(refused, tmp_path):
-    assert "--only: there is no case `guided`" in refused(*SMALL, "--only", "unet,guided")
-    assert "--device" in refused("--size", "pocket", "--device", "nowhere")
-    assert "--device: times are taken on cpu and cuda, not on meta" in refused("--size", "pocket", "--device", "meta")
-    assert "--latent: must be a multiple of 4 for pocket, not 10" in refused(*SMALL, "--latent", "10")
-    assert "--latent" in refused(*SMALL, "--latent", "0")
-    assert "--repeats" in refused(*SMALL, "--repeats", "-1")
-    assert "--size" in refused("--size", "sd3")
+def test_a_model_is_frozen_and_nothing_in_it_is_zero(pocket):
+    assert all(parameter.any() and not parameter.requires_grad for parameter in pocket.parameters())
 
 
-def test_nothing_is_overwritten(refused, tmp_path):
-    file = tmp_path / "result.json"
-    file.write_text("mine")
-    assert f"--json: {file} is there already" in refused(*SMALL, "--json", file)
-    assert "--json" in refused(*SMALL, "--json", file / "result.json")
-    assert file.read_text() == "mine"
+def test_guided_steps_are_the_samplers(pocket):
+    base, latents = result("guided_step_base", pocket), noise(pocket, SETTINGS)
+    with torch.no_grad():
+        expected = pocket.guided(["a photo of a cat"] * 2, scale=7.5)(latents, torch.tensor(500))
+    torch.testing.assert_close(base, expected)
+    eight = "a photo of a " + ", a ".join(f"{{{i}}}" for i in range(1, 9))
+    for name, number, prompt in (("one_concept", 1, "a photo of a {1}"), ("eight_concepts", 8, eight)):
+        with Customised(pocket, random_concepts(pocket, number)) as customised, torch.no_grad():
+            expected = customised([prompt] * 2)(latents, torch.tensor(500))
+        assert torch.equal(result(f"guided_step_{name}", pocket), expected)
+        assert (expected - base).norm() > 1e-3 * expected.norm()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
-def test_a_device_that_is_not_there(refused):
-    assert "--device: cuda cannot be used here" in refused("--size", "pocket", "--device", "cuda")
+def test_an_image_is_what_the_sampler_draws(pocket):
+    concepts = random_concepts(pocket, 1)
+    expected = sample(pocket, ["a photo of a {}"] * 2, concepts, steps=2, height=32, width=32)
+    assert torch.equal(result("image", pocket), expected) and expected.shape == (2, 3, 32, 32)
+
+
+def test_the_unet_is_diffusers(pocket):
+    ours, theirs = result("unet", pocket), result("unet_diffusers", pocket)
+    assert theirs.std() > 1e-3  # nothing agrees by being zero
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    pocket.unet.out[2].bias.add_(0.1)
+    assert not torch.equal(result("unet", pocket), ours)
+    pocket.unet.out[2].bias.sub_(0.1)
+
+
+def test_other_predictions_than_diffusers_are_an_error(pocket, monkeypatch):
+    @contextmanager
+    def case(sd, settings, diffusers=False):
+        yield lambda: torch.full((2,), 1.0 if diffusers else 1.1)
+
+    monkeypatch.setattr(benchmark, "unet", case)
+    with pytest.raises(RuntimeError, match=r"unet and unet_diffusers differ by 1.0e-01"):
+        benchmark.check_agreement(pocket, SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["train_step", "train_step_checkpointing"])
+def test_a_training_step_learns(pocket, name):
+    with CASES[name](pocket, SETTINGS) as run:
+        first, second = run(), run()
+    assert 0 < second < first  # the same timesteps and noise, after one step of learning
+    assert all(parameter.grad is None for parameter in pocket.parameters()) and not pocket.unet.checkpoint
+
+
+def test_cases_take_turns_and_only_their_runs_are_timed(monkeypatch):
+    now, order = [0.0], []
+
+    def case(name, seconds):
+        @contextmanager
+        def ready(sd, settings):
+            now[0] += 3600
+
+            def run():
+                order.append(name)
+                now[0] += seconds
+
+            yield run
+
+        return ready
+
+    monkeypatch.setattr(benchmark, "CASES", {"a": case("a", 5), "b": case("b", 7)})
+    assert benchmark.take_turns(["a", "b"] * 2, None, SETTINGS, lambda: now[0]) == {"a": [5, 5], "b": [7, 7]}
+    assert order == ["a", "b", "a", "b"]
+
+
+def test_a_peak_is_what_the_case_takes_at_most_after_the_model_was_built(pocket, monkeypatch):
+    """The model takes 300 MiB while it is built; the case takes 100 for a moment, and keeps none."""
+
+    @contextmanager
+    def case(sd, settings):
+        yield lambda: torch.ones(100 * MIB // 4)
+
+    def build(settings):
+        torch.ones(300 * MIB // 4)
+        return pocket
+
+    monkeypatch.setattr(benchmark, "build_model", build)
+    monkeypatch.setitem(CASES, "image", case)
+    found = benchmark.peak_here("image", SETTINGS)
+    assert 90 * MIB < found["above_loaded_bytes"] < 130 * MIB
+    assert found["peak_bytes"] == found["loaded_bytes"] + found["above_loaded_bytes"]
+
+
+def test_a_file_and_a_table(tmp_path, capsys):
+    file = tmp_path / "new/result.json"
+    name = "guided_step_with_concept_vs_base"
+    flags = ["--size", "pocket", "--latent", "8", "--device", "cpu", "--repeats", "3", "--only", f"{name},unet"]
+    main([*flags, "--json", str(file)])
+    found, shown = json.loads(file.read_text()), capsys.readouterr().out
+    base, concept = RATIOS[name][::-1]
+    assert list(found["times"]) == list(found["flops"]) == [base, concept, "unet"] and found["memory"] == {}
+    assert all(
+        0 < t["min_s"] <= t["q1_s"] <= t["median_s"] <= t["q3_s"] and t["n"] == 3 for t in found["times"].values()
+    )
+    assert found["flops"]["unet"] * 2 == found["flops"][base]  # guidance has two rows for each image
+    ratio = found["ratios"][name]
+    assert ratio["value"] == found["times"][concept]["median_s"] / found["times"][base]["median_s"]
+    assert 1.3 < ratio["flops"] < 1.6  # three rows instead of two, of which one has no cross-attention of its own
+    assert found["command"].startswith("python scripts/benchmark.py --size pocket --latent 8")
+    assert found["device"]["torch"] == torch.__version__ and found["device"]["name"]
+    assert {base, concept, "unet", name} <= {line.split()[0] for line in shown.splitlines() if line}

@@ -1,1 +1,0 @@
-"""What the method costs: `settings` names everything, `cases` says what is measured, `measure` measures it."""
