@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from data.photos import MASK_LABEL, SUFFIXES, first_file, is_image
+from data.photos import SUFFIXES, find_mask, is_image
 from ldm.util.cli import UserError
 from ldm.util.config import find
 
@@ -59,8 +59,6 @@ class ConceptImages:
         root = find(data_root)
         if not root.is_dir():
             raise UserError(f"data_root: there is no folder {data_root}")
-        if mask not in ("auto", "none"):
-            raise UserError(f"mask: must be auto or none, not {mask!r}")
         if not 1 <= image_size <= LARGEST:
             raise UserError(f"image_size: must be from 1 to {LARGEST}, not {image_size}")
         paths = [path for path in sorted(root.iterdir()) if is_image(path)]
@@ -77,8 +75,9 @@ class ConceptImages:
             self.sizes.append(image.size)
             if self.masked:
                 self.cover.append(_mask(path, image, image_size, superclass).mean().item())
-            if _is_animated(path):
-                logger.warning("warning: %s: is an animation, of which the first frame is taken", path)
+            with _opened(path) as file:
+                if file.format in ANIMATED and getattr(file, "is_animated", False):
+                    logger.warning("warning: %s: is an animation, of which the first frame is taken", path)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -102,21 +101,23 @@ class ConceptImages:
 
     def report(self) -> str:
         """One line: how many photos of which sizes, what is cropped from them, and how much of that is masked."""
-        original = _range([_shape(size) for size in sorted(self.sizes, key=math.prod)])
+        original = _range([f"{width}×{height}" for width, height in sorted(self.sizes, key=math.prod)])
         square = _range([str(min(size)) for size in sorted(self.sizes, key=min)])
+        masked = "no masks, the whole square is learned"
+        if self.masked:
+            cover = _range([f"{share:.0%}" for share in sorted(self.cover)])
+            masked = f"masks cover {cover} of it, {sum(self.cover) / len(self):.0%} on average"
         many = "1 photo" if len(self) == 1 else f"{len(self)} photos"
-        if not self.masked:
-            masked = "no masks, the whole square is learned"
-        else:
-            cover, mean = sorted(self.cover), sum(self.cover) / len(self)
-            masked = f"masks cover {_range([f'{share:.0%}' for share in cover])} of it, {mean:.0%} on average"
-        used = _shape((self.image_size, self.image_size))
+        used = f"{self.image_size}×{self.image_size}"
         return f"{many} of {original} pixels; the centred square of {square} is used at {used}; {masked}"
 
     def enlarged(self) -> str:
         """One line about the photos that are enlarged more than `ENLARGED` times; "" where there is none."""
-        factors = {name: (size, self.image_size / min(size)) for name, size in zip(self.names, self.sizes, strict=True)}
-        small = [f"{name} ({_shape(s)}, {f:.1f}×)" for name, (s, f) in factors.items() if f > ENLARGED]
+        small = [
+            f"{name} ({size[0]}×{size[1]}, {self.image_size / min(size):.1f}×)"
+            for name, size in zip(self.names, self.sizes, strict=True)
+            if self.image_size > ENLARGED * min(size)
+        ]
         if not small:
             return ""
         return (
@@ -126,13 +127,9 @@ class ConceptImages:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file, upright, as RGB or (with transparency) RGBA, 8 bits a channel.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
-    image = _open(path)
-    with _named(path):
+    """An image file, upright, as RGB or (with transparency) RGBA, 8 bits a channel; ValueError if it is unreadable."""
+    with _opened(path) as file:
+        image = ImageOps.exif_transpose(file)
         if image.mode.startswith(("I", "F")):
             image = Image.fromarray((_grey(image) * 255).round().astype(np.uint8))
         transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
@@ -140,14 +137,9 @@ def read_image(path: Path) -> Image.Image:
 
 
 def read_mask(path: Path) -> Image.Image:
-    """A mask file as floats (mode F) in [0, 1].
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
-    image = _open(path)
-    with _named(path):
-        return Image.fromarray(_grey(image))
+    """A mask file as floats (mode F) in [0, 1]; ValueError if it is unreadable."""
+    with _opened(path) as file:
+        return Image.fromarray(_grey(ImageOps.exif_transpose(file)))
 
 
 def read_captions(path: Path, superclass: str) -> list[str]:
@@ -158,9 +150,6 @@ def read_captions(path: Path, superclass: str) -> list[str]:
     """
     if not path.is_file():
         return []
-    words = r"\s+".join(map(re.escape, superclass.split()))
-    noun = re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
-    templates = []
     try:
         with path.open("rb") as file:
             content = file.read(CAPTIONS + 1)
@@ -169,6 +158,9 @@ def read_captions(path: Path, superclass: str) -> list[str]:
         raise UserError(f"{path}: cannot be read as text: {error}") from error
     if len(content) > CAPTIONS:
         raise UserError(f"{path}: more than {CAPTIONS:,} bytes are no captions of one photo")
+    words = r"\s+".join(map(re.escape, superclass.split()))
+    noun = re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
+    templates = []
     for line in filter(None, map(str.strip, lines)):
         template = line if "{}" in line else noun.sub("{}", line)
         if "{}" not in template:
@@ -200,10 +192,7 @@ def to_square(image: Image.Image, size: int) -> Tensor:
 
 def _mask(path: Path, image: Image.Image, size: int, superclass: str) -> Tensor:
     """Soft mask (1, size, size) with maximum 1."""
-    folder = path.parent / "mask"
-    places = (folder / path.name, folder / f"{path.stem}.png", path.with_name(path.stem + MASK_LABEL))
-    file = first_file(places)
-    if file is not None:
+    if (file := find_mask(path)) is not None:
         mask = read_mask(file)
         # a pixel more or less in either direction is rounding, not another shape
         if abs(mask.width * image.height - mask.height * image.width) > max(*mask.size, *image.size):
@@ -221,31 +210,18 @@ def _mask(path: Path, image: Image.Image, size: int, superclass: str) -> Tensor:
     return square / square.max()
 
 
-def _shape(size: tuple[int, int]) -> str:
-    return f"{size[0]}×{size[1]}"
-
-
 def _range(ordered: list[str]) -> str:
     return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
 
 
-def _open(path: Path) -> Image.Image:
-    with _named(path), Image.open(path) as image:
-        return ImageOps.exif_transpose(image)
-
-
-def _is_animated(path: Path) -> bool:
-    with _named(path), Image.open(path) as image:
-        return image.format in ANIMATED and getattr(image, "is_animated", False)
-
-
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Turns what Pillow raises over a file into a ValueError that names the file."""
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file; what Pillow raises over it becomes a UserError that names the file."""
     try:
         with warnings.catch_warnings():  # of sizes that large cameras have; twice as much is an error
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            yield
+            with Image.open(path) as image:
+                yield image
     except UnidentifiedImageError as error:  # its text is the path
         raise UserError(f"{path}: cannot be read as an image: no format that is known, or cut off") from error
     except OSError as error:

@@ -20,8 +20,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clipseg.weights import POCKET, load
+from data.masks import segment_folder
 from data.pocket.concepts import CONCEPTS, FOLDER
-from data.soft_segment import segment_folder
 from infusion.methods import method_names
 from ldm.util.cli import Parser, UserError, count, processes, report, suggestion, words
 from ldm.util.config import ROOT, find

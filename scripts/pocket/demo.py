@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from clipseg.model import ClipSeg
 from data.dataset import ConceptImages
+from data.masks import load_mask, segment_folder
 from data.pocket.backgrounds import BACKGROUNDS
 from data.pocket.concepts import CONCEPTS, FOLDER
-from data.soft_segment import read_kept, segment_folder
 from infusion.concepts.concept import Concept
 from infusion.gate import IDENTITY
 from infusion.metrics.report.page import data_uri, decimal, percent, render
@@ -106,7 +106,7 @@ def segment(name: str, plan: Plan, clipseg: ClipSeg | None) -> tuple[Path, Figur
         return folder, mean([1.0] * len(list(folder.glob("*.png"))))
     rows = segment_folder(folder, CONCEPTS[name].noun, clipseg)
     _, true = concept_photos(name)
-    return folder, mean([iou(read_kept(row.mask), answer) for row, answer in zip(rows, true, strict=True)])
+    return folder, mean([iou(load_mask(row.mask), answer) for row, answer in zip(rows, true, strict=True)])
 
 
 def train(name: str, photos: Path, plan: Plan) -> tuple[Path, list[str]]:

@@ -22,10 +22,11 @@ from torchvision.utils import make_grid, save_image
 from clipseg.model import ClipSeg
 from clipseg.weights import POCKET_CONFIG, POCKET_WEIGHTS, load
 from data.dataset import read_mask
+from data.masks import enlarge, load_photo, overlay
+from data.photos import fill_templates
 from data.pocket.concepts import CONCEPTS, FOLDER
 from data.pocket.world import NOUNS, World, draw_scene
 from data.prompts import TEMPLATES
-from data.soft_segment import enlarge, fill_templates, overlay, to_tensor
 from ldm.util.cli import Parser, report
 from scripts.pocket.judge import Figure, rate
 
@@ -44,7 +45,7 @@ def concept_photos(name: str, folder: Path = FOLDER) -> tuple[Tensor, Tensor]:
     """Photos (P, 3, H, W) and true masks (P, H, W) of a concept, both in [0, 1]."""
     paths = sorted((folder / name).glob("*.png"))
     masks = [torch.from_numpy(np.array(read_mask(path.parent / "mask" / path.name))) for path in paths]
-    return torch.cat([to_tensor(path) for path in paths]), torch.stack(masks)
+    return torch.cat([load_photo(path) for path in paths]), torch.stack(masks)
 
 
 def masks_of(clipseg: ClipSeg, photos: Tensor, noun: str) -> Tensor:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from clipseg.model import ClipSeg
 from clipseg.weights import POCKET, load
+from data.photos import fill_templates
 from data.pocket.backgrounds import BACKGROUNDS
-from data.soft_segment import fill_templates
 from infusion.concepts.concept import Concept
 from infusion.sampling.pictures import captioned_grid, png
 from infusion.sampling.regions import Region
