@@ -1,5 +1,6 @@
 """A backbone that runs in milliseconds, and photos for it."""
 
+import ctypes
 import math
 import os
 import shutil
@@ -145,18 +146,31 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return run
 
 
+def heed_permissions(heed: bool = True) -> None:
+    """Whether the permissions of files count for root, too (capset(2): CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
+    if os.geteuid():
+        return
+    libc, header, sets = (
+        ctypes.CDLL(None, use_errno=True),
+        (ctypes.c_uint32 * 2)(0x20080522, 0),
+        (ctypes.c_uint32 * 6)(),
+    )
+    assert libc.capget(header, sets) == 0
+    sets[0] = sets[0] & ~0b110 if heed else sets[0] | 0b110
+    assert libc.capset(header, sets) == 0
+
+
 @pytest.fixture
 def as_nobody() -> Callable[[], AbstractContextManager[None]]:
     """A `with` in which the permissions of files count, also for tests that run as root."""
 
     @contextmanager
     def nobody() -> Iterator[None]:
-        user = os.geteuid()
-        os.seteuid(user or 65534)
+        heed_permissions()
         try:
             yield
         finally:
-            os.seteuid(user)
+            heed_permissions(False)
 
     return nobody
 

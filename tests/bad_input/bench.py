@@ -1,4 +1,4 @@
-"""Runs a command with bad input, in this process, and holds it to what every command promises about mistakes.
+"""Runs a command with bad input, in this process, and checks what every command promises about mistakes.
 
 A mistake ends in exit status 2 and one line `error: …` that names the flag, key or file; nothing is written, and it
 takes less than 5 seconds.
@@ -49,7 +49,7 @@ class Outcome:
 
 
 class Hangs(BaseException):
-    """A command goes on and on; no command catches this."""
+    """A command does not end; no command catches this."""
 
 
 class Bench:
@@ -62,12 +62,6 @@ class Bench:
 
     def __init__(self, folder: Path, concept: Path) -> None:
         self.folder, self.concept = folder, concept
-
-    def open_to_all(self) -> None:
-        """Lets every account write to the folder, and read the concept."""
-        for place in (self.concept, *self.concept.parents[:-2], *self.folder.parents[:-2]):
-            place.chmod(0o755)
-        self.folder.chmod(0o777)
 
     def run(self, command: str, *arguments: object) -> Outcome:
         """Runs a command; `FOLDER` and `CONCEPT` in its arguments stand for the attributes."""
@@ -148,7 +142,7 @@ def watched() -> Iterator[None]:
     """Raises `Hangs` in what takes too long."""
 
     def stop(*_: object) -> None:
-        raise Hangs(f"it goes on after {HANGS} seconds")
+        raise Hangs(f"not done after {HANGS} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(HANGS)
@@ -157,16 +151,3 @@ def watched() -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-
-
-@contextmanager
-def nobody() -> Iterator[None]:
-    """An account without rights, where the tests run as root."""
-    if os.geteuid():
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)

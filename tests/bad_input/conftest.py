@@ -1,6 +1,5 @@
 """A working folder, and a concept of the pocket model."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,14 +30,3 @@ def bench(tmp_path: Path, pocket_concept: Path, monkeypatch: pytest.MonkeyPatch)
     folder.mkdir()
     monkeypatch.chdir(folder)
     return Bench(folder, pocket_concept)
-
-
-@pytest.fixture
-def entry(bench: Bench) -> Callable[[str], Path]:
-    """Text -> a config file in the working folder."""
-
-    def write(text: str, name: str = "entry.yaml") -> Path:
-        (bench.folder / name).write_text(text, encoding="utf-8")
-        return bench.folder / name
-
-    return write

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from ldm.util.config import ROOT
-from tests.bad_input.bench import POCKET, nobody
+from tests.bad_input.bench import POCKET
 
 DRAW = ["--personalized_ckpt", "CONCEPT", "--outdir", "FOLDER/out", "--device", "cpu", "--steps", "1"]
 PHOTOS = str(ROOT / "data/pocket/concepts/blue_striped_dog")
@@ -18,33 +18,33 @@ ESTIMATE = [
     *("--device", "cpu"),
 ]
 CONVERT = ["CONCEPT", "FOLDER/out.safetensors"]
-COUNTS = ("0", "-1", "1.5", "1e9", "many", "nan", str(10**30), "", "٣", "²")
-REALS = ("nan", "inf", "-inf", "1e400", "abc", "", "1,,2")
-SEEDS = ("-1", str(2**70), "1.5", "x", "²")
+COUNTS = ("0", "1.5", "1e9", str(10**30), "٣")
+REALS = ("nan", "1e400", "abc", "")
+SEEDS = ("-1", str(2**70), "1.5")
 
 FLAGS: dict[str, tuple[list, dict[str, tuple[str, ...]]]] = {  # command -> flags that it needs, values that are refused
     "txt2img": (
         DRAW,
         {
-            "--steps": (*COUNTS, "1000", "999999999"),
-            "--n_samples": (*COUNTS, "1000000000"),
-            "--n_iter": (*COUNTS, "999999999"),
-            "--n_rows": COUNTS[:4],
-            "--height": (*COUNTS, "63", "100000"),
-            "--width": ("0", "63", "100000"),
+            "--steps": (*COUNTS, "1000"),
+            "--n_samples": ("0", "1000000000"),
+            "--n_iter": ("0", "999999999"),
+            "--n_rows": ("0",),
+            "--height": ("0", "63", "100000"),
+            "--width": ("63", "100000"),
             "--seed": SEEDS,
-            "--scale": REALS[:-1],
-            "--beta": (*REALS, "0.1,0.2"),
-            "--tau": (*REALS, "0", "-1", "0.1,0.2"),
-            "--strength": REALS,
+            "--scale": REALS,
+            "--beta": ("nan", "1,,2", "0.1,0.2"),
+            "--tau": ("nan", "0", "-1"),
+            "--strength": ("inf", "x"),
             "--eta": ("nan", "-0.1", "1.1"),
             "--gate": ("soft", "hard,hard", ","),
-            "--region": ("1", "1:0,0,2,2", "2:0,0,1,1", "0:0,0,1,1", "1:1,1,0,0", f"{10**30}:0,0,1,1"),
-            "--sampler": ("heun", ""),
+            "--region": ("1", "1:0,0,2,2", "2:0,0,1,1", "0:0,0,1,1", f"{10**30}:0,0,1,1"),
+            "--sampler": ("heun",),
             "--precision": ("double",),
-            "--device": ("tpu", "cuda:99", "cpu:x", ""),
-            "--devices": (*COUNTS[:4], "1000000"),
-            "--num_nodes": ("0", "-1"),
+            "--device": ("tpu", "cuda:99", ""),
+            "--devices": ("0", "1000000"),
+            "--num_nodes": ("0",),
             "--covariance": ("gone", "FOLDER"),
             "--config": ("gone", "FOLDER"),
             "--outdir": ("FOLDER/file", "FOLDER/file/within"),
@@ -56,21 +56,19 @@ FLAGS: dict[str, tuple[list, dict[str, tuple[str, ...]]]] = {  # command -> flag
     "metrics": (
         MEASURE,
         {
-            "--samples": COUNTS,
-            "--batch_size": COUNTS[:4],
-            "--steps": (*COUNTS[:4], "1000"),
-            "--strata": (*COUNTS[:4], "1001"),
-            "--resamples": COUNTS[:4],
-            "--seed": SEEDS,
-            "--scale": REALS[:3],
-            "--beta": REALS[:3],
-            "--tau": ("nan", "0", "-1"),
-            "--strength": REALS[:3],
+            "--samples": ("0", "many"),
+            "--batch_size": ("0", "1e9"),
+            "--steps": ("0", "1000"),
+            "--strata": ("0", "1001"),
+            "--resamples": ("0",),
+            "--seed": ("-1",),
+            "--scale": ("nan",),
+            "--beta": ("nan",),
+            "--tau": ("0",),
+            "--strength": ("inf",),
             "--metrics": ("clip", ","),
             "--curve": ("x",),
-            "--device": ("tpu",),
-            "--devices": ("0", "1000000"),
-            "--num_nodes": ("0",),
+            "--devices": ("1000000",),
             "--out": ("FOLDER/file",),
             "--cache": ("FOLDER/file",),
             "--protocol": ("gone", "FOLDER", "FOLDER/file"),
@@ -78,14 +76,13 @@ FLAGS: dict[str, tuple[list, dict[str, tuple[str, ...]]]] = {  # command -> flag
             "--groups": ("a,b",),
             "--concept": ("unicorn",),
             "--clip": ("gone", "FOLDER", "FOLDER/file"),
-            "--dino": ("gone", "FOLDER", "FOLDER/file"),
-            "--colour": ("red",),
+            "--dino": ("FOLDER", "FOLDER/file"),
         },
     ),
     "soft_segment": (
         SEGMENT,
         {
-            "--batch_size": COUNTS,
+            "--batch_size": ("0", "many"),
             "--super_class": ("", "  "),
             "--templates": ("a photo", ""),
             "--model_weight": ("gone", "FOLDER", "FOLDER/file"),
@@ -95,7 +92,7 @@ FLAGS: dict[str, tuple[list, dict[str, tuple[str, ...]]]] = {  # command -> flag
     "estimate": (
         ESTIMATE,
         {
-            "--batch_size": COUNTS[:4],
+            "--batch_size": ("0",),
             "--ridge": ("-1", "nan", "x"),
             "--caption": ("gone", "FOLDER"),
             "--save_path": ("C.pt",),
@@ -105,14 +102,14 @@ FLAGS: dict[str, tuple[list, dict[str, tuple[str, ...]]]] = {  # command -> flag
     "demo": (
         ["--outdir", "FOLDER/out"],
         {
-            "--samples": ("0", "1", "-1", "1e9", "x"),
-            "--steps": ("0", "-1", "1000", "x"),
-            "--batch_size": ("0", "-1"),
-            "--scale": REALS[:4],
-            "--seed": SEEDS,
+            "--samples": ("1", "1e9", "x"),
+            "--steps": ("0", "1000"),
+            "--batch_size": ("0",),
+            "--scale": ("nan",),
+            "--seed": ("-1",),
             "--concepts": ("unicorn", ""),
             "--base": ("gone", "FOLDER"),
-            "--clip": ("gone", "FOLDER", "FOLDER/file"),
+            "--clip": ("gone", "FOLDER/file"),
             "--clipseg": ("gone", "FOLDER/file"),
             "--classifier": ("gone", "FOLDER/file"),
             "--outdir": ("FOLDER/file/within",),
@@ -121,9 +118,8 @@ FLAGS: dict[str, tuple[list, dict[str, tuple[str, ...]]]] = {  # command -> flag
     "benchmark": (
         ["--device", "cpu", "--size", "pocket", "--only", "unet"],
         {
-            "--latent": ("0", "-1", "33", "1000000000", "x"),
-            "--batch": ("0", "1000000000", "x"),
-            "--repeats": ("0", "x"),
+            "--latent": ("0", "33", "1000000000", "x"),
+            "--repeats": ("0",),
             "--only": ("unett", ","),
             "--size": ("sd9",),
             "--precision": ("double",),
@@ -136,7 +132,6 @@ FLAGS: dict[str, tuple[list, dict[str, tuple[str, ...]]]] = {  # command -> flag
         {"--form": ("tiny",), "--superclass": ("cat",), "--gate": ("soft",), "--architecture": ("sd9",)},
     ),
     "subjects": (["FOLDER"], {"--subjects": ("dog,", "unicorn"), "--protocols": ("FOLDER/file",)}),
-    "inspect": (["CONCEPT"], {"--colour": ("red",)}),
 }
 CASES = [
     (command, flag, value)
@@ -156,10 +151,9 @@ def test_a_flag_that_makes_no_sense_is_named(bench, command, flag, value):
 
 
 @pytest.mark.parametrize("command", ["txt2img", "metrics"])
-def test_an_output_folder_without_permission_is_named(bench, command):
-    bench.open_to_all()
-    bench.folder.chmod(0o755)
-    with nobody():
+def test_an_output_folder_without_permission_is_named(bench, as_nobody, command):
+    bench.folder.chmod(0o555)
+    with as_nobody():
         bench.refuse(command, *FLAGS[command][0], says=f"{bench.folder}: cannot be written to")
 
 

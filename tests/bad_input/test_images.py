@@ -1,4 +1,4 @@
-"""Images of every kind in the folders that commands read."""
+"""Photos, masks and captions of every kind in the folders that commands read."""
 
 import os
 import struct
@@ -14,7 +14,7 @@ from PIL import Image
 
 from data.dataset import ConceptImages
 from ldm.util.config import ROOT
-from tests.bad_input.bench import Bench, nobody
+from tests.bad_input.bench import Bench
 
 RED = (230, 20, 10)
 TRAIN = [
@@ -54,14 +54,12 @@ UNREADABLE: dict[str, tuple[str, Callable[[Path], object]]] = {  # name of the f
     "empty": ("a.png", Path.touch),
     "truncated png": ("a.png", truncated),
     "truncated jpeg": ("a.jpg", truncated),
-    "text": ("a.png", lambda path: path.write_text("a photo of a cat\n" * 100)),
     "html": ("a.jpg", lambda path: path.write_text("<!doctype html><title>404</title>")),
     "too large a header": ("a.png", lambda path: header_only(path, 60_000, 60_000)),
     "size of nothing": ("a.png", lambda path: header_only(path, 0, 10)),
     "bomb": ("a.png", lambda path: Image.new("1", (16_000, 16_000)).save(path)),
     "loop": ("a.png", loop),
     "broken link": ("a.png", lambda path: path.symlink_to(path.with_name("gone.png"))),
-    "svg": ("a.png", lambda path: path.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")),
     "long name": (f"{'é' * 120}.png", lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n")),
     "control characters in the name": ("a\n\x1b[31mb.png", Path.touch),
 }
@@ -73,8 +71,11 @@ def photos(bench: Bench) -> Path:
     return bench.folder / "photos"
 
 
-@pytest.mark.parametrize("case", UNREADABLE)
-@pytest.mark.parametrize("command", READERS)
+UNREAD = [("soft_segment", case) for case in UNREADABLE]
+UNREAD += [(command, case) for command in ("main.py", "metrics") for case in ("truncated jpeg", "broken link")]
+
+
+@pytest.mark.parametrize(("command", "case"), UNREAD)
 def test_an_image_that_cannot_be_read_is_named(bench, photos, command, case):
     name, make = UNREADABLE[case]
     photo(photos / "good.png")
@@ -91,30 +92,23 @@ FOLDERS: dict[str, Callable[[Path], object]] = {
     "hidden": lambda path: photo(path / ".a.png"),
     "another ending": lambda path: photo(path / "a.ppm"),
 }
+WITHOUT = [("soft_segment", case) for case in FOLDERS] + [(command, "empty") for command in ("main.py", "metrics")]
 
 
-@pytest.mark.parametrize("case", FOLDERS)
-@pytest.mark.parametrize("command", READERS)
+@pytest.mark.parametrize(("command", "case"), WITHOUT)
 def test_a_folder_without_an_image_is_named(bench, photos, command, case):
     FOLDERS[case](photos)
     bench.refuse(command, *READERS[command], says=str(photos))
 
 
 @pytest.mark.parametrize("command", READERS)
-def test_a_photo_without_permission_is_named(bench, photos, command):
+def test_a_photo_or_folder_without_permission_is_named(bench, photos, as_nobody, command):
     photo(photos / "good.png")
     photo(photos / "mine.png").chmod(0)
-    bench.open_to_all()
-    with nobody():
+    with as_nobody():
         bench.refuse(command, *READERS[command], says="mine.png")
-
-
-@pytest.mark.parametrize("command", READERS)
-def test_a_folder_without_permission_is_named(bench, photos, command):
-    photo(photos / "good.png")
-    bench.open_to_all()
     photos.chmod(0)
-    with nobody():
+    with as_nobody():
         bench.refuse(command, *READERS[command], says=str(photos))
     photos.chmod(0o755)
 
@@ -156,7 +150,7 @@ def test_an_odd_image_is_read_as_what_it_shows(photos, case):
     torch.testing.assert_close((images[0][0] + 1) * 127.5, wanted.float(), atol=deviation + 1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["unicode", "250 bytes", "a strip", "one pixel", "cmyk jpeg"])
+@pytest.mark.parametrize("case", ["unicode", "250 bytes", "a strip", "one pixel"])
 def test_an_odd_image_gets_a_mask(bench, photos, case):
     name, make, *_ = READABLE[case]
     make(photos / name)
@@ -193,3 +187,94 @@ def test_memory_does_not_grow_with_the_number_of_photos(photos):
     tracemalloc.stop()
     assert len(images) == 5000 and most < 10e6
     assert images[4999][0].shape == (3, 32, 32)
+
+
+def grey(value: float, size: tuple[int, int] = (60, 40)) -> Image.Image:
+    return Image.new("L", size, value)
+
+
+def floats(value: float) -> Image.Image:
+    values = np.ones((40, 60), np.float32)
+    values[0, 0] = value
+    return Image.fromarray(values)
+
+
+def corner(path: Path) -> None:
+    """White where the centred square does not reach."""
+    mask = grey(0)
+    mask.paste(255, (0, 0, 8, 40))
+    mask.save(path)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {  # what makes the mask, and what is said of it
+    "missing": (lambda path: None, "0.png: has no mask; make masks by"),
+    "pipe": (os.mkfifo, "0.png: has no mask"),
+    "truncated": (truncated, "mask/0.png: cannot be read as an image"),
+    "turned": (lambda path: grey(255, (40, 60)).save(path), "mask/0.png: 40×60 is not the shape of 0.png, 60×40"),
+    "another shape": (lambda path: grey(255, (60, 60)).save(path), "mask/0.png: 60×60 is not the shape"),
+    "black": (lambda path: grey(0).save(path), "mask/0.png: the mask is empty"),
+    "black in the square": (corner, "mask/0.png: the mask is empty within the image's centred square"),
+    "nan": (lambda path: floats(float("nan")).save(path, "TIFF"), "mask/0.png: cannot be read as an image: it holds"),
+}
+
+
+@pytest.fixture
+def mask(bench) -> Path:
+    """Where the mask of a photo of 60 × 40 belongs."""
+    (bench.folder / "photos" / "mask").mkdir(parents=True)
+    Image.new("RGB", (60, 40), "red").save(bench.folder / "photos" / "0.png")
+    return bench.folder / "photos" / "mask" / "0.png"
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_mask_that_says_nothing_is_named(bench, mask, case):
+    make, says = REFUSED[case]
+    make(mask)
+    bench.refuse("main.py", *(word for word in TRAIN if word != "mask=none"), says=says)
+
+
+@pytest.mark.parametrize("case", ["truncated", "nan"])
+def test_a_mask_that_is_there_must_be_readable_to_be_kept(bench, mask, case):
+    make, says = REFUSED[case]
+    make(mask)
+    bench.refuse("soft_segment", *SEGMENT, says=says)
+
+
+TAKEN: dict[str, Callable[[Path], object]] = {
+    "white": lambda path: grey(255).save(path),
+    "faint": lambda path: grey(1).save(path),  # divided by its maximum
+    "colour": lambda path: Image.new("RGB", (60, 40), "white").save(path),
+    "palette": lambda path: grey(255).convert("P").save(path),
+    "one bit": lambda path: Image.new("1", (60, 40), 1).save(path),
+    "transparent": lambda path: Image.new("RGBA", (60, 40), (255, 255, 255, 255)).save(path),
+    "sixteen bits": lambda path: Image.fromarray(np.full((40, 60), 30_000, np.uint16)).save(path),
+    "floats": lambda path: floats(1).save(path, "TIFF"),
+    "smaller": lambda path: grey(200, (30, 20)).save(path),
+    "a pixel off": lambda path: grey(200, (59, 40)).save(path),
+    "cmyk": lambda path: Image.new("CMYK", (60, 40), (0, 0, 0, 0)).save(path, "TIFF"),
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_a_mask_of_one_value_is_one_everywhere(mask, case):
+    TAKEN[case](mask)
+    masked = ConceptImages(mask.parents[1], 16, "dog")
+    torch.testing.assert_close(masked[0][1], torch.ones(1, 16, 16))
+    assert masked.report().endswith("masks cover 100% of it, 100% on average")
+
+
+CAPTIONS: dict[str, tuple[bytes, str]] = {
+    "binary": (bytes(range(256)), "0.txt: cannot be read as text"),
+    "utf-16": ("a dog\n".encode("utf-16"), "0.txt: cannot be read as text"),
+    "another noun": (b"a cat\n", "0.txt: the caption 'a cat' names no 'dog'"),
+    "braces": (b"a dog {dog}\n", "braces"),
+    "10 MB": (b"a dog\n" * 1_700_000, "0.txt: more than 100,000 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", CAPTIONS)
+def test_captions_that_make_no_sense_are_named(bench, photos, case):
+    content, says = CAPTIONS[case]
+    photo(photos / "0.png")
+    (photos / "0.txt").write_bytes(content)
+    bench.refuse("main.py", *TRAIN, says=says)

@@ -16,24 +16,19 @@ BASE = ["--config", POCKET, "--outdir", "FOLDER/out", "--device", "cpu", "--step
 
 PROMPTS: dict[str, tuple[str, str]] = {  # what is refused, and what is said
     "empty": ("", "--prompt"),
-    "blanks": ("  \t ", "--prompt"),
     "no place": ("a photo of a dog", "--prompt: 'a photo of a dog' has no {} for the concept"),
     "a brace": ("a {", "--prompt: 'a {' has no {}"),
-    "a word in braces": ("a {dog}", "has no {}"),
     "attribute": ("a {a.__class__}", "has no {}"),
     "format": ("a {!r:>999999999}", "has no {}"),
-    "negative": ("a {-1}", "has no {}"),
     "zero": ("a {0}", "{0}"),
     "second": ("a {1} and a {2}", "{2}"),
     "large": ("a {999999999999}", "{999999999999}"),
-    "larger": ("a {" + "9" * 5000 + "}", "--prompt"),
     "places alone": ("{}" * 1000, "--prompt: {} in"),
     "glued": ("a{}b", "--prompt: {} in 'a{}b' is glued"),
     "beyond what is read": ("word " * 500 + "{}", "beyond"),
     "10,000 words": ("a {} " + "word " * 10_000, f"--prompt: has 50,005 characters; at most {LONGEST:,}"),
     "a surrogate": ("a {} \udcff", "--prompt"),
     "escapes": ("a \x1b[31mred\x1b[0m thing\a", "has no {}"),
-    "right to left": ("a \u202ednih\u202c", "has no {}"),
 }
 
 
@@ -51,11 +46,9 @@ def test_other_words_are_no_longer_than_prompts(bench, flag):
 
 DRAWN = {
     "many places": "{} " * 200,
-    "a brace beside a place": "a {} and {a.__class__} {",
     "right to left": "a {} \u202ednih\u202c \u200f",
     "emoji": "a {} 🐈‍⬛ \U0001f468\u200d\U0001f469\u200d\U0001f467",
     "control characters": "a {} \x07\x1b[31m",
-    "combining marks": "a {} z" + "\u0335" * 500,
     "75 words and more": "a {} " + "word " * 500,
 }
 
@@ -74,29 +67,20 @@ def test_without_a_concept_nothing_need_be_said(bench):
 
 FILES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "prompts.txt: has no prompt in it"),
-    "blank lines": (b"\n \n\t\n", "prompts.txt: has no prompt in it"),
-    "comments": (b"# a {}\n", "prompts.txt: has no prompt in it"),
     "binary": (bytes(range(256)) * 100, "prompts.txt cannot be read as text"),
     "utf-16": ("a {}\n".encode("utf-16"), "prompts.txt cannot be read as text"),
-    "latin-1": ("a {} in Zürich\n".encode("latin-1"), "prompts.txt cannot be read as text"),
     "1 MB of zeros": (bytes(1_000_000), "--prompt"),
     "10 MB": (b"a {} on grass\n" * 750_000, "prompts.txt: is larger than 2 MB"),
-    "10 MB in a line": (b"a {} " + b"word " * 2_000_000, "prompts.txt: is larger than 2 MB"),
     "1 MB in a line": (b"a {} " + b"word " * 200_000, "characters; at most"),
     "1 MB, the last line wrong": (b"a {} on grass\n" * 70_000 + b"a {} --w many\n", "line 70001: --w: `many`"),
     "unknown option": (b"a {}\na {} --x 3\n", "prompts.txt: line 2: there is no option --x"),
     "no prompt": (b"--w 64\n", "prompts.txt: line 1: has options and no prompt"),
     "width of a word": (b"a {} --w wide\n", "prompts.txt: line 1: --w: `wide` is not a whole number"),
-    "width of nothing": (b"a {} --w\n", "prompts.txt: line 1: --w"),
-    "width of zero": (b"a {}\na {} --w 0\n", "prompts.txt: line 2: --w"),
     "width that cannot be halved": (b"a {}\na {} --w 63\n", "width must be a multiple of 16 pixels, not 63 (--width)"),
     "width of a wall": (b"a {}\na {} --w 100000\n", "width: must be from 1 to 8192"),
-    "steps of none": (b"a {}\na {} --s 0\n", "prompts.txt: line 2: --s"),
     "steps of many": (b"a {}\na {} --s 5000\n", "--steps: steps must lie between 1 and 999"),
     "scale": (b"a {}\na {} --l nan\n", "prompts.txt: line 2: --l: `nan` is not a finite number"),
     "seed": (b"a {}\na {} --d -1\n", "prompts.txt: line 2: --d"),
-    "large seed": (b"a {}\na {} --d %d\n" % 2**70, "prompts.txt: line 2: --d"),
-    "place of no concept": (b"a {}\na {2}\n", "{2}"),
     "negative prompt": (b"a {}\na {} --n " + b"word " * 10_000, "characters; at most"),
 }
 
@@ -133,19 +117,13 @@ def forged(bench, **text: str) -> None:
 
 PNGS: dict[str, tuple[dict[str, str], str]] = {
     "steps": ({"steps": "many"}, "--steps"),
-    "steps of none": ({"steps": "0"}, "--steps"),
-    "sampler": ({"sampler": "heun"}, "heun"),
     "sampler of an attribute": ({"sampler": "__class__"}, "__class__"),
-    "precision": ({"precision": "double"}, "double"),
     "size": ({"height": "1000000000"}, "--height"),
-    "tau": ({"tau": "0"}, "tau"),
     "beta": ({"beta": "nan"}, "--beta"),
-    "gate": ({"gate": "soft"}, "soft"),
     "seed": ({"seed": "-5"}, "--seed"),
     "region": ({"region": "1:0,0,2,2"}, "region"),
     "prompt": ({"prompt": "a dog"}, "has no {}"),
     "concept": ({"personalized_ckpt": "gone.safetensors"}, "gone.safetensors"),
-    "folder": ({"personalized_ckpt": "/etc"}, "/etc"),
     "config": ({"config": "/etc/passwd"}, "/etc/passwd"),
     "weights": ({"ckpt": "/etc/passwd"}, "/etc/passwd"),
     "covariance": ({"covariance": "/etc/passwd"}, "/etc/passwd"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import heed_permissions
 from tests.reliability.runs import contents, learned, words
 
 ROOT = Path(__file__).parents[2]
@@ -69,24 +70,13 @@ def test_output_that_cannot_be_written(launch, whole, shelf, command, fault):
     before = contents(shelf)
     if fault == "read-only":
         shelf.chmod(0o555)
-    how = {"file_size": 100} if fault == "full" else {"prepare": give_up_privileges}
+    how = {"file_size": 100} if fault == "full" else {"prepare": heed_permissions}
     module, *arguments = command(shelf, whole[0])
     ended = launch(module, *arguments, **how)
     assert ended.status == 2, ended.said
     assert last_line(ended.said).startswith("error: ") and f"{shelf}" in last_line(ended.said)
     assert "Traceback" not in ended.said
     assert contents(shelf) == before
-
-
-def give_up_privileges() -> None:
-    """Lets the permissions of files count for root, too (capset(2), CAP_DAC_OVERRIDE)."""
-    import ctypes
-
-    libc, words_of_two_sets = ctypes.CDLL(None, use_errno=True), ctypes.c_uint32 * 6
-    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), words_of_two_sets()
-    assert libc.capget(header, sets) == 0
-    sets[0] &= ~(1 << 1)
-    assert libc.capset(header, sets) == 0
 
 
 def at_step(number: int, event: Callable[[], None]) -> None:
