@@ -7,6 +7,7 @@ names (callbacks of Lightning, numpy's scalars, …) becomes a stand-in that doe
 
 import pickle
 import pickletools
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,8 +51,8 @@ FORBIDDEN = (  # what no checkpoint names
     *("builtins.eval", "builtins.exec", "builtins.compile", "builtins.getattr", "builtins.__import__"),
 )
 UNREADABLE = (  # what damaged and hostile files raise
-    *(pickle.UnpicklingError, SafetensorError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError),
-    *(TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, MemoryError),
+    *(pickle.UnpicklingError, SafetensorError, zipfile.BadZipFile, struct.error, EOFError, OSError, RuntimeError),
+    *(ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, MemoryError),
 )
 
 

@@ -12,53 +12,19 @@ from ldm.util.cli import UserError
 
 SECONDS, MEMORY = 10, 2**30  # that one file may take
 MESSAGE = 4000  # characters of a message, of which commands show 400
-PACKAGES = {  # that readers import when they are first used
-    *("ldm", "infusion", "clipseg", "data", "torch", "torchvision", "pytorch_lightning", "lightning_fabric"),
-    *(
-        "lightning_utilities",
-        "torchmetrics",
-        "transformers",
-        "diffusers",
-        "huggingface_hub",
-        "safetensors",
-        "tokenizers",
-    ),
-    *(
-        "numpy",
-        "scipy",
-        "PIL",
-        "omegaconf",
-        "yaml",
-        "antlr4",
-        "ftfy",
-        "wcwidth",
-        "einops",
-        "kornia",
-        "open_clip",
-        "matplotlib",
-    ),
-    *sys.stdlib_module_names,
-}
-DOING = {  # audit events of what no reader does
-    *(
-        "os.system",
-        "os.exec",
-        "os.posix_spawn",
-        "os.fork",
-        "os.forkpty",
-        "os.spawn",
-        "subprocess.Popen",
-        "os.startfile",
-    ),
-    *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown"),
-    *("os.putenv", "os.unsetenv", "os.chdir", "shutil.copyfile", "shutil.move", "shutil.rmtree", "socket.connect"),
-    *("socket.bind", "socket.getaddrinfo", "urllib.Request", "pickle.find_class", "ctypes.dlopen"),
-    *(
-        "webbrowser.open",
-        "tempfile.mkstemp",
-        "tempfile.mkdtemp",
-    ),
-}
+IMPORTED = """
+ldm infusion clipseg data torch torchvision pytorch_lightning lightning_fabric lightning_utilities torchmetrics
+transformers diffusers huggingface_hub safetensors tokenizers numpy scipy PIL omegaconf yaml antlr4 ftfy wcwidth einops
+kornia open_clip matplotlib
+"""
+PACKAGES = {*IMPORTED.split(), *sys.stdlib_module_names}  # that readers import when they are first used
+EVENTS = """
+os.system os.exec os.posix_spawn os.fork os.forkpty os.spawn subprocess.Popen os.startfile os.remove os.rename os.rmdir
+os.mkdir os.link os.symlink os.truncate os.chmod os.chown os.putenv os.unsetenv os.chdir shutil.copyfile shutil.move
+shutil.rmtree socket.connect socket.bind socket.getaddrinfo urllib.Request pickle.find_class ctypes.dlopen
+webbrowser.open tempfile.mkstemp tempfile.mkdtemp
+"""
+DOING = set(EVENTS.split())  # audit events of what no reader does
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _watching: list[list[str]] = []  # what has been seen, while a reader is at work
 

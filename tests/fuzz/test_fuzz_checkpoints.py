@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz_guard import read
-from fuzz_mutations import mutated
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -17,6 +15,8 @@ from safetensors.torch import save
 from infusion.concepts import released
 from ldm.weights.files import TensorFile
 from ldm.weights.recognise import recognise
+from tests.fuzz.guard import read
+from tests.fuzz.mutations import mutated
 
 TENSORS = {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 3), "b": torch.arange(4), "c": torch.zeros(0)}
 RELEASED = {

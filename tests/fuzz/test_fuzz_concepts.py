@@ -6,10 +6,7 @@ import zlib
 from functools import cache
 from pathlib import Path
 
-import pytest
 import torch
-from fuzz_guard import read
-from fuzz_mutations import ODD_TEXT, ODD_VALUE, as_json, changed, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +17,8 @@ from infusion.covariance import InverseCovariance, save_inverse
 from infusion.gate import Gate
 from infusion.methods import method_names, method_of
 from ldm.util.cli import UserError
+from tests.fuzz.guard import read
+from tests.fuzz.mutations import ODD_TEXT, ODD_VALUE, as_json, changed, mutated
 
 LAYER = "middle_block.1.transformer_blocks.0.attn2"
 OPTIONS = {"lora": {"rank": 2, "alpha": 2.0, "identifier": "sks"}, "dreambooth": {"identifier": "sks"}}
@@ -64,36 +63,32 @@ def load(folder: Path, content: bytes) -> None:
     assert again.metadata() == concept.metadata() and again.relative_error(concept) == 0
 
 
-@pytest.mark.parametrize("form", FORMS)
-@given(data=st.data())
-def test_bytes_of_concept_files(folder, form, data):
-    method = data.draw(st.sampled_from(method_names()))
-    load(folder, data.draw(mutated(whole(folder, method, form))))
+FILE = st.tuples(st.sampled_from(method_names()), st.sampled_from(FORMS))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@given(data=st.data())
-def test_headers_of_concept_files(folder, form, data):
-    method = data.draw(st.sampled_from(method_names()))
-    header, tensors = split(whole(folder, method, form))
+@given(file=FILE, data=st.data())
+def test_bytes_of_concept_files(folder, file, data):
+    load(folder, data.draw(mutated(whole(folder, *file))))
+
+
+@given(file=FILE, data=st.data())
+def test_headers_of_concept_files(folder, file, data):
+    header, tensors = split(whole(folder, *file))
     for _ in range(data.draw(st.integers(1, 3))):
         header = data.draw(changed(header))
     load(folder, joined(header, tensors))
 
 
-@pytest.mark.parametrize("form", ["full", "compact"])
-@given(data=st.data())
-def test_metadata_of_concept_files(folder, form, data):
+@given(file=FILE, data=st.data())
+def test_metadata_of_concept_files(folder, file, data):
     """Values of the right type, so that it is ours that refuses them and not safetensors."""
-    method = data.draw(st.sampled_from(method_names()))
-    header, tensors = split(whole(folder, method, form))
+    header, tensors = split(whole(folder, *file))
     said = header["__metadata__"]
     for _ in range(data.draw(st.integers(1, 3))):
         key = data.draw(st.sampled_from(sorted(said)))
-        value = ODD_TEXT if data.draw(st.booleans()) else ODD_VALUE.map(json.dumps)
-        said = said | {key: data.draw(value)}
+        said = said | {key: data.draw(ODD_TEXT | ODD_VALUE.map(json.dumps))}
     header["__metadata__"] = said
-    if form == "compact":
+    if file[1] == "compact":
         header, tensors = checksummed(header, tensors)
     load(folder, joined(header, tensors))
 
@@ -138,13 +133,8 @@ def test_numbers_of_compact_files(folder, data):
     load(folder, joined(*checksummed(header, tensors, said)))
 
 
-@given(value=ODD_VALUE, data=st.binary(max_size=40))
-def test_any_json_for_a_header(folder, value, data):
-    load(folder, joined(value, data))
-
-
-@given(content=st.binary(max_size=200))
-def test_any_bytes(folder, content):
+@given(content=st.binary(max_size=200) | st.builds(joined, ODD_VALUE, st.binary(max_size=40)))
+def test_any_bytes_and_any_json_for_a_header(folder, content):
     load(folder, content)
 
 

@@ -6,8 +6,6 @@ import zlib
 from pathlib import Path
 
 import pytest
-from fuzz_guard import read
-from fuzz_mutations import ODD_TEXT, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
@@ -20,6 +18,8 @@ from infusion.tokens import concept_places, fill, point
 from ldm.models.tokenizer import Tokenizer
 from ldm.util import cli
 from ldm.util.cli import UserError
+from tests.fuzz.guard import read
+from tests.fuzz.mutations import ODD_TEXT, mutated
 
 SAID = describe(Settings(), {"prompt": "a {}", "seed": 3, "config": "c.yaml"}, {"base_sha256": "ab"})
 PIECE = st.one_of(

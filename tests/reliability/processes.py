@@ -10,14 +10,9 @@ from multiprocessing.reduction import DupFd
 from typing import Any
 
 PRELOADED = (
-    *("torch", "pytorch_lightning", "tensorboard", "main", "scripts.metrics", "data.soft_segment"),
-    *(
-        "infusion.training.trainer",
-        "infusion.training.callbacks",
-        "infusion.metrics.run.evaluate",
-        "data.latents",
-        "scripts.pocket.compare",
-    ),
+    *("torch", "pytorch_lightning", "tensorboard", "main", "scripts.metrics", "data.masks", "clipseg.weights"),
+    *("infusion.training.trainer", "infusion.training.callbacks", "infusion.metrics.run.evaluate"),
+    *("data.latents", "scripts.pocket.compare"),
 )
 DATE = "1700000000"
 

@@ -17,7 +17,7 @@ def finish(launch, entry: Path, folder: Path) -> None:
     assert ended.status == 0, ended.said
 
 
-@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 10))])
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))])
 def test_a_run_killed_twice_at_any_moment_ends_in_the_same_concepts(launch, entry, whole, tmp_path, seed):
     folder, seconds = whole
     moments = [random.Random(f"{seed} {i}").uniform(0.1, seconds) for i in range(2)]
@@ -27,9 +27,7 @@ def test_a_run_killed_twice_at_any_moment_ends_in_the_same_concepts(launch, entr
     assert learned(tmp_path / "halted") == learned(folder)
 
 
-@pytest.mark.parametrize(
-    "number", [0, 3, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4, 5, 6, 7, 20))]
-)
+@pytest.mark.parametrize("number", [0, 3, 8, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 5, 20))])
 def test_a_run_killed_while_it_writes_ends_in_the_same_concepts(launch, entry, whole, tmp_path, number):
     """The process dies before its nth call that puts a file on the disk, or gives it its name."""
     halted = tmp_path / "halted"

@@ -31,14 +31,8 @@ def kill_and_finish(launch, words: list[object], places: list[dict[str, object]]
     assert ended.status == 0, ended.said
 
 
-PLACES = {"writing": [{"killed_at": 4}, {"killed_at": 5}]} | {
-    f"at {seed}": [{"kill_after": random.Random(f"{seed} {time}").uniform(0.2, 3)} for time in range(2)]
-    for seed in range(3)
-}
-EITHER = pytest.mark.parametrize(
-    "places",
-    [pytest.param(v, id=k, marks=() if k in ("writing", "at 0") else pytest.mark.slow) for k, v in PLACES.items()],
-)
+MOMENTS = [{"kill_after": random.Random(f"{time}").uniform(0.2, 3)} for time in range(2)]
+PLACES = pytest.mark.parametrize("places", [[{"killed_at": 4}, {"killed_at": 5}], MOMENTS], ids=["writing", "any"])
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +50,7 @@ def segment(folder: Path) -> list[object]:
     return ["data.soft_segment", "--image_dir", folder, "--super_class", "hat", "--model_weight", "pocket"]
 
 
-@EITHER
+@PLACES
 def test_masks(launch, masked, tmp_path, places):
     kill_and_finish(launch, segment(tmp_path), places)
     assert contents(tmp_path) == masked
@@ -65,20 +59,9 @@ def test_masks(launch, masked, tmp_path, places):
 def measuring(tiny: Path, run: Path, out: Path) -> list[object]:
     protocol = out.parent / "protocol.yaml"
     protocol.write_text(PROTOCOL)
-    flags = ["--config", tiny, "--personalized_ckpt", run, "--protocol", protocol, "--out", out]
+    flags = ["--config", tiny, "--personalized_ckpt", run, "--protocol", protocol, "--out", out, "--device", "cpu"]
     flags += ["--samples", "6", "--steps", "1", "--strata", "1", "--resamples", "2", "--batch_size", "2"]
-    return [
-        "scripts.metrics",
-        *flags,
-        "--device",
-        "cpu",
-        "--metrics",
-        "lfd,w2,drift",
-        "--clip",
-        "pocket",
-        "--clipseg",
-        "pocket",
-    ]
+    return ["scripts.metrics", *flags, "--metrics", "lfd,w2,drift", "--clip", "pocket", "--clipseg", "pocket"]
 
 
 def figures(out: Path) -> dict[str, bytes]:
@@ -94,7 +77,7 @@ def measured(launch, tiny, whole, tmp_path_factory) -> dict[str, bytes]:
     return figures(out)
 
 
-@EITHER
+@PLACES
 def test_measurements(launch, tiny, whole, measured, tmp_path, places):
     kill_and_finish(launch, measuring(tiny, whole[0], tmp_path / "out"), places)
     assert figures(tmp_path / "out") == measured

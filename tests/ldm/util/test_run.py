@@ -8,6 +8,7 @@ from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ldm.util import run
 from ldm.util.run import STATE, Finite, NonFinite, ResumeState, StateFile, states, working_in
 from tests.infusion.conftest import fit
 
@@ -91,6 +92,14 @@ def test_so_many_states_are_kept_and_fewer_where_fewer_are_wanted(tmp_path):
     (tmp_path / STATE).unlink()
     train(tmp_path, keep=1)
     assert not states(folder) and torch.load(tmp_path / STATE, weights_only=True)["global_step"] == 6
+
+
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    now = run.datetime.now()
+    monkeypatch.setattr(run, "datetime", SimpleNamespace(now=lambda: now))
+    first = run.new_folder(None, str(tmp_path), "cat")
+    first.mkdir()
+    assert run.new_folder(None, str(tmp_path), "cat").name == f"{first.name}-2" and first.name.endswith("_cat")
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"keep": 0}])
