@@ -1,14 +1,15 @@
-"""The covariance of text encodings, C, whose inverse weighs the gate (README, Method; Perfusion, arXiv 2305.01644).
+"""The covariance of text encodings, C, whose inverse weighs the gate (docs/method.md, eq. 4; Perfusion, 2305.01644).
 
-C = (1 / n) Σ_j e_j e_jᵀ, uncentred, over the n word tokens of many captions. The gate compares the encodings of words
-with the concept's, so C is that of words too: the begin token, the end token and the padding, which are most of the 77
-places and nearly the same in every caption, are left out. (Perfusion's release sums over all 77 places.)
+The gate compares the encodings of words with the concept's, so C is that of words too: the begin token, the end token
+and the padding, which are most of the 77 places and nearly the same in every caption, are left out. (Perfusion's
+release sums over all 77 places.)
 """
 
 import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -29,63 +30,44 @@ WIDEST = 8192  # D that is read: whether a matrix is positive definite takes D³
 MOST = 2e6  # condition number up to which C⁻¹ survives being rounded to float32
 
 
+@dataclass(frozen=True)
 class Covariance:
-    """C of the encodings seen so far, accumulated in float64 on the CPU.
+    """C, (D, D) float64 on the CPU, and how many captions and word tokens it is of."""
 
-    Args:
-        width: D of the encodings.
-
-    Attributes:
-        captions, tokens: how many have been seen.
-    """
-
-    def __init__(self, width: int) -> None:
-        self.captions, self.tokens = 0, 0
-        self._sum = torch.zeros(width, width, dtype=torch.float64)
-
-    def update(self, encodings: Tensor, words: Tensor) -> None:
-        """Adds the encodings (B, L, D) of B captions, where `words` (B, L) bool is True.
-
-        Raises:
-            ValueError: an encoding that is not finite.
-        """
-        counted = encodings[words.to(encodings.device)].cpu().double()  # (n, D)
-        if not counted.isfinite().all():
-            raise UserError("the text encoder gives values that are not finite")
-        self._sum += counted.mT @ counted
-        self.captions += len(encodings)
-        self.tokens += len(counted)
-
-    @property
-    def matrix(self) -> Tensor:
-        """C, (D, D) float64.
-
-        Raises:
-            ValueError: fewer tokens than D, so that C is singular.
-        """
-        width = len(self._sum)
-        if self.tokens < width:
-            raise UserError(
-                f"{self.captions:,} captions with {self.tokens:,} word tokens are too few: the covariance of encodings "
-                f"{width} wide is singular below {width:,} tokens, and rough below many times that; give more captions"
-            )
-        return self._sum / self.tokens
+    matrix: Tensor
+    captions: int
+    tokens: int
 
 
 @torch.no_grad()
 def estimate(text_encoder: nn.Module, captions: Iterable[str], batch_size: int = 32) -> Covariance:
-    """The covariance of the word tokens of captions, which are read and encoded a batch at a time.
+    """`C = (1 / n) Σ_j e_j e_jᵀ`, uncentred, over the n word tokens of captions (eq. 4).
 
     Args:
         text_encoder: as in `ldm.models.text`, with `encode_tokens`, `tokenizer` and `width`.
-        captions: any number of strings.
+        captions: any number of strings, which are read and encoded a batch at a time.
         batch_size: captions encoded at a time; does not change the result.
+
+    Raises:
+        ValueError: an encoding that is not finite, or fewer tokens than D, so that C is singular.
     """
-    covariance, captions = Covariance(text_encoder.width), iter(captions)
+    width, captions = text_encoder.width, iter(captions)
+    total, seen, tokens = torch.zeros(width, width, dtype=torch.float64), 0, 0
     while batch := list(islice(captions, batch_size)):
-        tokens = text_encoder.tokenizer(batch)  # (B, L)
-        covariance.update(text_encoder.encode_tokens(tokens), word_tokens(text_encoder.tokenizer, tokens))
-    return covariance
+        ids = text_encoder.tokenizer(batch)  # (B, L)
+        encodings = text_encoder.encode_tokens(ids)  # (B, L, D)
+        words = word_tokens(text_encoder.tokenizer, ids).to(encodings.device)
+        counted = encodings[words].cpu().double()  # (n, D)
+        if not counted.isfinite().all():
+            raise UserError("the text encoder gives values that are not finite")
+        total += counted.mT @ counted
+        seen, tokens = seen + len(batch), tokens + len(counted)
+    if tokens < width:
+        raise UserError(
+            f"{seen:,} captions with {tokens:,} word tokens are too few: the covariance of encodings {width} wide is "
+            f"singular below {width:,} tokens, and rough below many times that; give more captions"
+        )
+    return Covariance(total / tokens, seen, tokens)
 
 
 def word_tokens(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
@@ -99,7 +81,7 @@ def invert(matrix: Tensor, ridge: float = 0.0) -> tuple[Tensor, float, float]:
     """(C + ridge · mean eigenvalue · I)⁻¹, and the condition numbers of C without and with the ridge.
 
     A text encoder ends in a LayerNorm, which fixes one direction of its encodings: one eigenvalue of C is far below the
-    others, whatever the number of captions. No eigenvalue is above D times the mean, so a ridge of 0.001 always does.
+    others, for any number of captions. No eigenvalue is above D times the mean, so a ridge of 0.001 always does.
 
     Args:
         matrix: C, (D, D), symmetric, float64.
@@ -151,13 +133,9 @@ class InverseCovariance:
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self.matrix: Tensor | None = None
-        self.architecture: str | None = None
-        self.base_hash: str | None = None
         self.path = path
-        if path is not None:
-            self.matrix, metadata = _read(path)
-            self.architecture, self.base_hash = metadata.get("base_architecture"), metadata.get("base_sha256") or None
+        self.matrix, metadata = (None, {}) if path is None else _read(path)
+        self.architecture, self.base_hash = metadata.get("base_architecture"), metadata.get("base_sha256") or None
 
     @property
     def fingerprint(self) -> str:
@@ -196,11 +174,7 @@ def save_inverse(path: str | Path, inverse: Tensor, facts: Mapping[str, object])
 
 
 def read_captions(path: str | Path) -> Iterator[str]:
-    """The lines of a UTF-8 text file, without surrounding space and without empty lines.
-
-    Raises:
-        ValueError: the file cannot be read, or is not UTF-8.
-    """
+    """The lines of a UTF-8 text file, stripped, without empty ones; UserError if it cannot be read as UTF-8."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             yield from filter(None, map(str.strip, file))
