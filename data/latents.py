@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from data.prior import ClassImages
 from data.prompts import TEMPLATES
 from ldm.models.autoencoder import AutoencoderKL, coverage
 from ldm.util.cli import UserError
+from ldm.util.templates import check_template
 
 BATCH = 1000  # photos, at most
 logger = logging.getLogger(__name__)
@@ -51,13 +53,14 @@ class LatentCache:
         return cls(torch.stack(latents, 1), torch.stack(masks, 1) if masks else None)
 
 
+@dataclass(eq=False)
 class ConceptBatches(IterableDataset):
     """Endless batches, drawn with replacement; batch i depends on (seed, i) only, and each process has its part of it.
 
     Yields latents (B, C, h, w), template (list of B), and, where there are such, mask (B, 1, h, w) and names (list of
     B); with images of the superclass, also such a batch of these, without masks, names and placeholders, as `prior`.
 
-    Args:
+    Attributes:
         cache: what to draw from.
         templates: for each photo, the templates to draw from.
         flip_p: chance of the mirror image.
@@ -67,23 +70,16 @@ class ConceptBatches(IterableDataset):
         names: of the photos, for messages.
     """
 
-    def __init__(
-        self,
-        cache: LatentCache,
-        templates: Sequence[Sequence[str]],
-        batch_size: int,
-        flip_p: float = 0.0,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        start: int = 0,
-        prior: tuple[Tensor, str] | None = None,
-        names: Sequence[str] = (),
-    ) -> None:
-        self.prior = prior
-        self.cache, self.names, self.templates = cache, names, templates
-        self.batch_size, self.flip_p = batch_size, flip_p
-        self.seed, self.rank, self.world, self.start = seed, rank, world, start
+    cache: LatentCache
+    templates: Sequence[Sequence[str]]
+    batch_size: int
+    flip_p: float = 0.0
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    start: int = 0
+    prior: tuple[Tensor, str] | None = None
+    names: Sequence[str] = ()
 
     def __iter__(self) -> Iterator[dict]:
         index, whole = self.start, self.world * self.batch_size
@@ -111,7 +107,7 @@ class ConceptBatches(IterableDataset):
 class ConceptData(pl.LightningDataModule):
     """Batches for training one concept; the autoencoder is that of the Lightning module's `sd`.
 
-    A resumed run goes on with the batch that follows.
+    A resumed run continues with the batch that follows.
 
     Args:
         images: the photos.
@@ -135,10 +131,8 @@ class ConceptData(pl.LightningDataModule):
         prior: ClassImages | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise UserError(f"batch_size: must be at least 1, not {batch_size}")
-        if batch_size > BATCH:
-            raise UserError(f"batch_size: must be at most {BATCH:,}, not {batch_size}: accumulate gradients instead")
+        if not 1 <= batch_size <= BATCH:
+            raise UserError(f"batch_size: must be from 1 to {BATCH:,}, not {batch_size}; gradients can be accumulated")
         if not 0 <= seed < 2**32:
             raise UserError(f"seed: must be from 0 to 2**32 - 1, not {seed}")
         if not 0 <= flip_p <= 1:
@@ -146,9 +140,8 @@ class ConceptData(pl.LightningDataModule):
         if not templates:
             raise UserError("templates: at least one is needed")
         self.templates = [own or list(templates) for own in images.captions]
-        for template in [*templates, *(line for own in images.captions for line in own)]:
-            if "{}" not in template or set("{}") & set(template.replace("{}", "")):
-                raise UserError(f"templates: {template!r} must have {{}} for the concept, and no other braces")
+        for template in [*templates, *chain.from_iterable(images.captions)]:
+            check_template("templates", template)
         self.images, self.batch_size, self.flip_p, self.seed = images, batch_size, flip_p, seed
         self.prior = prior
         self.cache: LatentCache | None = None
@@ -183,7 +176,16 @@ class ConceptData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
-        start = trainer.global_step * trainer.accumulate_grad_batches
-        draws = (self.batch_size, self.flip_p, self.seed, trainer.global_rank, trainer.world_size, start)
-        prior = None if self.prior is None else (self.prior_latents, self.prior.prompt)
-        return DataLoader(ConceptBatches(self.cache, self.templates, *draws, prior, self.images.names), batch_size=None)
+        batches = ConceptBatches(
+            self.cache,
+            self.templates,
+            self.batch_size,
+            self.flip_p,
+            self.seed,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            start=trainer.global_step * trainer.accumulate_grad_batches,
+            prior=None if self.prior is None else (self.prior_latents, self.prior.prompt),
+            names=self.images.names,
+        )
+        return DataLoader(batches, batch_size=None)

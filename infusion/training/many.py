@@ -177,7 +177,7 @@ class ManyTrainer(Learner):
 class SaveConcepts(SaveConcept):
     """As `SaveConcept`, for each concept of a `ManyTrainer`: `<name>/step=000500.safetensors`."""
 
-    def _write(self, module: ManyTrainer, folder: Path, name: str) -> None:
+    def write(self, module: ManyTrainer, folder: Path, name: str) -> None:
         """Raises ValueError, after the others are written, for concepts that are not finite; it names them."""
         diverged = []
         for one in module.names:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from infusion.attention import Tape, residual_share
@@ -26,12 +25,13 @@ from infusion.sampling.encode import encode
 from infusion.tokens import Word, fill
 from infusion.training.learner import Learner
 from ldm.pipeline import StableDiffusion
+from ldm.training.callbacks import EverySteps
 from ldm.util.cli import UserError
 from ldm.util.run import NonFinite
 
 
 class ConceptTrainer(Learner):
-    """One concept on one base model (README, Method). Injects the method's edits into the UNet for good.
+    """One concept on one base model (docs/method.md). Injects the method's edits into the UNet for good.
 
     A batch is a dict: latents (B, 4, h, w), scaled; template, a list of B prompts with {} for the concept; mask
     (B, 1, h, w) in [0, 1], or no such key for a loss over the whole image; prior, where there are images of the
@@ -251,48 +251,25 @@ class ConceptTrainer(Learner):
         return self.all_gather(rows).flatten(0, 1) if together else rows
 
 
-class SaveConcept(pl.Callback):
+class SaveConcept(EverySteps):
     """Writes `step=000500.safetensors` every so many optimiser steps, and when training ends or fails by a number.
 
     Args:
         every: optimiser steps between two files.
         dirpath: folder; None is `models/` in the trainer's root folder.
-
-    Raises:
-        ValueError: `every` is below 1.
     """
 
     def __init__(self, every: int = 100, dirpath: str | Path | None = None) -> None:
-        if every < 1:
-            raise UserError(f"every: save a concept every 1 or more steps, not {every}")
-        self.every = every
+        super().__init__(every)
         self.dirpath = dirpath
-        self._saved = 0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: ConceptTrainer) -> None:
-        self._saved = trainer.global_step  # of the run that this one resumes, or 0
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: ConceptTrainer, outputs: object, batch: object, batch_idx: int
-    ) -> None:
-        if trainer.global_step % self.every == 0:
-            self._save(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: ConceptTrainer) -> None:
-        self._save(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: ConceptTrainer, exception: BaseException) -> None:
         if isinstance(exception, NonFinite):
-            self._save(trainer, pl_module)
+            self.now(trainer, pl_module)
 
-    @rank_zero_only
-    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        step = trainer.global_step
-        if step == self._saved:  # between the micro-batches of one optimiser step
-            return
+    def act(self, trainer: pl.Trainer, module: ConceptTrainer) -> None:
         folder = Path(trainer.default_root_dir) / "models" if self.dirpath is None else Path(self.dirpath)
-        self._write(pl_module, folder, f"step={step:06d}.safetensors")
-        self._saved = step
+        self.write(module, folder, f"step={trainer.global_step:06d}.safetensors")
 
-    def _write(self, module: ConceptTrainer, folder: Path, name: str) -> None:
+    def write(self, module: ConceptTrainer, folder: Path, name: str) -> None:
         module.concept().save(folder / name)

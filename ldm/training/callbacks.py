@@ -53,6 +53,41 @@ class StepBar(TQDMProgressBar):
         return metrics
 
 
+class EverySteps(pl.Callback):
+    """Acts every so many optimiser steps and when training ends, once a step, on the first process.
+
+    Args:
+        every: optimiser steps, at least 1.
+    """
+
+    def __init__(self, every: int) -> None:
+        if every < 1:
+            raise UserError(f"every: must be at least 1, not {every}")
+        self.every = every
+        self._done = 0
+
+    def act(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """What is done."""
+        raise NotImplementedError
+
+    @rank_zero_only
+    def now(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Acts, unless it has at this step: between the micro-batches of one optimiser step, or before a resume."""
+        if trainer.global_step != self._done:
+            self.act(trainer, module)
+            self._done = trainer.global_step
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._done = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
+        if trainer.global_step % self.every == 0:
+            self.now(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.now(trainer, pl_module)
+
+
 class ExportWeights(pl.Callback):
     """Writes the module's `weights()` to `<run>/models/weights.safetensors` when training ends, in float16.
 
@@ -75,14 +110,11 @@ class Offload(pl.Callback):
     Args:
         parts: of the module's `sd`: "vae", "text".
         device: where to.
-
-    Raises:
-        ValueError: another part.
     """
 
     def __init__(self, parts: Sequence[str] = ("vae", "text"), device: str = "cpu") -> None:
         if odd := [part for part in parts if part not in ("vae", "text")]:
-            raise UserError(f"parts: training does without vae and text, not without {odd[0]!r}")
+            raise UserError(f"parts: training can do without vae and text, not without {odd[0]!r}")
         self.parts, self.device = tuple(parts), device
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -126,20 +158,16 @@ class Reconstructions(pl.Callback):
         write_grid(trainer, torch.cat([images, decoded]) / 2 + 0.5, len(images))
 
 
-class Samples(pl.Callback):
+class Samples(EverySteps):
     """Every `every` steps, a grid of samples in `<run>/images/`: a column per prompt, `rows` seeds, always the same.
 
     The module's current weights are sampled, not averaged ones.
     """
 
     def __init__(self, prompts: list[str], every: int = 1000, rows: int = 2, steps: int = 25, scale: float = 5.0):
-        self.prompts, self.every, self.rows, self.steps, self.scale = prompts, every, rows, steps, scale
+        super().__init__(every)
+        self.prompts, self.rows, self.steps, self.scale = prompts, rows, steps, scale
 
-    @rank_zero_only
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs, batch: dict, index: int
-    ) -> None:
-        if trainer.global_step % self.every or trainer.global_step == 0:
-            return
+    def act(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         images = module.sd.sample(self.prompts * self.rows, steps=self.steps, scale=self.scale)
         write_grid(trainer, images, len(self.prompts))

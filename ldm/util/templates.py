@@ -11,6 +11,12 @@ ARTICLE = re.compile(r"(?<!\w)([Aa])n?(\s+)\Z")  # right before a placeholder
 VOWEL = re.compile(r"(?!eu|ewe|one\b|u(ni|se|te|ku))[aeiou]|hour|heir|hono|hones", re.IGNORECASE)  # as it is spoken
 
 
+def check_template(name: str, template: str) -> None:
+    """Raises UserError, which begins with the name, unless a training prompt has `{}` and no other braces."""
+    if "{}" not in template or set("{}") & set(template.replace("{}", "")):
+        raise UserError(f"{name}: {template!r} must have {{}} for the concept, and no other braces")
+
+
 def fill(template: str, nouns: Sequence[str]) -> str:
     """The template with each placeholder replaced by its noun: "a {}" becomes "an elephant", "an {}" becomes "a cat".
 

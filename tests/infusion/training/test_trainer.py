@@ -168,7 +168,7 @@ def test_saves_concepts_on_the_way(sd, tmp_path):
 
 
 def test_save_concept_wants_a_period():
-    with pytest.raises(ValueError, match="1 or more"):
+    with pytest.raises(ValueError, match="every: must be at least 1"):
         SaveConcept(every=0)
 
 
