@@ -3,9 +3,10 @@
 Legend for shapes: B batch, N image tokens, L text tokens, K concepts, H heads, D head width, C = H·D.
 
 The customised stream is `A_F (V + g rᵀ)`, with the attention map A_F of the foundation stream and a residual value
-embedding r in each layer (Zeng et al. 2024, arXiv 2404.14007). Both streams read the same text, so `A_F V` is the
-foundation's own output and the edit is a rank-one addition: `out_F + a ⊗ r` with the attention mass `a = A_F g`. A
-customised stream therefore needs no query, no softmax and no backward pass through an attention (README, Method).
+embedding r in each layer (Zeng et al. 2024, arXiv 2404.14007; equations are numbered as in docs/method.md). Both
+streams read the same text, so `A_F V` is the foundation's own output and the edit is a rank-one addition (eq. 1),
+`out_F + a ⊗ r`, with the attention mass `a = A_F g`. A customised stream therefore needs no query, no softmax and no
+backward pass through an attention.
 """
 
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ class StackedPass(Context):
 
 @dataclass(frozen=True, eq=False)
 class OwnPass(Context):
-    """A single pass whose edited layers attend with their own queries: `A (V + g rᵀ)`, the released code's behaviour.
+    """A single pass whose edited layers attend with their own queries: `A (V + g rᵀ)`, as in the released code.
 
     Where concepts have residual keys r_K too, A is the map of the keys `K + g r_Kᵀ`.
 
@@ -136,7 +137,7 @@ def key_name(layer: str) -> str:
 class ResidualValue(nn.Module):
     """r, the residual value embedding of one concept at one layer: float32 (C,), and r_K, the residual key beside it.
 
-    The key is heeded by an `OwnPass` only.
+    Only an `OwnPass` uses the key.
 
     Args:
         residual, key: see `infusion.deltas.as_parameter`; no residual key with None.
@@ -146,11 +147,6 @@ class ResidualValue(nn.Module):
         super().__init__()
         self.residual = as_parameter(residual)
         self.key = None if key is None else as_parameter(key)
-
-    @classmethod
-    def zeros(cls, width: int, keys: bool = False) -> "ResidualValue":
-        """A residual to be learned, and a key with `keys`, that do nothing yet."""
-        return cls(nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width)) if keys else None)
 
 
 class EditedCrossAttention(nn.Module):
@@ -175,11 +171,11 @@ class EditedCrossAttention(nn.Module):
         return context.attend(self, x)
 
     def attention(self, x: Tensor, text: Tensor, gates: Tensor, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Attention output `A V` and mass `a = A g`, with the map `A = softmax(Q Kᵀ / √D)`.
+        """Attention output `A V` and mass `a = A g` (eq. 1), with the map `A = softmax(Q Kᵀ / √D)`.
 
-        The output is computed by the base layer's own call, so that the foundation stream is the base model to the bit
-        on every machine. Gates as extra channels of the values would save the second softmax over the text tokens (half
-        a per cent of a UNet call's arithmetic on SD 1.5), but change the rounding of the output.
+        The output is computed by the base layer's own call, so that the foundation stream equals the base model bit for
+        bit on every machine. Gates as extra channels of the values would save the second softmax over the text tokens
+        (half a per cent of a UNet call's arithmetic on SD 1.5), but change the rounding of the output.
 
         Args:
             x: (R, N, query_dim); text: (R, L, context_dim); gates: (B, K, L), of the last B rows.
@@ -202,7 +198,7 @@ class EditedCrossAttention(nn.Module):
         return torch.stack([edit.residual for edit in self.edits]) * strengths[:, None]
 
     def blend(self, out: Tensor, mass: Tensor, residuals: Tensor, regions: Tensor | None = None) -> Tensor:
-        """`out_F + Σ_k (m_k a_k) ⊗ r_k`, the customised stream, with the regions m_k at this layer's size.
+        """`out_F + Σ_k (m_k a_k) ⊗ r_k` (eq. 2), the customised stream, with the regions m_k at this layer's size.
 
         (B, N, C), (B, K, H, N), (K, C) or (B, K, C), (K, h, w) -> (B, N, C).
         """

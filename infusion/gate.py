@@ -21,7 +21,7 @@ IDENTITY = "identity"  # the fingerprint of having no covariance file
 
 @dataclass(frozen=True)
 class Gate:
-    """`g_j = σ((s_j / E − β) / τ)`, with `s_j = e_jᵀ C⁻¹ i*` and `E = i*ᵀ C⁻¹ i*` (Perfusion, arXiv 2305.01644).
+    """`g_j = σ((s_j / E − β) / τ)`, with `s_j = e_jᵀ C⁻¹ i*` and `E = i*ᵀ C⁻¹ i*` (docs/method.md, eq. 3).
 
     Attributes:
         kind: "sigmoid": on the concept's tokens, 0 elsewhere. "hard": 1 on the concept's tokens, 0 elsewhere (what
@@ -74,7 +74,7 @@ class Gate:
 
 
 def similarity(encodings: Tensor, target_input: Tensor, inverse_covariance: Tensor | None = None) -> Tensor:
-    """`s / E` of every text token (Perfusion, arXiv 2305.01644): (B, L) for encodings (B, L, D), the rest as in `Gate`.
+    """`s / E` of every text token (eq. 3): (B, L) for encodings (B, L, D), the rest as in `Gate`.
 
     Raises:
         ValueError: the target input has no energy E > 0.
@@ -95,7 +95,7 @@ def target_input(text_encoder: torch.nn.Module, word: Word) -> Tensor:
     """i*: the mean encoding of the concept's tokens over the training prompts (Perfusion, arXiv 2305.01644).
 
     Perfusion keeps a running mean while its embedding is learned; here the text encoder is frozen, so the mean is
-    exact. Each prompt counts the same, whatever the number of its concept tokens.
+    exact. Each prompt counts the same, however many concept tokens it has.
 
     Args:
         text_encoder: as in `ldm.models.text`: a list of B strings to (B, L, D), with a `tokenizer`.

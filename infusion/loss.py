@@ -1,4 +1,4 @@
-"""The denoising loss under a soft mask (README, Method)."""
+"""The denoising loss under a soft mask (docs/method.md, eq. 5)."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ EMPTY = 1e-6  # an area below this counts as this: an empty mask gives 0, not 0 
 
 
 def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None, normalise: bool = False) -> Tensor:
-    """Mean squared error of `prediction * mask` against `target * mask`: the squared error is weighted by mask².
+    """`mean (m (target − prediction))²` (eq. 5): the squared error is weighted by mask².
 
     Args:
         prediction, target: (B, C, h, w), floating, in the model's own prediction type.
@@ -17,19 +17,11 @@ def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None, 
 
     Returns:
         Scalar, in float32 or wider.
-
-    Raises:
-        ValueError: the shapes do not agree.
     """
-    if prediction.shape != target.shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     error = prediction.to(dtype) - target.to(dtype)
     if mask is None:
         return error.square().mean()
-    expected = (error.shape[0], 1, *error.shape[2:])
-    if mask.shape != expected:
-        raise ValueError(f"the mask must have the shape {expected}, not {tuple(mask.shape)}")
     mask = mask.to(dtype)
     losses = (error * mask).square().mean(dim=(1, 2, 3))  # (B,)
     if normalise:

@@ -1,4 +1,4 @@
-"""Infusion: a residual value embedding per cross-attention layer, on the foundation's attention (README, Method)."""
+"""Infusion: a residual value embedding per cross-attention layer, on the foundation's attention (docs/method.md)."""
 
 import re
 from typing import TYPE_CHECKING, Literal

@@ -56,9 +56,10 @@ def reference(unet: UNet, residuals, latents, timesteps, text, gates, own=False)
 
 def edited_unet(concepts: int = 1, checkpoint: bool = False, dtype=torch.float64):
     unet = tiny_unet(checkpoint).to(dtype)
+    widths = {name: layer.heads * layer.dim_head for name, layer in cross_attention_layers(unet).items()}
     edits = {
-        name: nn.ModuleList(ResidualValue.zeros(layer.heads * layer.dim_head).to(dtype) for _ in range(concepts))
-        for name, layer in cross_attention_layers(unet).items()
+        name: nn.ModuleList(ResidualValue(nn.Parameter(torch.zeros(width))).to(dtype) for _ in range(concepts))
+        for name, width in widths.items()
     }
     inject(unet, edits)
     return unet, edits

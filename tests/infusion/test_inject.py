@@ -7,6 +7,12 @@ from infusion.inject import cross_attention_layers, edited, inject, remove
 from ldm.models.unet import UNet
 from tests.infusion.conftest import infusion_edits, inputs, random_residuals, tiny_unet
 
+
+def zeros(width: int) -> ResidualValue:
+    """A residual to be learned, which does nothing yet."""
+    return ResidualValue(nn.Parameter(torch.zeros(width)))
+
+
 LAYERS = [
     "input_blocks.1.1.transformer_blocks.0.attn2",
     "input_blocks.3.1.transformer_blocks.0.attn2",
@@ -46,9 +52,9 @@ def test_remove_restores_the_very_same_modules():
 
 def test_edited_sets_other_edits_aside():
     unet = tiny_unet()
-    inject(unet, {LAYERS[0]: ResidualValue.zeros(32)})
+    inject(unet, {LAYERS[0]: zeros(32)})
     outer = unet.get_submodule(LAYERS[0])
-    with pytest.raises(KeyError), edited(unet, {LAYERS[2]: ResidualValue.zeros(64)}):
+    with pytest.raises(KeyError), edited(unet, {LAYERS[2]: zeros(64)}):
         assert unet.get_submodule(LAYERS[0]) is outer.base
         assert isinstance(unet.get_submodule(LAYERS[2]), EditedCrossAttention)
         raise KeyError
@@ -60,9 +66,9 @@ def test_edited_sets_other_edits_aside():
     "edits, message",
     [
         ({}, "nothing to inject"),
-        ({"middle_block.9.attn2": ResidualValue.zeros(64)}, "no cross-attention layer"),
-        ({LAYERS[2]: ResidualValue.zeros(64), LAYERS[0]: ResidualValue.zeros(64)}, "32 wide"),
-        ({LAYERS[0]: nn.ModuleList([ResidualValue.zeros(32), ResidualValue.zeros(31)])}, "32 wide"),
+        ({"middle_block.9.attn2": zeros(64)}, "no cross-attention layer"),
+        ({LAYERS[2]: zeros(64), LAYERS[0]: zeros(64)}, "32 wide"),
+        ({LAYERS[0]: nn.ModuleList([zeros(32), zeros(31)])}, "32 wide"),
     ],
 )
 def test_what_does_not_fit_is_an_error_and_changes_nothing(edits, message):
@@ -77,7 +83,7 @@ def test_injecting_twice_is_an_error():
     unet = tiny_unet()
     inject(unet, infusion_edits(unet))
     with pytest.raises(ValueError, match="edited already"):
-        inject(unet, {LAYERS[0]: ResidualValue.zeros(32)})
+        inject(unet, {LAYERS[0]: zeros(32)})
 
 
 @pytest.mark.parametrize("heads, context_dim", [({"num_heads": 8}, 768), ({"num_head_channels": 64}, 1024)])
