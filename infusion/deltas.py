@@ -69,18 +69,18 @@ def attach(module: nn.Module, edits: Mapping[str, Sequence[Difference | LowRank]
     Raises:
         ValueError: no such tensor, or one of another shape.
     """
-    owners = {name: _owner(module, name) for name in edits}
-    for name, (owner, leaf) in owners.items():
-        base = getattr(owner, leaf, None)
-        if not isinstance(base, Tensor):
-            raise UserError(f"the model has no tensor {name!r} to change")
-        for edit in edits[name]:
+    for name, changes in edits.items():
+        try:
+            base = module.get_parameter(name)
+        except AttributeError as error:
+            raise UserError(f"the model has no tensor {name!r} to change") from error
+        for edit in changes:
             if edit.shape != base.shape:
                 raise UserError(f"{name} is {tuple(base.shape)}, its change is {tuple(edit.shape)}")
-    for name, (owner, leaf) in owners.items():
-        device = getattr(owner, leaf).device
-        for edit in edits[name]:
-            parametrize.register_parametrization(owner, leaf, edit.to(device), unsafe=True)
+    for name, changes in edits.items():
+        device, (path, _, leaf) = module.get_parameter(name).device, name.rpartition(".")
+        for edit in changes:
+            parametrize.register_parametrization(module.get_submodule(path), leaf, edit.to(device), unsafe=True)
 
 
 def detach(module: nn.Module) -> dict[str, list[Difference | LowRank]]:
@@ -104,12 +104,3 @@ def weights_edited(module: nn.Module, edits: Mapping[str, Sequence[Difference | 
     finally:
         detach(module)
         attach(module, previous)
-
-
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module | None, str]:
-    """The module that a tensor belongs to, and its name there; None where there is no such module."""
-    path, _, leaf = name.rpartition(".")
-    try:
-        return module.get_submodule(path), leaf
-    except AttributeError:
-        return None, leaf

@@ -74,7 +74,7 @@ def concept_places(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) 
 
     prompt, parts = fill(template, nouns), filled_parts(template, nouns)
     row = tokenizer([prompt])[0].tolist()
-    end = len(row) - 1  # the end token keeps the last place, whatever is cut
+    end = len(row) - 1  # the end token keeps the last place, also where the prompt is cut
     places = torch.full((len(nouns), len(row)), -1)
     found = islice(placeholders(template, len(nouns)), end)  # those behind lie beyond the row
     for index, (match, concept) in enumerate(found):

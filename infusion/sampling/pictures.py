@@ -49,7 +49,7 @@ def png(image: Tensor | Image.Image, text: Mapping[str, object] | None = None) -
 
 
 class Numbered:
-    """Files `<folder>/<prefix>00000.png` …: numbering goes on after those that are there, and none is overwritten.
+    """Files `<folder>/<prefix>00000.png` …: numbering continues after those that are there; none is overwritten.
 
     Args:
         folder: made when the first file is written.

@@ -81,7 +81,7 @@ def _files(name: str, value: str) -> list[str]:
 
 
 def _elsewhere(name: str) -> bool:
-    """Whether a name is none of a plain file: an address, another machine's folder, several lines."""
+    """Whether a name is an address, another machine's folder, or several lines, and no plain file."""
     return "\n" in name or "://" in name or name.startswith(("//", "\\\\"))
 
 

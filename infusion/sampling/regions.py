@@ -46,18 +46,18 @@ class Region:
         """The inverse of `str`; raises ValueError for another form."""
         found = re.fullmatch(rf"\s*(\d+)\s*:{','.join([NUMBER] * 4)}", text)
         if not found:
-            raise UserError(f"write a region as {FORM}; {text[:80]!r} is none")
+            raise UserError(f"write a region as {FORM}, not {text[:80]!r}")
         concept, *corners = found.groups()
         return cls(int(concept), *map(float, corners))
 
     def coverage(self, size: Sequence[int]) -> Tensor:
         """The share of each pixel that the box covers, (h, w) float32 in [0, 1]."""
-        rows, columns = (
-            (torch.clamp((edges + 1) / n, max=last) - torch.clamp(edges / n, min=first)).clamp(min=0) * n
-            for n, first, last in ((size[0], self.y0, self.y1), (size[1], self.x0, self.x1))
-            for edges in [torch.arange(n, dtype=torch.float64)]
-        )
-        return torch.outer(rows, columns).float()
+
+        def shares(n: int, first: float, last: float) -> Tensor:
+            edges = torch.arange(n + 1, dtype=torch.float64) / n
+            return (edges[1:].clamp(max=last) - edges[:-1].clamp(min=first)).clamp(min=0) * n
+
+        return torch.outer(shares(size[0], self.y0, self.y1), shares(size[1], self.x0, self.x1)).float()
 
 
 def regions(text: str) -> tuple[Region, ...]:

@@ -13,6 +13,8 @@ from infusion.tokens import PLACEHOLDER, concept_masks
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 
+OF_THE_BASE = ("steps", "scale", "negative_prompt", "eta", "sampler", "height", "width", "precision")  # settings
+
 
 def check_prompts(
     sd: StableDiffusion,
@@ -64,19 +66,8 @@ def sample(
     """
     settings = replace(settings or Settings(), **choices)
     check_prompts(sd, prompts, concepts, settings.noun)
-    how = {
-        "steps": settings.steps,
-        "scale": settings.scale,
-        "seed": seed,
-        "negative_prompt": settings.negative_prompt,
-        "eta": settings.eta,
-        "sampler": settings.sampler,
-        "height": settings.height,
-        "width": settings.width,
-        "precision": settings.precision,
-        "batch_size": batch_size,
-        "progress": progress,
-    }
+    how = {name: getattr(settings, name) for name in OF_THE_BASE}
+    how |= {"seed": seed, "batch_size": batch_size, "progress": progress}
     if not concepts:
         return sd.sample(prompts, **how)
     with Customised(sd, concepts, settings, inverse_covariance) as customised:

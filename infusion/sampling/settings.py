@@ -31,7 +31,7 @@ class Settings:
     UNet runs in half precision (`StableDiffusion.autocast`); "full" is the model's own.
 
     Raises:
-        ValueError: something out of range, whatever the model; the message begins with the field's name.
+        ValueError: something out of range for any model; the message begins with the field's name.
     """
 
     steps: int = setting(50, count, "sampling steps", "ddim_steps")

@@ -33,7 +33,7 @@ class Learner(pl.LightningModule):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
-        """Strict, whatever `strict` says; raises ValueError as `check_state`."""
+        """Always strict; raises ValueError as `check_state`."""
         self.check_state(state_dict)
         with torch.no_grad():
             for name, tensor in self.tensors.items():
