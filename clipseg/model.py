@@ -56,7 +56,7 @@ class ClipSeg(nn.Module):
         return self.network.device
 
     def squeeze(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> (B, 3, S, S), whatever their aspect, as CLIPSeg was trained."""
+        """Images (B, 3, H, W) -> (B, 3, S, S), without keeping their aspect, as CLIPSeg was trained."""
         size = (self.image_size, self.image_size)
         return images if images.shape[-2:] == size else F.interpolate(images, size, mode="bilinear", antialias=True)
 

@@ -22,7 +22,7 @@ class ClipSegTraining(pl.LightningModule):
         clipseg: its values do not matter.
         clip: file of the CLIP that it is to stand on, which is not trained.
         learning_rate: of AdamW, the highest.
-        start: file of a decoder to go on from; None begins anew.
+        start: file of a decoder to start from; None draws one anew.
 
     Raises:
         ValueError: the file does not fit.

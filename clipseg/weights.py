@@ -45,16 +45,16 @@ def load(model_weight: str | Path = USUAL, clip: str | Path | None = None, confi
         model_weight, config = POCKET_WEIGHTS, config or POCKET_CONFIG
     path = find(model_weight)
     if not path.exists():
-        if config is not None:
-            raise UserError(f"{model_weight}: no such file")
-        raise UserError(f"model_weight: there is no {model_weight}; {SOURCE}")
-    if path.is_dir() and config is not None:
-        raise UserError(f"config: the folder {model_weight} brings its own; leave config out")
-    if clip is not None and (config is not None or path.is_dir()):
-        raise UserError(f"clip: {model_weight} brings its own CLIP; leave clip out")
+        raise UserError(f"model_weight: there is no {model_weight}" + ("" if config else f"; {SOURCE}"))
     if path.is_dir():
+        if config or clip:
+            raise UserError(f"{'config' if config else 'clip'}: the folder {model_weight} brings its own: leave it out")
         return from_folder(path)
-    return from_decoder(path, clip) if config is None else from_config(config, path)
+    if config is None:
+        return from_decoder(path, clip)
+    if clip is not None:
+        raise UserError(f"clip: {config} names the network's CLIP: leave clip out")
+    return from_config(config, path)
 
 
 def refined_config() -> CLIPSegConfig:
@@ -112,7 +112,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def from_folder(folder: Path) -> ClipSeg:
-    """A Hugging Face folder with `config.json` and weights; raises ValueError if it is none, or does not fit."""
+    """A Hugging Face folder with `config.json` and weights; raises ValueError if it is another, or does not fit."""
     config, processor = folder / "config.json", folder / "preprocessor_config.json"
     found, processing = read_json(config), read_json(processor) if processor.is_file() else {}
     size = processing.get("size", SIZE)

@@ -92,7 +92,7 @@ def test_a_folder_of_another_model_is_refused(folder):
 def test_what_is_missing_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="there is no nowhere; .*CIDAS/clipseg-rd64-refined"):
         load("nowhere")
-    with pytest.raises(ValueError, match="leave clip out"):
+    with pytest.raises(ValueError, match="clip: the folder .* brings its own"):
         load(folder, clip=folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no weights"):
