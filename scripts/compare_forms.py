@@ -42,10 +42,7 @@ def compare_forms(
 ) -> dict[str, dict[str, Any]]:
     """Form -> `bytes`, `relative_error` of the numbers, and of the samples `psnr` (dB, one each) and `worst_psnr`.
 
-    The reference is the full form, which has no `psnr`. An image that is the full form's own bit for bit counts null.
-
-    Raises:
-        ValueError: whatever `infusion.sample` refuses.
+    The reference is the full form, which has no `psnr`. An image that equals the full form's bit for bit counts null.
     """
     forms: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from infusion.concepts.base import check_there, check_weights, usual_weights
 from ldm.util.cli import Parser, UserError, components, count, find_device, number, report, written
-from ldm.util.config import ROOT, ConfigError, find, instantiate, load_config
+from ldm.util.config import BACKBONES, ConfigError, find, instantiate, load_config
 
 if TYPE_CHECKING:
     from ldm.models.text import ClipText, OpenClipText
@@ -51,27 +52,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return flags
 
 
-def read_config(flags: argparse.Namespace) -> DictConfig:
-    usual = TYPES[flags.type or "clip"]
-    config = load_config(find(flags.config) if flags.config else ROOT / "configs" / "backbone" / f"{usual}.yaml")
+def read_config(flags: argparse.Namespace) -> tuple[Path, DictConfig]:
+    """The backbone's file, and what it holds."""
+    path = find(flags.config) if flags.config else BACKBONES / f"{TYPES[flags.type or 'clip']}.yaml"
+    config = load_config(path)
     if OmegaConf.select(config, "sd.params.text") is None:
         raise ConfigError(f"--config: {flags.config} names no text encoder: it has no sd.params.text")
-    return config
+    return path, config
 
 
-def find_weights(flags: argparse.Namespace, config: DictConfig) -> Path:
+def find_weights(flags: argparse.Namespace, config: Path) -> Path:
+    """The text encoder's weights: --part's, --ckpt's or the backbone's usual file."""
     if flags.part:
-        if not find(flags.part["text"]).is_file():
-            raise UserError(f"--part: there is no file {flags.part['text']}")
+        check_there("part", flags.part["text"])
         return find(flags.part["text"])
-    name = flags.ckpt or config.get("ckpt")
-    if name is None:
+    check_weights(flags, config)
+    weights = find(flags.ckpt) if flags.ckpt else usual_weights(config)
+    if weights is None:
         raise UserError("--ckpt: the config names no usual weights: name a file")
-    if not find(name).exists():
-        source = None if flags.ckpt else config.get("ckpt_source")
-        hint = f"; get it from {source}, or name another" if source else ""
-        raise UserError(f"--ckpt: there is no file {name}{hint}")
-    return find(name)
+    return weights
 
 
 def load_text_encoder(flags: argparse.Namespace, config: DictConfig, weights: Path) -> "ClipText | OpenClipText":
@@ -103,8 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
     total = sum(1 for _ in read_captions(flags.caption))  # the whole file is read before anything slow
     if not total:
         raise UserError(f"--caption: {flags.caption} has no caption in it")
-    config = read_config(flags)
-    weights = find_weights(flags, config)
+    path, config = read_config(flags)
+    weights = find_weights(flags, path)
     text = load_text_encoder(flags, config, weights)
     covariance = estimate(text, tqdm(read_captions(flags.caption), "captions", total), flags.batch_size)
     inverse, before, after = invert(covariance.matrix, flags.ridge)

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from math import ceil
 from pathlib import Path
@@ -39,7 +40,11 @@ from ldm.util.cli import (
 from ldm.util.config import BACKBONES, find
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from infusion.concepts.concept import Concept
+    from ldm.pipeline import StableDiffusion
+    from ldm.util.dist import Ranks
 
 FILE = 2_000_000  # bytes of a file of prompts, at most
 logger = logging.getLogger(__name__)
@@ -66,12 +71,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--skip_grid", action="store_true", help="write no grid")
     add("--skip_save", action="store_true", help="write no single images")
     add("--device", help="such as cpu or cuda:1; auto: CUDA where there is some", default="auto")
-    add(
-        "--devices",
-        type=processes,
-        help="processes on this machine that share the images, each with a device",
-        default=1,
-    )
+    add("--devices", type=processes, help="processes of this machine that share the images, one a device", default=1)
     add("--num_nodes", type=count, help="machines that share them", default=1)
     flags = parser.parse_args(arguments)
     flags.said = {}
@@ -143,7 +143,7 @@ def find_config(flags: argparse.Namespace, architecture: str | None) -> Path:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
         raise UserError(
-            f"--config: the concept was trained on {architecture!r}, which is none of {known}: name its config"
+            f"--config: the concept was trained on {architecture!r}, which is not one of {known}: name its config"
         )
     return path
 
@@ -170,6 +170,32 @@ def warn_of_change(flags: argparse.Namespace, hashes: dict[str, str]) -> None:
             logger.warning("warning: --from-png: the picture was made with another file: %s differs", name)
 
 
+def draw(
+    sd: "StableDiffusion",
+    batches: list[tuple[Job, str, range]],
+    concepts: "list[Concept]",
+    inverse_covariance: "Tensor | None",
+    ranks: "Ranks",
+    single: bool,
+) -> Iterator["tuple[Job, int, Tensor]"]:
+    """Each image (3, H, W) with its job and seed, in order, on every process; the processes share the batches.
+
+    The bar shows the steps of a `single` prompt, else the prompts.
+    """
+    from infusion.sampling.sample import sample
+
+    how = {"inverse_covariance": inverse_covariance, "progress": single and ranks.first}
+    for start in tqdm(range(0, len(batches), ranks.world), "prompts", disable=single or not ranks.first):
+        made = []
+        for job, template, seeds in batches[start + ranks.rank :][:1]:  # at the end, some processes have none
+            prompts = [template] * len(seeds)
+            made.append(sample(sd, prompts, concepts, job.settings, seed=seeds, **how).cpu())
+        everyone = [images for of_one in ranks.gather(made) for images in of_one]
+        for (job, _, seeds), images in zip(batches[start : start + ranks.world], everyone, strict=True):
+            for number, image in zip(seeds, images, strict=True):
+                yield job, number, image
+
+
 @report
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -181,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     from infusion.sampling.pictures import Numbered, grid, png
     from infusion.sampling.png import describe, hashes
     from infusion.sampling.regions import regions
-    from infusion.sampling.sample import check_prompts, sample
+    from infusion.sampling.sample import check_prompts
     from ldm.util.dist import launch
 
     boxes = flags.region or ""
@@ -212,34 +238,16 @@ def main(arguments: list[str] | None = None) -> None:
     warn_of_change(flags, of_files)
 
     batches = plan(flags, jobs, templates, ranks.world)
-    single = len(jobs) * flags.n_iter == 1
     drawn, paths, spoilt = {}, [], []
-    for start in tqdm(range(0, len(batches), ranks.world), "prompts", disable=single or not ranks.first):
-        made = [
-            sample(
-                sd,
-                [template] * len(seeds),
-                concepts,
-                job.settings,
-                seed=seeds,
-                inverse_covariance=inverse.matrix,
-                progress=single and ranks.first,
-            ).cpu()
-            for job, template, seeds in batches[start + ranks.rank :][:1]
-        ]
-        everyone = [images for of_one in ranks.gather(made) for images in of_one]
-        for (job, _, seeds), images in zip(batches[start : start + ranks.world], everyone, strict=True):
-            size = {"height": images.shape[2], "width": images.shape[3]}
-            for image, seed_ in zip(images, seeds, strict=True):
-                if not image.isfinite().all():
-                    spoilt.append(f"{job.prompt[:80]!r}, seed {seed_}")
-                    continue
-                drawn.setdefault(image.shape[1:], []).append(image)
-                if ranks.first and not flags.skip_save:
-                    said = describe(
-                        replace(job.settings, **size), vars(flags) | {"prompt": job.prompt, "seed": seed_}, of_files
-                    )
-                    paths.append(samples.write(png(image, said)))
+    for job, number, image in draw(sd, batches, concepts, inverse.matrix, ranks, len(jobs) * flags.n_iter == 1):
+        if not image.isfinite().all():
+            spoilt.append(f"{job.prompt[:80]!r}, seed {number}")
+            continue
+        drawn.setdefault(image.shape[1:], []).append(image)
+        if ranks.first and not flags.skip_save:
+            shown = replace(job.settings, height=image.shape[1], width=image.shape[2])
+            said = describe(shown, vars(flags) | {"prompt": job.prompt, "seed": number}, of_files)
+            paths.append(samples.write(png(image, said)))
     if not ranks.first:
         return
     if paths:
