@@ -1,4 +1,3 @@
-from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import main
 from data.prompts import TEMPLATES
 from ldm.pipeline import StableDiffusion
 from ldm.training import setup
-from ldm.util.config import ConfigError, load_config
+from ldm.util.config import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ENTRIES = sorted(CONFIGS.glob("*.yaml"))
@@ -78,7 +77,7 @@ def test_numbers_that_each_method_learns_on_sd15(method: str, numbers: int):
 def test_a_methods_recipe_is_the_same_in_every_order_of_the_files(method: str):
     files = (CONFIGS / "backbone/sd15.yaml", CONFIGS / "data/photos.yaml", CONFIGS / f"method/{method}.yaml")
     given = ["--summary", "superclass=cat", "data_root=photos"]
-    orders = [*permutations(files), (files[0], files[2]), (files[2], files[0])]
+    orders = [files, files[::-1], (files[2], files[0], files[1]), (files[2], files[0])]
     configs = [main.read_config(main.parse(["--base", *map(str, order), *given])) for order in orders]
     assert all(config == configs[0] for config in configs)
     assert configs[0].seed == configs[0].data.params.seed == configs[0].model.params.seed == main.Training.seed
@@ -112,16 +111,6 @@ def test_the_768_variant_is_the_same_recipe_on_the_model_that_predicts_v():
     assert (large.data.params.images.params.image_size, large.ckpt) == (768, "ckpt/v2-1_768-ema-pruned.safetensors")
     del small.model.params.sd, large.model.params.sd, small.data.params.images, large.data.params.images
     assert (small.model, small.data, small.trainer) == (large.model, large.data, large.trainer)
-
-
-@pytest.mark.parametrize("path", ENTRIES, ids=lambda path: path.stem)
-def test_a_misspelt_key_is_refused_by_name(path: Path, tmp_path: Path):
-    entry = tmp_path / "entry.yaml"
-    entry.write_text(f"include: {path}\ntrainr: {{max_steps: 1}}\n")
-    with pytest.raises(ConfigError, match="unknown key `trainr`.*did you mean `trainer`"):
-        read(entry)
-    with pytest.raises(ConfigError, match="no key `trainr`; did you mean `trainer`"):
-        read(path, "trainr.max_steps=1")
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "pocket_two").glob("*.yaml")), ids=lambda path: path.stem)

@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -134,7 +133,7 @@ def test_tensorboard_has_the_resolved_config_among_its_hyperparameters(entry, co
 
 @pytest.mark.parametrize(
     "method",
-    ["infusion", *(pytest.param(name, marks=pytest.mark.slow) for name in ("perfusion", "custom_diffusion", "lora"))],
+    ["infusion", *(pytest.param(name, marks=pytest.mark.slow) for name in ("perfusion", "custom_diffusion"))],
 )
 def test_two_processes_learn_what_one_learns_from_the_same_batches(entry, command, tmp_path, method):
     """Two processes of batch 2 (gloo, started by Lightning's ddp) and one of batch 4, with accumulation."""
@@ -198,80 +197,6 @@ def test_parts_come_from_files_of_their_own(entry, tiny, tmp_path):
     assert same.hash == model.sd.hash == model.concept().base_hash
 
 
-def spoil_photo(photos: Path) -> None:
-    (photos / "1.png").write_bytes(b"no image")
-
-
-def remove_mask(photos: Path) -> None:
-    (photos / "mask" / "1.png").unlink()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "spoil", "message"),
-    [
-        (["data_root=nowhere"], None, "data_root: there is no folder nowhere"),
-        ([], spoil_photo, "1.png: cannot be read as an image"),
-        ([], remove_mask, "or set mask=none"),
-        (["superclas=dog"], None, "the config has no key `superclas`; did you mean `superclass`?"),
-        (
-            ["model.params.superclas=dog"],
-            None,
-            "model.params.superclas: ConceptTrainer has no parameter `superclas`; did",
-        ),
-        (
-            ["trainer.max_step=3"],
-            None,
-            "trainer.max_step: Trainer has no parameter `max_step`; did you mean `max_steps`?",
-        ),
-        (["trainer.max_steps=many"], None, "trainer.max_steps: Trainer wants int here, not 'many'"),
-        (["batch_size=two"], None, "data.params.batch_size: ConceptData wants int here, not 'two'"),
-        (["batch_size=0"], None, "batch_size: must be at least 1, not 0"),
-        (["weights=half"], None, "weights: Training wants Literal['float32', 'bfloat16', 'float16'] here, not 'half'"),
-        (["flip_p=2"], None, "flip_p: must be between 0 and 1, not 2"),
-        (["templates=[a photo]"], None, "{}"),
-        (
-            ["ckpt=gone.safetensors"],
-            None,
-            "ckpt: there is no file gone.safetensors; get it from the shelf or name another",
-        ),
-        (["use_ema=true", "ckpt=null"], None, "use_ema: there is no `ckpt`"),
-        (["model.params.method.target=infusion.methods.lora.LoRA"], None, "LoRA has no parameter `attention`"),
-        (["parts.vea=x"], None, "parts.vea: unknown component; did you mean `vae`?"),
-        (["--logdri", "x"], None, "unknown argument `--logdri`"),
-        (["--gpus", "99"], None, "--gpus: "),
-        (["--gpus", "0", "--devices", "1"], None, "--gpus and --devices"),
-        (["--resume", "run"], None, "give one of the two"),
-    ],
-)
-def test_mistakes_are_one_line_and_leave_nothing_behind(
-    arguments: list[str],
-    spoil: Callable[[Path], None] | None,
-    message: str,
-    entry: Path,
-    photos: Path,
-    command: Callable[..., None],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-):
-    if spoil:
-        spoil(photos)
-    with pytest.raises(SystemExit) as stop:
-        command("--base", entry, "-t", "--logdir", tmp_path / "run", *arguments)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert message in error
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_misspelt_key_of_a_file_is_named(entry, command, capsys):
-    entry.write_text(entry.read_text() + "flip_q: 0.0\n")
-    with pytest.raises(SystemExit) as stop:
-        command("--base", entry)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: unknown key `flip_q`: nothing refers to it; did you mean `flip_p`?\n"
-
-
 def test_a_used_run_folder_is_refused(entry, command, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -311,12 +236,11 @@ def test_a_node_may_be_dropped_that_alone_refers_to_a_key(entry, command, tmp_pa
     assert capsys.readouterr().err.endswith("the config has no key `clas_root`; did you mean `class_root`?\n")
 
 
-@pytest.mark.parametrize(
-    "word", ["model.params.learning_rate=1", "data.params.batch_size=1", "seed=3", "superclass=dog"]
-)
-def test_a_resumed_run_keeps_its_model_data_and_seed(entry, command, tmp_path, capsys, word):
+def test_a_resumed_run_keeps_its_model_data_and_seed(entry, command, tmp_path, capsys):
     command("--base", entry, "-t", "--logdir", tmp_path / "run", "trainer.max_steps=1", "callbacks.samples=null")
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        command("--resume", tmp_path / "run", "-t", word)
-    assert capsys.readouterr().err == f"error: override `{word}`: a resumed run keeps its own model, data and seed\n"
+    for word in ("model.params.learning_rate=1", "data.params.batch_size=1", "seed=3", "superclass=dog"):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            command("--resume", tmp_path / "run", "-t", word)
+        said = f"error: override `{word}`: a resumed run keeps its own model, data and seed\n"
+        assert capsys.readouterr().err == said

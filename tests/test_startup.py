@@ -76,7 +76,7 @@ MISTAKES = {  # command -> flags and what is said of them
     ],
     "scripts/demo.py": [
         (["--concepts", "zigzag_hut"], "did you mean `zigzag_hat`?"),
-        (["--samples", "1"], "--samples: a whole number from 2 on is wanted, not 1"),
+        (["--samples", "1"], "--samples: at least 2 are needed, not 1"),
     ],
     "scripts/infusion_txt2img.py": [
         (["--sampler", "heun"], "--sampler: invalid choice: 'heun'"),

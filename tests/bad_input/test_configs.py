@@ -125,6 +125,9 @@ WORDS: dict[str, tuple[list[str], str]] = {  # flags and overrides -> what is sa
     "name with a folder": (["-n", "../../up"], "--name"),
     "unknown flag": (["--lr", "1"], "unknown argument `--lr`"),
     "unknown component": (["parts.vea=x"], "did you mean `vae`?"),
+    "another method": (["model.params.method.target=infusion.methods.lora.LoRA"], "LoRA has no parameter `attention`"),
+    "averages of nothing": (["use_ema=true", "ckpt=null"], "use_ema: there is no `ckpt`"),
+    "a run to resume": (["--resume", "run"], "give one of the two"),
 }
 
 

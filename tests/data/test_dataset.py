@@ -1,6 +1,5 @@
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,33 +269,3 @@ def test_captions_name_the_concept_by_its_superclass(tmp_path):
     path.write_text("cats")
     with pytest.raises(ValueError, match="a.txt: the caption 'cats' names no 'cat'"):
         read_captions(path, "cat")
-
-
-def write_empty_mask(photos: Path) -> None:
-    Image.new("L", (24, 20)).save(photos / "mask" / "1.png")
-
-
-def write_narrow_mask(photos: Path) -> None:
-    Image.new("L", (10, 20), 255).save(photos / "mask" / "1.png")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (
-            lambda photos: (photos / "mask" / "1.png").unlink(),
-            "1.png: has no mask; .*soft_segment.py --image_dir .*/photos --super_class 'cat'`, or set mask=none",
-        ),
-        (lambda photos: (photos / "1.png").write_bytes(b"x"), "1.png: cannot be read as an image"),
-        (lambda photos: (photos / "mask" / "1.png").write_bytes(b"x"), "mask/1.png: cannot be read as an image"),
-        (lambda photos: (photos / "1.png").write_bytes((photos / "1.png").read_bytes()[:300]), "1.png: cannot be read"),
-        (write_empty_mask, "mask/1.png: the mask is empty"),
-        (write_narrow_mask, "mask/1.png: 10×20 is not the shape of 1.png, 24×20"),
-        (lambda photos: [file.unlink() for file in photos.glob("*.png")], "photos holds no image"),
-        (lambda photos: photos.rename(photos.with_name("gone")), "data_root: there is no folder"),
-    ],
-)
-def test_mistakes(photos, spoil, message):
-    spoil(photos)
-    with pytest.raises(ValueError, match=message):
-        ConceptImages(photos, 16, "cat")

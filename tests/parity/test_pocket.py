@@ -28,8 +28,11 @@ def pipeline(sd, tmp_path_factory) -> StableDiffusionPipeline:
     return pipeline
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("sampler, eta", [*((name, 0.0) for name in SAMPLERS), ("ddim", 0.6)])
+CASES = [(name, 0.0, "epsilon") for name in SAMPLERS]
+CASES += [("ddim", 0.6, "epsilon"), ("ddim", 0.6, "v_prediction"), ("dpmpp_2m", 0.0, "v_prediction")]
+
+
+@pytest.mark.parametrize(("sampler", "eta", "kind"), CASES)
 @torch.no_grad()
 def test_every_sampler_draws_what_diffusers_draws(sd, pipeline, monkeypatch, agree, sampler, eta, kind):
     """Seven steps, which do not divide a thousand; noise of each image from its own generator."""
