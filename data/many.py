@@ -65,7 +65,7 @@ class ManyConcepts(pl.LightningDataModule):
         templates, flip_p, seed: of each concept, as for `ConceptData`.
 
     Raises:
-        ValueError: whatever `entries`, `ConceptImages` and `ConceptData` refuse; the message names the concept.
+        ValueError: as `entries`, `ConceptImages` and `ConceptData`; the message names the concept.
     """
 
     def __init__(

@@ -107,7 +107,7 @@ class ResumeState(pl.Callback):
     """Writes `models/last.ckpt` every so many optimiser steps and at the end, and obeys signals.
 
     SIGTERM and Ctrl-C finish the step, save, and raise `Stopped`; a second Ctrl-C ends the process at once. SIGUSR1
-    saves and goes on, and on SLURM Lightning then requeues the job. It has to be the last of the callbacks: the state
+    saves and continues, and on SLURM Lightning then requeues the job. It has to be the last of the callbacks: the state
     has what the others did at its step. (Lightning's ModelCheckpoint also saves between the micro-batches of a resumed
     run, and before the callbacks' `on_train_end`.)
 
@@ -194,7 +194,7 @@ class Finite(pl.Callback):
     scaler (16-mixed) gradients that overflow are its business: it leaves the step out and scales less.
 
     Args:
-        fault: "stop" raises `NonFinite`; "skip" leaves out the optimiser step and goes on.
+        fault: "stop" raises `NonFinite`; "skip" leaves out the optimiser step.
     """
 
     def __init__(self, fault: Literal["stop", "skip"] = "stop") -> None:
