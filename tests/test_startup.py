@@ -61,7 +61,7 @@ MISTAKES = {  # command -> flags and what is said of them
     ],
     "data/soft_segment.py": [
         (["--image_dir", "nowhere"], "required: --super_class"),
-        ([*NEEDED["data/soft_segment.py"], "--batch_size", "0"], "--batch_size: `0` is not a whole number above 0"),
+        ([*NEEDED["data/soft_segment.py"], "--batch_size", "0"], "--batch_size: `0` is not a whole number from 1"),
     ],
     "data/estimate_C_inv.py": [
         (["--caption", "nowhere"], "required: --save_path"),
@@ -86,7 +86,7 @@ MISTAKES = {  # command -> flags and what is said of them
     "scripts/inspect_file.py": [([], "required: FILE")],
     "scripts/metrics.py": [
         ([], "required: --personalized_ckpt"),
-        ([*NEEDED["scripts/metrics.py"], "--samples", "none"], "--samples: `none` is not a whole number above 0"),
+        ([*NEEDED["scripts/metrics.py"], "--samples", "none"], "--samples: `none` is not a whole number from 1"),
         ([*NEEDED["scripts/metrics.py"], "--curve", "nouns"], "--curve: there is no group `nouns`"),
     ],
     "scripts/subjects.py": [

@@ -198,13 +198,8 @@ def components(text: str) -> dict[str, str]:
 
 
 def count(text: str, most: int = MOST) -> int:
-    """A whole number above 0, and not absurd."""
-    value = _whole(text)
-    if not value:
-        raise argparse.ArgumentTypeError(f"`{text[:30]}` is not a whole number above 0")
-    if value > most:
-        raise argparse.ArgumentTypeError(f"`{text[:30]}` is more than {most:,}")
-    return value
+    """A whole number from 1 to `most`."""
+    return _whole(text, 1, most)
 
 
 def batch(text: str) -> int:
@@ -219,14 +214,13 @@ def processes(text: str) -> int:
 
 def seed(text: str) -> int:
     """A whole number that `torch.Generator.manual_seed` takes, with room for those that follow it."""
-    value = _whole(text)
-    if value is None or value >= 2**63:
-        raise argparse.ArgumentTypeError(f"`{text[:30]}` is not a whole number from 0 to 2**63 - 1")
-    return value
+    return _whole(text, 0, 2**63 - 1)
 
 
-def _whole(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 1000 else None
+def _whole(text: str, least: int, most: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 100 and least <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f"`{text[:30]}` is not a whole number from {least} to {most:,}")
+    return int(text)
 
 
 def writable(text: str) -> str:

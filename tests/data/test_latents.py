@@ -139,7 +139,7 @@ def test_captions_take_the_place_of_templates(photos, vae):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size: must be at least 1"),
+        ({"batch_size": 0}, "batch_size: must be from 1"),
         ({"flip_p": 1.5}, "flip_p: must be between 0 and 1"),
         ({"templates": []}, "templates: at least one"),
         ({"templates": ["a photo"]}, "templates: 'a photo' must have {} for the concept"),

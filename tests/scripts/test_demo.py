@@ -152,12 +152,12 @@ def test_training_is_a_command_of_this_python(monkeypatch):
     "arguments, complaint",
     [
         (["--clip", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
-        (["--clipseg", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
+        (["--clipseg", "nowhere.safetensors"], "there is no nowhere.safetensors"),
         (["--classifier", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
         (["ckpt=nowhere.safetensors"], "error: nowhere.safetensors: no such file; get it from the shelf"),
         (["--base", "nowhere.yaml"], "error: nowhere.yaml: no such config file"),
         (["--concepts", "zigzag_hut"], "there is no `zigzag_hut`; did you mean `zigzag_hat`?"),
-        (["--samples", "0"], "--samples: a whole number from 2 on"),
+        (["--samples", "1"], "--samples: at least 2 are needed, not 1"),
         (["max_steps"], "write an override as key=value"),
     ],
 )

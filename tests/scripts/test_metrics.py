@@ -165,7 +165,7 @@ def test_prompts_of_each_concept_s_own(run, tmp_path):
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        (["--samples", "0"], "--samples: `0` is not a whole number above 0"),
+        (["--samples", "0"], "--samples: `0` is not a whole number from 1"),
         (["--samples", "1"], "--samples: a distance between clouds (w2) needs at least 2"),
         (["--samples", "2"], "--samples: div compares samples of one prompt"),
         (["--metrics", "lfd,fid"], "--metrics: there is no `fid`"),
