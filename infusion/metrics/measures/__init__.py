@@ -2,6 +2,7 @@
 
 fisher       latent Fisher divergence: how far the customised model's predictions are from the base model's
 wasserstein  distance between two clouds of features
+kid          the same, unbiased for few samples
 fidelity     CLIP-I, DINO, CLIP-T, PRES, DIV, drift
 estimate     a figure with its standard error
 balance      likeness against overfitting

@@ -113,7 +113,8 @@ def bootstrap(
     drawn = torch.empty(resamples, dtype=torch.float64)
     for i in range(resamples):
         picks = [rows(samples[0])] * len(samples) if paired else [rows(sample) for sample in samples]
-        drawn[i] = statistic(*(sample[pick.to(sample.device)] for sample, pick in zip(samples, picks, strict=True)))
+        resampled = [sample[pick.to(sample.device)] for sample, pick in zip(samples, picks, strict=True)]
+        drawn[i] = statistic(*resampled)
     tail = (1 - level) / 2
     low, middle, high = drawn.quantile(torch.tensor([tail, 0.5, 1 - tail], dtype=torch.float64)).tolist()
     value = float(statistic(*samples))

@@ -3,8 +3,11 @@
     LFD = E over c, t, x_t of ‖ε'(x_t, t, c) − ε(x_t, t, c)‖² / dim,    x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) n
 
 with x_0 the base model's own samples of the prompts c (Infusion, arXiv 2404.14007, has the name and the idea). A score
-is −ε / σ_t with σ_t² = 1 − ᾱ_t (Song et al. 2021, section 3.3), so weighting by 1 / σ_t² gives E ‖s' − s‖² / dim, the
-Fisher divergence between the two models' laws of x_t as the name has it; without, every noise level counts alike.
+is −ε / σ_t with σ_t² = 1 − ᾱ_t (Song et al. 2021, section 3.3), so weighting by 1 / σ_t² gives E ‖s' − s‖² / dim, as in
+a Fisher divergence; without, every noise level counts alike. The expectation is not under either model's own law of
+x_t: `infusion.metrics.run` draws x_0 with the guidance of `--scale`, 7.5 by default, and both predictions are without
+guidance. So LFD is a mean squared gap of scores under the noised law of *guided base samples*; at `--scale 1` that law
+is the base model's own, and LFD its Fisher divergence from the customised one.
 
 The expectation over t is stratified: one t from each of J equal parts of the schedule for every sample. Noise and t
 depend on a sample's seed and the stratum alone, so methods are compared on common random numbers, and a sample's errors
