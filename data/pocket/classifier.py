@@ -12,6 +12,8 @@ from ldm.training.optimise import adamw
 class SceneClassifier(nn.Module):
     """A small convolutional network with one head per part of a scene."""
 
+    name, nouns = "pocket classifier", CHOICES["noun"]
+
     def __init__(self, widths: tuple[int, ...] = (32, 64, 96, 128)):
         super().__init__()
         layers: list[nn.Module] = []
@@ -31,6 +33,10 @@ class SceneClassifier(nn.Module):
         """The likeliest word for each part, in evaluation mode."""
         self.eval()
         return {name: [CHOICES[name][i] for i in logits.argmax(1).tolist()] for name, logits in self(images).items()}
+
+    def sees(self, images: Tensor, noun: str) -> list[bool]:
+        """Whether each image (B, 3, 64, 64) in [0, 1] shows a noun."""
+        return [word == noun for word in self.read(images)["noun"]]
 
 
 class ClassifierTraining(pl.LightningModule):

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, fields
 
+from ldm.util.templates import fill
+
 NATURAL = "natural"  # the drawing's own colours
 LAYOUT = (
     ("large", "middle"),
@@ -41,6 +43,14 @@ class PocketConcept:
     second: str | None = None  # the pattern's other colour
     drawing: str = "photo"
     style: str = "photo"
+
+    @property
+    def described(self) -> str:
+        """Everything that has a word: "a blue striped dog"."""
+        colour = "" if self.colour == NATURAL else f"{self.colour} "
+        second = f"and {self.second} " if self.second else ""
+        pattern = "" if self.pattern == "plain" else f"{self.pattern} "
+        return fill("a {}", [f"{colour}{second}{pattern}{self.noun}"])
 
     def scenes(self) -> list[Scene]:
         return [

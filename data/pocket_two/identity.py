@@ -7,6 +7,8 @@ look-alikes and spoiled pictures of the object itself are far.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pytorch_lightning as pl
@@ -20,7 +22,10 @@ from data.pocket_two.scene import COLOURS, NATURAL, NOUNS, Scene, Thing
 from data.pocket_two.textures import WORDS, draw_texture
 from data.pocket_two.world import World, draw_scene, draw_textures, draw_thing, second_colours
 from ldm.training.optimise import adamw
+from ldm.util.config import find
+from ldm.weights.checkpoint import load_into
 
+WEIGHTS = "ckpt/pocket_two/identity.safetensors"
 FEATURES = 128
 ROLES = ("object", "words", "noun", "other noun", "look-alike")  # of a family
 
@@ -35,6 +40,27 @@ class Identity(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return F.normalize(self.head(self.eye(images)[:, 0]).float(), dim=-1)
+
+
+class IdentityFeatures:
+    """The network as a measure takes it: `name`, `width`, and images in [0, 1]."""
+
+    name, width = "identity", FEATURES
+
+    def __init__(self, network: Identity) -> None:
+        self.network = network.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, weights: str | Path = WEIGHTS, device: torch.device | str = "cpu") -> Self:
+        """Of a file; raises ValueError for one that is missing or of another network."""
+        network = Identity()
+        load_into({"": network}, find(weights))
+        return cls(network.to(device))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (B, 3, 64, 64) in [0, 1] -> features (B, 128) of unit length, float32."""
+        return self.network(images.to(self.network.head.weight) * 2 - 1)
 
 
 def draw_look_alike(thing: Thing, rng: np.random.Generator) -> Thing:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from data.pocket_two.batches import ABSENT, THING
 from data.pocket_two.eye import Eye, spoil
-from data.pocket_two.scene import CHOICES, COLOURS, PLACES
+from data.pocket_two.scene import CHOICES, COLOURS, NOUNS, PLACES
 from ldm.training.optimise import adamw
 
 SCENE = {"style": len(CHOICES["style"]), "background": len(CHOICES["background"]), "count": 2}
@@ -24,6 +24,8 @@ class SceneReader(nn.Module):
     checkered thing has no first colour; an object in natural colours has none but its texture's.
     """
 
+    name, nouns = "pocket two's reader", CHOICES["noun"]
+
     def __init__(self) -> None:
         super().__init__()
         self.eye = Eye(questions=3)
@@ -37,6 +39,23 @@ class SceneReader(nn.Module):
         scene = dict(zip(SCENE, self.scene(answers[:, 0]).split(list(SCENE.values()), dim=-1), strict=True))
         things = dict(zip(OBJECT, self.thing(answers[:, 1:]).split(list(OBJECT.values()), dim=-1), strict=True))
         return {**scene, **things, "colours": self.colours(answers[:, 1:])}
+
+    @torch.no_grad()
+    def read(self, images: Tensor) -> dict[str, list[str]]:
+        """The likeliest word for style, background, and noun, texture, size and place of the first object.
+
+        Images are (B, 3, 64, 64) in [0, 1].
+        """
+        seen = {name: logits for name, logits in self(images * 2 - 1).items() if name in CHOICES}
+        seen = {name: logits[:, 0] if name in OBJECT else logits for name, logits in seen.items()}
+        return {name: [CHOICES[name][i] for i in logits.argmax(-1).tolist()] for name, logits in seen.items()}
+
+    @torch.no_grad()
+    def sees(self, images: Tensor, noun: str) -> list[bool]:
+        """Whether an object of each image (B, 3, 64, 64) in [0, 1] is what a noun names."""
+        seen = self(images * 2 - 1)
+        there = torch.stack([torch.ones(len(images)), seen["count"].argmax(-1).cpu()], 1).bool()  # (B, 2)
+        return ((seen["noun"].argmax(-1).cpu() == NOUNS.index(noun)) & there).any(1).tolist()
 
 
 class Truth(NamedTuple):
