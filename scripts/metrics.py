@@ -8,17 +8,20 @@ import logging
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from omegaconf import OmegaConf
+
 from data.prompts import TEMPLATES
 from infusion.concepts.base import architecture_of, check_concepts_there, check_there, check_weights, load_base
-from infusion.metrics.run.options import CACHE, METRICS, OF_PHOTOS, Options, Tools, identity
+from infusion.metrics.run.options import CACHE, METRICS, STEPS, Options, Tools, identity, lacks, metrics_of
 from infusion.metrics.run.protocol import GROUPS, Protocol, usual_file
 from infusion.sampling.validate import check_concepts
 from ldm.diffusion.schedulers import SAMPLERS
@@ -34,20 +37,23 @@ from ldm.util.cli import (
     processes,
     report,
     seed,
+    suggestion,
     words,
     writable,
 )
-from ldm.util.config import find
-from ldm.util.defaults import CLIPSEG, POCKET, POCKET_CLASSIFIER, POCKET_CLIPSEG
+from ldm.util.config import find, load_config
+from ldm.util.defaults import CLIPSEG, POCKET
 from ldm.util.files import locked
 from scripts.infusion_txt2img import find_config
+from scripts.worlds import WORLDS, PocketWorld
 
 if TYPE_CHECKING:
     import torch
 
     from infusion.metrics.run.subject import Subject
 
-Loaded = TypeVar("Loaded")
+LONGEST = 400  # characters of a name or of a concept in words
+BACKBONES = ("clip", "dino", "dinov2")  # of features, which a folder holds
 logger = logging.getLogger(__name__)
 
 
@@ -57,32 +63,46 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", metavar="FILE", help="backbone config; None: the one that the concept files name")
     add_base_flags(parser)
-    add("--personalized_ckpt", metavar="A[,B]", type=words, required=True, help="concept files, or run folders")
+    add("--personalized_ckpt", metavar="A[,B]", type=words, default=[], help="concept files, or run folders")
+    about = "the concept in words, for a row of the base model told them; once for each concept; None: the world's own"
+    add("--described", metavar="TEXT", type=described, action="append", help=about)
+    about = "a row of pictures that something else has drawn; again for more rows"
+    add("--pictures", metavar="NAME=DIR", type=pictures, action="append", default=[], help=about)
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="of --pictures, one a line, {} for the concept; None: each picture has its own",
+    )
+    add("--superclass", metavar="W", help="the noun of what --pictures show; None: that of the concepts")
     add("--labels", metavar="L[,L]", type=words, help="names in the report; None: those of the files and folders")
-    add("--groups", metavar="G[,G]", type=words, help="what belongs together, one for each; None: the methods")
-    add("--metrics", metavar="M[,M]", type=words, help=f"some of {', '.join(METRICS)}; None: all that can be had")
+    add("--groups", metavar="G[,G]", type=words, help="what belongs together, one for each row; None: the methods")
+    add("--metrics", metavar="M[,M]", type=metrics, help=f"some of {', '.join(METRICS)}; None: all that can be had")
     add("--out", metavar="DIR", type=writable, help="gets report.html, metrics.json …", default="outputs/metrics")
     add("--cache", type=writable, metavar="DIR", help=f"rows measured before; None: {CACHE} in --out")
-    add("--images", metavar="DIR[,DIR]", type=words, help="photos of the concept, one folder for all or one each")
+    about = "photos of the concept, one folder for all or one for each of --personalized_ckpt and then --pictures"
+    add("--images", metavar="DIR[,DIR]", type=words, help=about)
     add("--concept", metavar="C[,C]", type=words, help="pocket: the world's name of it; None: as the folder is called")
     add("--protocol", metavar="P[,P]", type=words, help="prompts, for all or one each; None: the architecture's")
     add("--neighbours", metavar="N[,N]", type=words, help="nouns beside the superclass; None: the protocol's")
-    add("--clip", metavar="DIR", help="folder of a CLIP, or pocket; None: pocket on the pocket model")
+    add("--clip", metavar="DIR", help="folder of a CLIP, or pocket; None: pocket on a pocket model")
     add("--dino", metavar="DIR", help="folder of a DINO, for dino and pres")
+    add("--dinov2", metavar="DIR", help="folder of a DINOv2")
+    add("--identity", metavar="FILE", help="weights of pocket two's identity network; None: the shipped ones there")
     add("--lpips", metavar="FILE", help="AlexNet's weights, for div by LPIPS; None: by features")
-    add("--clipseg", metavar="DIR", help=f"folder of CLIPSeg, or pocket; None: {CLIPSEG}; pocket on the pocket model")
+    add("--clipseg", metavar="DIR", help=f"folder of CLIPSeg, or pocket; None: {CLIPSEG}; pocket on a pocket model")
+    add("--crop", action="store_true", help="compare photos and samples by their subject alone, found by CLIPSeg")
     add("--covariance", metavar="FILE", help="C⁻¹ that the concepts were trained with; None: the identity")
     add("--samples", type=count, help="of each kind", default=usual.samples)
     add("--batch_size", type=batch, help="samples at a time", default=usual.batch_size)
-    add("--steps", type=count, help="sampling steps", default=usual.steps)
+    add("--steps", type=steps, help="sampling steps", default=usual.steps)
     add("--scale", type=number, help="classifier-free guidance; 1 is none", default=usual.scale)
     add("--sampler", choices=list(SAMPLERS), help="the sampler", default=usual.sampler)
-    add("--seed", type=seed, help="of the first sample; sample i has the seed + i", default=usual.seed)
-    add("--strata", type=count, help="parts of the noise schedule, one timestep from each", default=usual.strata)
+    add("--seed", type=seed, help="sample i has this + 100,000,000 + i: no training's", default=usual.seed)
+    add("--strata", type=steps, help="parts of the noise schedule, one timestep from each", default=usual.strata)
     add("--weighting", choices=["eps", "score"], help="of LFD's errors", default=usual.weighting)
     add("--curve", metavar="G[,G]", type=words, default=",".join(usual.curve), help="LFD's groups over training steps")
     add("--beta", type=number, help="similarity at which the gate is half open", default=usual.beta)
-    add("--tau", type=number, help="temperature of the gate, above 0", default=usual.tau)
+    add("--tau", type=temperature, help="temperature of the gate, above 0", default=usual.tau)
     add("--strength", type=number, help="factor on what was learned", default=usual.strength)
     add("--resamples", type=count, help="of W2's bootstrap", default=usual.resamples)
     add("--precision", choices=["full", "autocast"], help="of the UNet", default=usual.precision)
@@ -92,100 +112,212 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if unknown := [name for name in flags.curve if name not in GROUPS]:
         parser.error(f"--curve: there is no group `{unknown[0]}`; there are {', '.join(GROUPS)}")
+    if not flags.personalized_ckpt and not flags.pictures:
+        parser.error("--personalized_ckpt: name concept files or run folders, or pictures by --pictures")
+    if flags.prompts and not flags.pictures:
+        parser.error("--prompts: these are of --pictures; those of concepts are in --protocol")
     return flags
 
 
-def check_inputs(flags: argparse.Namespace) -> None:
-    """Raises UserError for a file or folder that is not there, before what is slow to import."""
+# types of flags, for argparse
+
+
+def metrics(text: str) -> list[str]:
+    """Names of metrics with commas between them, each once."""
+    names = list(dict.fromkeys(words(text)))
+    if unknown := [name for name in names if name not in METRICS]:
+        raise argparse.ArgumentTypeError(f"there is no `{unknown[0]}`{suggestion(unknown[0], list(METRICS))}")
+    return names
+
+
+def steps(text: str) -> int:
+    return count(text, STEPS)
+
+
+def temperature(text: str) -> float:
+    if (value := number(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"`{text}` is not above 0")
+    return value
+
+
+def described(text: str) -> str:
+    """A concept in words, as they stand in a prompt."""
+    if not text.strip() or not text.isprintable() or set("{}") & set(text) or len(text) > LONGEST:
+        raise argparse.ArgumentTypeError(f"`{text[:30]}` is not a few words such as 'a striped blue dog'")
+    return text.strip()
+
+
+def pictures(text: str) -> tuple[str, str]:
+    """A row's name, and a folder."""
+    name, _, folder = (part.strip() for part in text.partition("="))
+    if not name or not folder or not name.isprintable() or len(name) > LONGEST:
+        raise argparse.ArgumentTypeError(f"`{text[:80]}` is not such as NAME=FOLDER")
+    return name, folder
+
+
+# what the flags name
+
+
+def check_inputs(flags: argparse.Namespace) -> str:
+    """The base model's architecture; raises UserError for what is not there, before anything slow is imported."""
     check_concepts_there(flags.personalized_ckpt)
-    for folder in one_each(flags.images, len(flags.personalized_ckpt), "images"):
+    rows = len(flags.personalized_ckpt) + len(flags.pictures)
+    for folder in one_each(flags.images, rows, "images"):
         check_there("images", folder, "folder")
-    for name in one_each(flags.protocol, len(flags.personalized_ckpt), "protocol"):
+    for _, folder in flags.pictures:
+        check_there("pictures", folder, "folder")
+    for name in one_each(flags.protocol, rows, "protocol"):
         if name:
             Protocol.load(name)
-    for flag in ("clip", "dino", "clipseg", "lpips"):
+    for flag in (*BACKBONES, "clipseg"):
         if getattr(flags, flag) != POCKET:
-            check_there(flag, getattr(flags, flag), "file" if flag == "lpips" else "folder")
+            check_there(flag, getattr(flags, flag), "folder")
+    for flag in ("lpips", "identity", "prompts"):
+        check_there(flag, getattr(flags, flag))
     if flags.covariance and not find(flags.covariance).is_file():
         raise UserError(f"{flags.covariance}: there is no such covariance file")
-    first = find(flags.personalized_ckpt[0])
-    files = sorted(first.glob("models/*.safetensors")) if first.is_dir() else [first]
-    architecture = architecture_of(files[0]) if files else None
-    if flags.config or architecture:
-        check_weights(flags, find_config(flags, architecture))
-    region = flags.metrics is None or {"lfd", "exact"} & set(flags.metrics)
-    if region and not flags.clipseg and architecture not in (None, POCKET) and not find(CLIPSEG).exists():
+    architecture = architecture_named(flags)
+    region = flags.crop or flags.metrics is None or {"lfd", "exact"} & set(flags.metrics)
+    if region and not flags.clipseg and architecture and architecture not in WORLDS and not find(CLIPSEG).exists():
         raise UserError(f"--clipseg: there is no folder {CLIPSEG}: get CIDAS/clipseg-rd64-refined, or name its folder")
+    return architecture
 
 
-def describe(flags: argparse.Namespace, subjects: "list[Subject]") -> "list[Subject]":
-    """The subjects with their photos' folders and, on the pocket world, what is known exactly."""
-    from scripts.pocket.exact import Exact, recognise  # after the flags: it takes seconds
-
-    folders = one_each(flags.images, len(subjects), "images")
-    names = one_each(flags.concept, len(subjects), "concept")
-    found = []
-    for subject, folder, name in zip(subjects, folders, names, strict=True):
-        pocket = subject.concept.architecture == POCKET
-        name = name or (recognise(folder) if folder and pocket else None)
-        if name and not pocket:
-            raise UserError(f"--concept: {name} is of the pocket world, {subject.label} of another base model")
-        found.append(replace(subject, photos_from=folder or "", exact=Exact(name) if name else None))
-    return found
+def architecture_named(flags: argparse.Namespace) -> str:
+    """The architecture of the first concept, or of --config; UserError where the base model's weights are not there."""
+    architecture = None
+    if flags.personalized_ckpt:
+        first = find(flags.personalized_ckpt[0])
+        files = sorted(first.glob("models/*.safetensors")) if first.is_dir() else [first]
+        architecture = architecture_of(files[0]) if files else None
+    if flags.config or architecture or not flags.personalized_ckpt:
+        config = find_config(flags, architecture)
+        check_weights(flags, config)
+        architecture = architecture or OmegaConf.select(load_config(config), "sd.params.name")
+    return architecture or ""
 
 
-def one_each(values: Sequence[str] | None, subjects: int, flag: str) -> list[str | None]:
-    """One value for all subjects or one for each."""
+def one_each(values: Sequence[str] | None, rows: int, flag: str) -> list[str | None]:
+    """One value for all rows or one for each."""
     values = [None] if values is None else list(values)
-    if len(values) not in (1, subjects):
-        raise UserError(f"--{flag}: give one for all or one for each of {subjects}, not {len(values)}")
-    return values * subjects if len(values) == 1 else values
+    if len(values) not in (1, rows):
+        raise UserError(f"--{flag}: give one for all or one for each of {rows}, not {len(values)}")
+    return values * rows if len(values) == 1 else values
 
 
-def choose(flags: argparse.Namespace, subjects: "list[Subject]", pocket: bool) -> Options:
-    """The options; without --metrics, all that the other flags allow."""
-    able = {"clip_t": flags.clip or pocket, "w2": flags.clip or pocket, "drift": flags.clip or pocket}
-    able |= {"clip_i": able["clip_t"], "dino": flags.dino, "pres": flags.dino or able["clip_t"]}
-    able |= {"div": flags.lpips or flags.dino or able["clip_t"], "exact": all(subject.exact for subject in subjects)}
-    able |= {name: able[name] and all(subject.photos_from for subject in subjects) for name in OF_PHOTOS}
-    metrics = flags.metrics or [name for name in METRICS if able.get(name, True)]
+def find_rows(flags: argparse.Namespace, world: PocketWorld | None) -> "list[Subject]":
+    """Concepts, pictures without their pixels, and words, with their photos' folders and what is known exactly."""
+    from infusion.metrics.run.subject import Pictures, Subject, in_words, load_subjects
+
+    concepts = len(flags.personalized_ckpt)
+    count_rows = concepts + len(flags.pictures)
+    if flags.groups and len(flags.groups) != count_rows:
+        raise UserError(f"--groups: {len(flags.groups)} for {count_rows} rows; give one for each")
+    groups = flags.groups or [""] * count_rows
+    rows = load_subjects(flags.personalized_ckpt, flags.labels, groups[:concepts])
+    noun = superclass_of_pictures(flags, rows)
+    for (name, folder), group in zip(flags.pictures, groups[concepts:], strict=True):
+        rows.append(Subject(name, group=group, pictures=Pictures(folder), superclass=noun))
+    labels = [row.label for row in rows]
+    if double := [label for label in labels if labels.count(label) > 1]:
+        raise UserError(f"--pictures: two rows are called {double[0]!r}; give each a name of its own")
+    folders, names = one_each(flags.images, count_rows, "images"), one_each(flags.concept, count_rows, "concept")
+    found = []
+    for row, folder, name in zip(rows, folders, names, strict=True):
+        if name and world is None:
+            raise UserError(f"--concept: {name} is of the pocket world, {row.label} of another base model")
+        name = name or (world.exact.recognise(folder) if folder and world else None)
+        found.append(replace(row, photos_from=folder or "", exact=world.exact(name) if name else None))
+    told = found[:concepts] or found
+    return found + in_words(told, words_of(told, flags.described))
+
+
+def superclass_of_pictures(flags: argparse.Namespace, concepts: "Sequence[Subject]") -> str:
+    nouns = {subject.superclass for subject in concepts}
+    if flags.superclass or not flags.pictures:
+        return flags.superclass or ""
+    if len(nouns) != 1:
+        raise UserError("--superclass: name what --pictures show, such as dog")
+    return nouns.pop()
+
+
+def words_of(subjects: "Sequence[Subject]", given: Sequence[str] | None) -> list[str]:
+    """Words for each of the subjects: as given, once for all, for each concept or for each subject, or the world's."""
+    names = list(dict.fromkeys(subject.name for subject in subjects))
+    if given is None:
+        return [subject.exact.described if subject.exact else "" for subject in subjects]
+    if len(given) not in (1, len(names), len(subjects)):
+        raise UserError(f"--described: give it once, or once for each of {len(names)} concepts, not {len(given)} times")
+    if len(given) == len(names):
+        return [given[names.index(subject.name)] for subject in subjects]
+    return list(given) * (len(subjects) // len(given))
+
+
+def choose(flags: argparse.Namespace, rows: "list[Subject]", there: set[str]) -> Options:
+    """The options; without --metrics, all that every row of the right kind can have."""
+    able = []
+    for name in METRICS:
+        having = [row for row in rows if metrics_of(row, [name])]
+        if having and not any(lacks(name, row, there) for row in having):
+            able.append(name)
     names = {field.name for field in fields(Options)} - {"metrics", "curve"}
-    return Options(
-        tuple(dict.fromkeys(metrics)), curve=tuple(flags.curve), **{name: getattr(flags, name) for name in names}
-    )
+    chosen = {name: getattr(flags, name) for name in names}
+    return Options(tuple(flags.metrics or able), curve=tuple(flags.curve), **chosen)
 
 
-def load_tools(flags: argparse.Namespace, options: Options, pocket: bool, device: "torch.device") -> Tools:
-    """The networks that the metrics need."""
-    from clipseg.weights import POCKET_CONFIG
-    from clipseg.weights import load as load_clipseg
-    from infusion.covariance import InverseCovariance
-    from infusion.metrics.run.features import load_backbone
+class Sources:
+    """Where the networks that measure come from: the flags, or else the pocket world's own."""
 
-    clip, clipseg = flags.clip or (POCKET if pocket else None), flags.clipseg or (POCKET if pocket else CLIPSEG)
-    inverse, files, loaded = InverseCovariance(flags.covariance), {}, {}
-    for name, spec in (("clip", clip), ("dino", flags.dino)):
-        if spec:
-            loaded[name], files[name] = named(name, load_backbone, spec, device), identity(spec)
-    if options.wants("lfd", "exact"):
-        if find(clipseg).is_file() and not pocket:
-            raise UserError(
-                f"--clipseg: {clipseg} is a file; name a folder with the files of CIDAS/clipseg-rd64-refined"
-            )
-        own = None if find(clipseg).is_dir() or not pocket else POCKET_CONFIG
-        loaded["clipseg"] = named("clipseg", load_clipseg, clipseg, None, own).to(device)
-        files["clipseg"] = identity(POCKET_CLIPSEG if clipseg == POCKET else clipseg)
-    if options.wants("exact"):
-        files["classifier"] = identity(POCKET_CLASSIFIER)
-    lpips = find(flags.lpips) if flags.lpips else None
-    files |= {"lpips": named("lpips", identity, lpips)} if lpips else {}
-    return Tools(**loaded, lpips=lpips, mask_prompts=TEMPLATES, inverse_covariance=inverse.matrix, hashes=files)
+    def __init__(self, flags: argparse.Namespace, world: PocketWorld | None) -> None:
+        self.world = world
+        named = {name: getattr(flags, name) for name in (*BACKBONES, "identity", "lpips", "clipseg")}
+        self.named = {name: file for name, file in named.items() if file and not (world and file == POCKET)}
+        self.own = (world.there if world else set()) - set(self.named)
+        if not world and "clipseg" not in self.named:
+            self.named["clipseg"] = CLIPSEG
 
+    @property
+    def there(self) -> set[str]:
+        return self.own | set(self.named)
 
-def named(flag: str, load: Callable[..., Loaded], *arguments: object) -> Loaded:
-    """What `load` gives; its complaints name the flag."""
-    with naming(f"--{flag}"):
-        return load(*arguments)
+    def load(self, flags: argparse.Namespace, options: Options, device: "torch.device") -> Tools:
+        """The networks that the metrics need, and hashes of their files."""
+        from infusion.covariance import InverseCovariance
+
+        inverse, needed = InverseCovariance(flags.covariance), self.needed(options)
+        loaded = {name: self.world.load(name, device) for name in needed & self.own}
+        files = {name: identity(self.world.files[name]) for name in needed & self.own}
+        for name in needed & set(self.named):
+            with naming(f"--{name}"):
+                loaded[name], files[name] = self.load_named(name, device), identity(self.file_of(name))
+        return Tools(**loaded, mask_prompts=TEMPLATES, inverse_covariance=inverse.matrix, hashes=files)
+
+    def needed(self, options: Options) -> set[str]:
+        """Those that some metric may take."""
+        masks = {"clipseg"} if options.wants("lfd", "exact") or options.crop else set()
+        reads = {"classifier"} if options.wants("exact", "noun") else set()
+        tools = {tool for name in options.metrics for tool in METRICS[name].tools}
+        return (tools | masks | reads) & self.there
+
+    def file_of(self, name: str) -> Path | str:
+        return self.named[name] if self.named[name] == POCKET else find(self.named[name])
+
+    def load_named(self, name: str, device: "torch.device") -> object:
+        from clipseg.weights import load as load_clipseg
+        from data.pocket_two.identity import IdentityFeatures
+        from infusion.metrics.run.features import load_backbone
+
+        file = self.named[name]
+        if name in BACKBONES:
+            return load_backbone(file, device)
+        if name == "lpips":
+            return find(file)
+        if name == "identity":
+            return IdentityFeatures.load(file, device)
+        if find(file).is_file() and self.world is None:
+            raise UserError(f"{file} is a file; name a folder with the files of CIDAS/clipseg-rd64-refined")
+        config = self.world.configs["clipseg"] if self.world and find(file).is_file() else None
+        return load_clipseg(file, config=config).to(device)
 
 
 @report
@@ -194,57 +326,64 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     flags = parse(arguments)
-    check_inputs(flags)
+    architecture = check_inputs(flags)
     from data.dataset import ConceptImages  # after the flags: these take seconds
+    from data.pictures import read_pictures
     from infusion.metrics.report.output import Measured, check_folder, write
     from infusion.metrics.run.cache import Cache
     from infusion.metrics.run.evaluate import check, evaluate
-    from infusion.metrics.run.subject import load_subjects
     from infusion.sampling.customised import check_covariance
     from ldm.util.dist import launch
-    from scripts.pocket.exact import Exact
-    from scripts.pocket.judge import load_classifier
 
-    subjects = describe(flags, load_subjects(flags.personalized_ckpt, flags.labels, flags.groups))
-    for subject in subjects:
-        if subject.photos_from:  # before what is slow; the model says of what size they are wanted
-            ConceptImages(subject.photos_from, 64, subject.concept.superclass, mask="none")
-    concepts = [one.concept for subject in subjects for one in subject.checkpoints]
-    pocket = concepts[0].architecture == POCKET
-    usual = str(usual_file(concepts[0].architecture))
-    names = [name or usual for name in one_each(flags.protocol, len(subjects), "protocol")]
+    world = WORLDS.get(architecture)
+    rows = find_rows(flags, world)
+    for row in rows:
+        if row.photos_from:  # before what is slow; the model says of what size they are wanted
+            ConceptImages(row.photos_from, 64, row.superclass, mask="none")
+    sources = Sources(flags, world)
+    options = choose(flags, rows, sources.there)
+    concepts = [one.concept for row in rows for one in row.checkpoints]
+    usual = str(usual_file(architecture))
+    named = one_each(flags.protocol, len(flags.personalized_ckpt) + len(flags.pictures), "protocol")
+    of_concept = {row.name: name or usual for row, name in zip(rows, named, strict=False)}
+    names = [*(name or usual for name in named), *(of_concept[row.name] for row in rows[len(named) :])]
     protocols = {name: Protocol.load(name).beside(flags.neighbours or ()) for name in names}
-    options = choose(flags, subjects, pocket)
     ranks, device = launch(flags.devices, flags.num_nodes, find_device(flags.device))
-    tools = load_tools(flags, options, pocket, device)
+    tools = sources.load(flags, options, device)
     check_covariance(concepts, tools.inverse_covariance)
-    sd = load_base(flags, find_config(flags, concepts[0].architecture), concepts, device)
+    sd = load_base(flags, find_config(flags, architecture), concepts, device)
     for concept in concepts:
         concept.check_base(sd.architecture, sd.hash)
-    of_files = {one.file: one.concept for subject in subjects for one in subject.checkpoints}
+    of_files = {one.file: one.concept for row in rows for one in row.checkpoints}
     check_concepts(sd, of_files, tools.inverse_covariance)
+
+    @cache
+    def photos(folder: str, superclass: str) -> "torch.Tensor":
+        return (ConceptImages(folder, sd.image_size, superclass, mask="none").images + 1) / 2
+
+    for i, row in enumerate(rows):
+        if row.photos_from:
+            row = row.with_photos(photos(row.photos_from, row.superclass), row.photos_from)
+        if row.pictures:
+            drawn = read_pictures(row.pictures.folder, sd.image_size, flags.prompts)
+            own = replace(row.pictures, images=drawn.images, prompts=drawn.prompts, rule=drawn.rule)
+            row = replace(row, pictures=own)
+            logger.info("%s: %d pictures; %s", row.label, len(drawn.images), drawn.rule)
+        if options.wants("exact") and row.exact:
+            row = replace(row, exact=world.exact(row.exact.name, tools.classifier, tools.clipseg))
+        check(row, protocols[names[i]], options, tools)
+        rows[i] = row
     out = Path(flags.out)
     files = {"base": sd.hash or "", **tools.hashes}
     settings = options.shown() | {"architecture": sd.architecture}
     settings |= {"protocols": {name: protocol.as_dict() for name, protocol in protocols.items()}}
-    check_folder(out, {subject.label: subject.last.sha256 for subject in subjects}, settings)
-    photos, measured = {}, []
-    for subject, name in zip(subjects, names, strict=True):
-        if folder := subject.photos_from:
-            if folder not in photos:
-                images = ConceptImages(folder, sd.image_size, subject.concept.superclass, mask="none").images
-                photos[folder] = (images + 1) / 2
-            subject = subject.with_photos(photos[folder], folder)
-        if options.wants("exact") and subject.exact:
-            subject = replace(subject, exact=Exact(subject.exact.name, load_classifier(), tools.clipseg))
-        check(subject, protocols[name], options, tools)
-        measured.append((subject, name))
+    check_folder(out, {row.label: row.about()["sha256"] for row in rows}, settings)
     command = shlex.join(["python", "scripts/metrics.py", *(sys.argv[1:] if arguments is None else arguments)])
     with locked(out) if ranks.first else nullcontext():
-        cache = Cache(flags.cache or out / CACHE, progress=True, ranks=ranks)
+        kept = Cache(flags.cache or out / CACHE, progress=True, ranks=ranks)
         results = [
-            evaluate(sd, subject, protocols[name], options, cache, tools) | {"protocol": name}
-            for subject, name in measured
+            evaluate(sd, row, protocols[name], options, kept, tools) | {"protocol": name}
+            for row, name in zip(rows, names, strict=True)
         ]
         if ranks.first:
             logger.info("open %s", write(out, Measured(results, settings, files, command)))

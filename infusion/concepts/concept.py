@@ -49,6 +49,7 @@ class Concept:
         options: arguments that the method was constructed with (`infusion.methods.base.Method.options`).
         noun: the words that stand for the concept in prompts; "" is the superclass.
         steps, learning_rate, seed: how it was trained. date: ISO 8601.
+        batch_size: photos of an optimiser step, over accumulated batches and devices; 0: unknown.
 
     Raises:
         ValueError: no tensors, a tensor that is empty, not floating or not finite, no superclass word, no templates, or
@@ -72,6 +73,7 @@ class Concept:
     date: str = field(default_factory=now)
     base_use_ema: bool = False
     base_parts: Mapping[str, str] = field(default_factory=dict)
+    batch_size: int = 0
 
     def __post_init__(self) -> None:
         fields.check_tensors(self.tensors)
@@ -91,6 +93,7 @@ class Concept:
         fields.check_number("learning_rate", self.learning_rate)
         fields.check_int("steps", self.steps)
         fields.check_int("seed", self.seed)
+        fields.check_int("batch_size", self.batch_size)
         fields.check_text("date", self.date)
         tensors = {name: tensor.detach().cpu().float().clone() for name, tensor in self.tensors.items()}
         object.__setattr__(self, "tensors", tensors)
@@ -160,6 +163,7 @@ class Concept:
             **({"base_use_ema": "true"} if self.base_use_ema else {}),
             **({"base_parts": json.dumps(dict(sorted(self.base_parts.items())))} if self.base_parts else {}),
             "steps": str(self.steps),
+            **({"batch_size": str(self.batch_size)} if self.batch_size else {}),
             "learning_rate": str(self.learning_rate),
             "seed": str(self.seed),
             "date": self.date,
@@ -217,6 +221,7 @@ class Concept:
             steps=parsed("steps", int),
             learning_rate=parsed("learning_rate", float),
             seed=parsed("seed", int),
+            batch_size=parsed("batch_size", int, "0"),
             date=metadata["date"],
         )
 

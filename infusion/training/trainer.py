@@ -220,7 +220,14 @@ class ConceptTrainer(Learner):
             steps=self.global_step,
             learning_rate=self.learning_rate,
             seed=self.seed,
+            batch_size=self._batch_size(),
         )
+
+    def _batch_size(self) -> int:
+        """Photos of an optimiser step, over accumulated batches and devices; 0 where no data say how many."""
+        data = None if self._trainer is None else self.trainer.datamodule
+        size = getattr(data, "batch_size", 0)
+        return size * self.trainer.accumulate_grad_batches * self.trainer.world_size if size else 0
 
     def train(self, mode: bool = True) -> "ConceptTrainer":
         """Sets the mode of this module; the base model stays in evaluation mode."""

@@ -43,12 +43,6 @@ def said(prompt: str) -> dict[str, str]:
     return found
 
 
-def recognise(folder: str | Path) -> str | None:
-    """The concept that a folder of photos is named after; None where there is none."""
-    name = Path(folder).resolve().name
-    return name if name in CONCEPTS else None
-
-
 class Exact:
     """Measures samples of one concept of `data.pocket.concepts`.
 
@@ -61,14 +55,26 @@ class Exact:
         UserError: there is no such concept.
     """
 
+    concepts: Mapping[str, PocketConcept] = CONCEPTS
+
     def __init__(self, name: str, classifier: SceneClassifier | None = None, clipseg: ClipSeg | None = None) -> None:
-        if name not in CONCEPTS:
-            raise UserError(f"--concept: the pocket world has no `{name}`{suggestion(name, list(CONCEPTS))}")
+        if name not in self.concepts:
+            raise UserError(f"--concept: the pocket world has no `{name}`{suggestion(name, list(self.concepts))}")
         self.name, self.classifier, self.clipseg = name, classifier, clipseg
+
+    @classmethod
+    def recognise(cls, folder: str | Path) -> str | None:
+        """The concept that a folder of photos is named after; None where there is none."""
+        name = Path(folder).resolve().name
+        return name if name in cls.concepts else None
 
     @property
     def concept(self) -> PocketConcept:
-        return CONCEPTS[self.name]
+        return self.concepts[self.name]
+
+    @property
+    def described(self) -> str:
+        return self.concept.described
 
     def measure(self, templates: Sequence[str], superclass: str, ours: Tensor, base: Tensor) -> dict[str, Figure]:
         """Rates of right background, style and place, of the photos' background, and the leakage of that.

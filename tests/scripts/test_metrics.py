@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from infusion.concepts.concept import Concept
@@ -105,9 +106,11 @@ def results(out: Path) -> dict:
 def test_everything_by_default_and_the_second_run_finds_it_all(run, concepts, capsys):
     out = run("--images", PHOTOS)
     said = results(out)
-    assert list(said["methods"]) == ["ours", "theirs"]
-    ours, theirs = said["methods"].values()
-    assert said["settings"]["metrics"] == ["lfd", "w2", "clip_t", "clip_i", "pres", "div", "drift", "exact"]
+    assert list(said["methods"]) == ["ours", "theirs", "words: a green dotted elephant"]
+    ours, theirs, _ = said["methods"].values()
+    assert said["settings"]["metrics"] == [
+        *("lfd", "w2", "kid", "clip_t", "clip_i", "noun", "pres", "div", "drift", "exact")
+    ]
     assert set(said["files"]) == {"base", "clip", "clipseg", "classifier"} and len(set(said["files"].values())) == 4
     assert ours["anchored"] and not theirs["anchored"] and ours["world_concept"] == "green_dotted_elephant"
     for name in ("lfd_none", "lfd_superclass", "lfd_neighbours"):
@@ -139,6 +142,53 @@ def test_a_base_of_parts_is_measured_when_it_is_named(run, wide, tmp_path):
     assert said["files"]["base"] == StableDiffusion.from_checkpoint(wide, parts={"vae": part}).hash
 
 
+@pytest.fixture
+def drawn(tmp_path):
+    """Four pictures that another tool has drawn, and their prompts."""
+    generator = torch.Generator().manual_seed(5)
+    (tmp_path / "drawn").mkdir()
+    for i in range(4):
+        pixels = torch.randint(256, (32, 48, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"drawn/{i}.png")
+    (tmp_path / "prompts.txt").write_text("a photo of a {} on snow\na cartoon of a {} on sand\n")
+    return tmp_path / "drawn"
+
+
+def test_words_and_pictures_are_rows_beside_concepts(run, drawn, tmp_path):
+    flags = ["--images", PHOTOS, "--metrics", "clip_i,clip_t,noun,kid", "--described", "a green dotted elephant"]
+    said = results(run(*flags, "--pictures", f"peft={drawn}", "--prompts", tmp_path / "prompts.txt"))
+    rows = said["methods"]
+    assert [(label, row["kind"], row["group"]) for label, row in rows.items()] == [
+        ("ours", "concept", "infusion"),
+        ("theirs", "concept", "lora"),
+        ("peft", "pictures", "peft"),
+        ("words: a green dotted elephant", "words", "words"),
+    ]
+    for row in rows.values():
+        assert set(row["figures"]) == {"clip_i", "clip_t", "noun", "kid"}
+        assert row["world_concept"] == "green_dotted_elephant" and row["photos"] == PHOTOS
+        assert row["figures"]["noun"]["settings"]["classifier"] == "pocket classifier"
+    assert rows["peft"]["prompts"] == ["a photo of a {} on snow", "a cartoon of a {} on sand"]
+    assert rows["peft"]["superclass"] == "elephant" and "line i of prompts.txt" in rows["peft"]["prompts_by"]
+    likenesses = {row["figures"]["clip_i"]["value"] for row in rows.values()}
+    assert len(likenesses) == 4 and {row["figures"]["clip_i"]["ceiling_decoded"]["n"] for row in rows.values()} == {5}
+    assert "words: a green dotted elephant" in (tmp_path / "out/report.html").read_text()
+
+
+def test_the_pocket_world_s_concepts_bring_their_words(run):
+    said = results(run("--images", PHOTOS, "--metrics", "clip_t"))
+    assert said["methods"]["words: a green dotted elephant"]["described"] == "a green dotted elephant"
+
+
+def test_pictures_alone_need_no_concept(wide, drawn, tmp_path):
+    flags = ["--config", wide, "--pictures", f"peft={drawn}", "--superclass", "elephant", "--out", tmp_path / "alone"]
+    for path in drawn.glob("*.png"):
+        path.with_suffix(".txt").write_text("a photo of a {} on snow")
+    main([str(word) for word in (*flags, *FAST)])
+    (row,) = results(tmp_path / "alone")["methods"].values()
+    assert {"w2_clip", "kid", "clip_t", "noun", "div"} <= set(row["figures"]) and row["kind"] == "pictures"
+
+
 def test_some_metrics_names_and_a_cache_elsewhere(run, tmp_path):
     flags = ["--metrics", "drift", "--labels", "first,second", "--cache", tmp_path / "rows", "--neighbours", "owl,bee"]
     said = results(run(*flags))
@@ -167,7 +217,8 @@ def test_prompts_of_each_concept_s_own(run, tmp_path):
     [
         (["--samples", "0"], "--samples: `0` is not a whole number from 1"),
         (["--samples", "1"], "--samples: a distance between clouds (w2) needs at least 2"),
-        (["--samples", "2"], "--samples: div compares samples of one prompt"),
+        (["--samples", "2"], "--samples: a distance between clouds (kid) needs at least 3"),
+        (["--samples", "2", "--metrics", "div"], "--samples: div compares samples of one prompt"),
         (["--metrics", "lfd,fid"], "--metrics: there is no `fid`"),
         (["--metrics", "clip_i"], "--images: clip_i compares with the concept's photos"),
         (["--metrics", "dino", "--images", PHOTOS], "--dino: name a folder of DINO"),
@@ -183,6 +234,22 @@ def test_prompts_of_each_concept_s_own(run, tmp_path):
         (["--labels", "one"], "--labels: 1 for 2"),
         (["--groups", "one"], "--groups: 1 for 2"),
         (["--protocol", "a,b,c"], "--protocol: give one for all or one for each of 2, not 3"),
+        (["--described", "a {}"], "--described: `a {}` is not a few words"),
+        (
+            ["--described", "a cat", "--described", "a dog", "--described", "an owl"],
+            "--described: give it once, or once",
+        ),
+        (["--pictures", "nowhere"], "--pictures: `nowhere` is not such as NAME=FOLDER"),
+        (["--pictures", "peft=nowhere"], "--pictures: there is no folder nowhere"),
+        (["--pictures", f"ours={PHOTOS}", "--prompts", "README.md"], "--pictures: two rows are called 'ours'"),
+        (["--pictures", f"peft={PHOTOS}", "--prompts", "nowhere"], "--prompts: there is no file nowhere"),
+        (["--pictures", f"peft={PHOTOS}", "--metrics", "clip_t"], "0.png has no prompt: give one in 0.txt"),
+        (["--prompts", "README.md"], "--prompts: these are of --pictures"),
+        (["--tau", "0"], "--tau: `0` is not above 0"),
+        (["--steps", "1000"], "--steps: `1000` is more than 999"),
+        (["--dinov2", "nowhere"], "--dinov2: there is no folder nowhere"),
+        (["--identity", "nowhere"], "--identity: there is no file nowhere"),
+        (["--metrics", "identity", "--images", PHOTOS], "--identity: name the weights"),
         (["--personalized_ckpt", "nowhere.safetensors"], "nowhere.safetensors: there is no such concept file"),
         (["--config", "configs/backbone/sd15.yaml", "--ckpt", "nowhere"], "nowhere"),
     ],

@@ -4,11 +4,12 @@
     kept    = LFD∅ / (LFD∅ + LFD)
     balance = 2 · gained · kept / (gained + kept)
 
-Likeness is CLIP-I, its ceiling that of the photos among themselves; LFD is that of prompts with the concept, around the
-concept. LFD∅ is the scale that LFD is read on: the same divergence between the base model with the prompt and the base
-model with an empty one. So `kept` is ½ where the surroundings have moved as far as if the prompt had not been read. The
+Likeness is that of the identity network or, without one, CLIP-I; its ceiling is that of the photos among themselves.
+LFD is that of prompts with the concept, around the concept. LFD∅ is the scale that LFD is read on: the same divergence
+between the base model with the prompt and the base model with an empty one. So `kept` is ½ where the surroundings have
+moved as far as if the prompt had not been read. The
 harmonic mean is that of an F-score (van Rijsbergen 1979): neither makes up for a lack of the other. All of this is this
-project's own definition.
+project's own definition. Seeds begin at `Options.seed`: a step is not chosen by the samples that a report measures.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from infusion.metrics.measures import fidelity, wasserstein
 from infusion.metrics.measures.fisher import Divergence, errors
 from infusion.metrics.run.cache import Rows
 from infusion.metrics.run.features import pooled_latents
-from infusion.metrics.run.stages import Group, Stages
+from infusion.metrics.run.stages import Group, Stages, rows_of
 from infusion.metrics.run.subject import Checkpoint
 from ldm.util.cli import UserError
 
@@ -73,7 +74,7 @@ class Balance:
     """Measures checkpoints of one training, on the same prompts, seeds and noise.
 
     Args:
-        stages: steps of the base model, with a CLIP and a CLIPSeg among the tools.
+        stages: steps of the base model, with a CLIPSeg and an identity network or a CLIP among the tools.
         prompts: with {} for the concept; sample i has the i-th, going round.
         superclass: the noun in place of {}.
         photos: of the concept, (P, 3, H, W) in [0, 1], at least 2.
@@ -87,13 +88,14 @@ class Balance:
             raise UserError(f"samples: must be at least 2, not {stages.options.samples}")
         self.stages = stages
         self.group = Group("balance", prompts, superclass, stages.options.seed)
-        self.photos = stages.tools.clip(photos).cpu()
+        self.network = stages.tools.first_of("identity", "clip")
+        self.photos = stages.features(rows_of(photos), self.network)
         self.ceiling = fidelity.among(self.photos).mean().item()
         self.base = stages.samples(self.group)
         self.regions = stages.regions(self.base, superclass)
         self.base_likeness = self._likeness(self.base)
         self.empty = self._empty()
-        self.floor = self._distance(stages.samples(replace(self.group, first=stages.options.other_seed)))
+        self.floor = self._distance(stages.samples(replace(self.group, first=self.group.first + stages.options.block)))
 
     def measure(self, checkpoint: Checkpoint) -> Trial:
         """One checkpoint's figures."""
@@ -103,20 +105,27 @@ class Balance:
         return Trial(checkpoint.concept.steps, rows, self.ceiling, self._distance(ours), self.floor)
 
     def _likeness(self, samples: Rows) -> Tensor:
-        return fidelity.pairwise(self.stages.features(samples, "clip"), self.photos)  # (N,)
+        return fidelity.pairwise(self.stages.features(samples, self.network), self.photos)  # (N,)
 
     def _distance(self, samples: Rows) -> float:
-        return wasserstein.gaussian(*(pooled_latents(rows["latents"]) for rows in (self.base, samples)))
+        return wasserstein.gaussian(pooled_latents(self.base["latents"]), pooled_latents(samples["latents"]))
 
     def _empty(self) -> Tensor:
         """LFD∅ of each sample, (N,)."""
         sd, options, found = self.stages.sd, self.stages.options, []
         for start in range(0, options.samples, options.batch_size):
             rows = range(start, min(start + options.batch_size, options.samples))
-            latents, regions = self.base["latents"][list(rows)].to(sd.device), self.regions["regions"][list(rows)]
             prompts = self.group.plain(rows)
-            prompted, empty = (sd.guided(words, scale=1.0) for words in (prompts, [""] * len(prompts)))
             with sd.autocast(options.precision):
-                how = (self.group.seeds(rows), options.strata, options.weighting, regions)
-                found.append(errors(prompted, empty, latents, sd.schedule, *how))
+                part = errors(
+                    base=sd.guided(prompts, scale=1.0),
+                    customised=sd.guided([""] * len(prompts), scale=1.0),
+                    latents=self.base["latents"][list(rows)].to(sd.device),
+                    schedule=sd.schedule,
+                    seeds=self.group.seeds(rows),
+                    strata=options.strata,
+                    weighting=options.weighting,
+                    regions=self.regions["regions"][list(rows)],
+                )
+            found.append(part)
         return Divergence.cat(found).values.mean(1)

@@ -1,12 +1,14 @@
-"""Every figure of one concept, with what each is read against.
+"""Every figure of one row: of a concept, of words in its place, or of pictures that were drawn elsewhere.
 
     stages in a cache  ->  figures {metric: value, stderr, n, …}, curves, pictures
 
 A figure may have with it: `base`, the same measurement of the base model; `ceiling`, of the concept's own photos or of
-the concept itself; `floor`, of two batches of the base model; `low` and `high`, a bootstrap interval of 95 %.
+the concept itself, and `ceiling_decoded`, of the photos through the autoencoder; `floor`, of an LFD that of the method
+before training, of a distance that of two batches of the base model; `low` and `high`, a bootstrap interval of 95 %.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,32 +16,45 @@ from torch import Tensor
 from infusion.gate import IDENTITY
 from infusion.metrics.measures import estimate, fidelity, wasserstein
 from infusion.metrics.measures.fisher import Divergence
+from infusion.metrics.measures.kid import kid
 from infusion.metrics.report.gallery import SHOWN, gallery
 from infusion.metrics.run.cache import Cache, Rows
-from infusion.metrics.run.options import OF_PHOTOS, Options, Tools
+from infusion.metrics.run.features import ZeroShot
+from infusion.metrics.run.options import (
+    CLOUDS,
+    CONCEPT,
+    LIKENESS,
+    PICTURES,
+    WORDS,
+    Options,
+    Tools,
+    check_samples,
+    lacks,
+    metrics_of,
+)
 from infusion.metrics.run.protocol import CONTEXT, GROUPS, PLAIN, Protocol, plain
-from infusion.metrics.run.stages import Group, Stages
-from infusion.metrics.run.subject import Subject
+from infusion.metrics.run.stages import Group, Stages, rows_of
+from infusion.metrics.run.subject import Checkpoint, Subject, untrained
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 
 FLOOR = "floor"
 NORMAL = 3.92  # widths of a normal law's 95 % interval, in standard deviations
-OF_SAMPLES = ("w2", "clip_t", "clip_i", "dino", "div", "exact")  # metrics of samples of the concept
+OF_SAMPLES = (*CLOUDS, *LIKENESS, "clip_t", "noun", "div", "exact")  # metrics of samples of the concept
 Figure = dict[str, object]
 
 
 def evaluate(
     sd: StableDiffusion, subject: Subject, protocol: Protocol, options: Options, cache: Cache, tools: Tools
 ) -> dict:
-    """Measure one concept.
+    """Measure one row.
 
     Args:
         sd: the base model.
-        subject: the concept and what is known of it.
-        protocol: the prompts.
+        subject: a concept, words, or pictures, and what is known of the concept.
+        protocol: the prompts; pictures have their own.
         options: what to measure and how.
-        cache: keeps every step; the base model's are shared by all concepts.
+        cache: keeps every step; the base model's are shared by all rows.
         tools: the networks that measure.
 
     Returns:
@@ -56,16 +71,11 @@ def evaluate(
 def check(subject: Subject, protocol: Protocol, options: Options, tools: Tools) -> None:
     """Raises ValueError, which names a flag, for a metric that cannot be measured."""
     tools.check(options)
-    prompts, samples = len(protocol.concept), options.samples
-    if options.wants("div") and samples <= prompts:
-        raise UserError(
-            f"--samples: div compares samples of one prompt, and of {prompts} prompts none is drawn twice with "
-            f"{samples}: take at least {prompts + 1}, better {2 * prompts}, or leave div out of --metrics"
-        )
-    if subject.photos is None and (lacking := [name for name in OF_PHOTOS if options.wants(name)]):
-        raise UserError(f"--images: {lacking[0]} compares with the concept's photos; name their folder")
-    if subject.exact is None and options.wants("exact"):
-        raise UserError(f"--concept: exact figures are of the pocket world's own concepts; which is {subject.label}?")
+    if subject.pictures is None:
+        check_samples(options, len(protocol.concept))
+    for name in metrics_of(subject, options.metrics):
+        if complaint := lacks(name, subject, tools.there):
+            raise UserError(complaint)
 
 
 class Evaluation:
@@ -74,20 +84,22 @@ class Evaluation:
     def __init__(
         self, sd: StableDiffusion, subject: Subject, protocol: Protocol, options: Options, cache: Cache, tools: Tools
     ) -> None:
-        self.subject, self.options, self.tools = subject, options, tools
+        self.subject, self.protocol, self.options, self.tools = subject, protocol, options, tools
         self.stages = Stages(sd, options, tools, cache)
-        superclass = subject.concept.superclass
-        needed = [CONTEXT] + [name for name in PLAIN if options.wants("lfd", "drift") or name == "superclass"]
-        prompts = {name: tuple(protocol.prompts(name, superclass)) for name in needed}
-        self.groups = {name: Group(name, prompts[name], superclass, options.seed) for name in needed}
-        self.groups[FLOOR] = Group(FLOOR, prompts[CONTEXT], superclass, options.other_seed)
+        self.superclass, self.metrics = subject.superclass, metrics_of(subject, options.metrics)
+        self.count = options.samples if subject.pictures is None else len(subject.pictures.images)
+        needed = [name for name in PLAIN if {"lfd", "drift"} & set(self.metrics) or name == "superclass"]
+        prompts = {name: tuple(protocol.prompts(name, self.superclass)) for name in needed}
+        prompts[CONTEXT] = protocol.concept if subject.pictures is None else subject.pictures.prompts
+        self.groups = {name: Group(name, own, self.superclass, options.first_seed) for name, own in prompts.items()}
+        self.groups[FLOOR] = Group(FLOOR, prompts[CONTEXT], self.superclass, options.other_seed)
 
     def run(self) -> dict:
         figures: dict[str, Figure] = {}
         timesteps: dict[str, list] = {}
-        for metric, measure in self._measures().items():
-            if self.options.wants(metric):
-                figures |= measure(timesteps) if metric == "lfd" else measure()
+        measures = self._measures()
+        for metric in self.metrics:
+            figures |= measures[metric](timesteps) if metric == "lfd" else measures[metric]()
         for name, figure in figures.items():
             figure["settings"] = self._settings(name) | figure.pop("settings", {})
         result = {"label": self.subject.label, **self.subject.about(), "figures": figures}
@@ -98,10 +110,11 @@ class Evaluation:
         return {
             "lfd": self._lfd,
             "w2": self._w2,
+            "kid": self._kid,
             "clip_t": self._clip_t,
-            "clip_i": lambda: {"clip_i": self._likeness("clip", CONTEXT)},
-            "dino": lambda: {"dino": self._likeness("dino", CONTEXT)},
-            "pres": lambda: {"pres": self._likeness("dino" if self.tools.dino else "clip", "superclass")},
+            **{metric: lambda metric=metric: self._likeness(metric) for metric in LIKENESS},
+            "noun": self._noun,
+            "pres": self._pres,
             "div": self._div,
             "drift": self._drift,
             "exact": self._exact,
@@ -109,30 +122,34 @@ class Evaluation:
 
     # --- overfitting --------------------------------------------------------------------------------------------------
 
-    def _divergence(self, name: str, checkpoint: int = -1) -> Divergence:
+    def _divergence(self, name: str, checkpoint: Checkpoint) -> Divergence:
         """LFD of a group at one checkpoint."""
         group = self.groups[name]
         base = self.stages.samples(group)
         regions = self.stages.regions(base, group.superclass) if name == CONTEXT else None
-        return self.stages.divergence(group, base, self.subject.checkpoints[checkpoint], regions)
+        return self.stages.divergence(group, base, checkpoint, regions)
+
+    @cached_property
+    def _untrained(self) -> Checkpoint:
+        return untrained(self.stages.sd, self.subject.concept)
 
     def _lfd(self, timesteps: dict[str, list]) -> dict[str, Figure]:
         figures = {}
         for name in GROUPS:
-            found = self._divergence(name)
-            figures[f"lfd_{name}"] = found.estimate().as_dict()
+            found = self._divergence(name, self.subject.last)
+            floor = self._divergence(name, self._untrained)
+            figures[f"lfd_{name}"] = found.estimate().as_dict() | {"floor": floor.estimate().as_dict()}
             timesteps[name] = [{"timestep": t} | one.as_dict() for t, one in found.curve()]
         return figures
 
     def _training(self) -> dict[str, list]:
         """LFD of every checkpoint, for the groups of `options.curve`."""
         checkpoints = self.subject.checkpoints
-        if not self.options.wants("lfd") or len(checkpoints) < 2:
+        if "lfd" not in self.metrics or len(checkpoints) < 2:
             return {}
         return {
             name: [
-                {"step": one.concept.steps} | self._divergence(name, i).estimate().as_dict()
-                for i, one in enumerate(checkpoints)
+                {"step": one.concept.steps} | self._divergence(name, one).estimate().as_dict() for one in checkpoints
             ]
             for name in self.options.curve
         }
@@ -143,8 +160,21 @@ class Evaluation:
         for name in ("latent", "clip"):
             for suffix, distance in (("", wasserstein.gaussian), ("_exact", wasserstein.exact)):
                 figure, floor = (self._interval(distance, name, base, rows) for rows in (ours, other))
-                figures[f"w2_{name}{suffix}"] = figure | {"floor": floor}
+                size = self._dimensions(base, name)
+                figures[f"w2_{name}{suffix}"] = figure | {"floor": floor, "settings": size}
         return figures
+
+    def _kid(self) -> dict[str, Figure]:
+        base, ours, other = (self._samples(name) for name in ("base", "ours", FLOOR))
+        figure, floor = (
+            kid(self.stages.features(base, "clip"), self.stages.features(rows, "clip")) for rows in (ours, other)
+        )
+        return {"kid": figure.as_dict() | {"floor": floor.as_dict(), "settings": self._dimensions(base, "clip")}}
+
+    def _dimensions(self, rows: Rows, name: str) -> dict[str, int]:
+        """N and D of a cloud: W2 is biased upwards the more, the further N is below D."""
+        width = 16 * self.stages.latents(rows).shape[1] if name == "latent" else self.tools.backbone(name).width
+        return {"samples": len(rows), "dimensions": width}
 
     def _interval(self, distance: Callable[[Tensor, Tensor], float], name: str, first: Rows, second: Rows) -> Figure:
         """A distance between samples' features, its interval, and the standard error that a normal law has for that."""
@@ -156,76 +186,121 @@ class Evaluation:
         drifts = []
         for name in PLAIN:
             base, ours = (self._samples(which, name, share) for which in ("base", "ours"))
-            drifts.append(fidelity.drift(*(self.stages.features(rows, "clip") for rows in (base, ours))))
+            drifts.append(fidelity.drift(self.stages.features(base, "clip"), self.stages.features(ours, "clip")))
         return {"drift": estimate.mean(torch.cat(drifts)).as_dict()}
 
     # --- fidelity, alignment, diversity -------------------------------------------------------------------------------
 
-    def _likeness(self, backbone: str, group: str) -> Figure:
-        """CLIP-I, DINO and PRES: samples against the photos; beside the base model's, and the photos' own."""
-        photos = self.tools.backbone(backbone)(self.subject.photos).cpu()
-        figures = [
-            estimate.mean(fidelity.pairwise(self.stages.features(self._samples(which, group), backbone), photos))
+    def _likeness(self, metric: str) -> dict[str, Figure]:
+        """Samples against the photos; beside the base model's, and the photos' own, as they are and decoded."""
+        network = LIKENESS[metric]
+        subject = self.superclass if self.options.crop and network != "identity" else ""
+        own, photos, figure = self._against_photos(network, CONTEXT, subject)
+        decoded = self.stages.features(self.stages.decoded(own), network, subject)
+        figure["ceiling_decoded"] = estimate.mean(fidelity.among(photos, decoded)).as_dict()
+        if subject:
+            figure["settings"] |= {"crop": f"square around CLIPSeg's mask of {subject!r}, with 10 % on each side"}
+        return {metric: figure}
+
+    def _pres(self) -> dict[str, Figure]:
+        _, _, figure = self._against_photos(self.tools.first_of("dino", "clip"), "superclass")
+        return {"pres": figure}
+
+    def _against_photos(self, network: str, group: str, subject: str = "") -> tuple[Rows, Tensor, Figure]:
+        """The photos, their features (P, D), and the likeness of samples of a group to them."""
+        own = rows_of(self.subject.photos)
+        photos = self.stages.features(own, network, subject)
+        ours, base = (
+            estimate.mean(
+                fidelity.pairwise(self.stages.features(self._samples(which, group), network, subject), photos)
+            ).as_dict()
             for which in ("ours", "base")
-        ]
-        ours, base = (figure.as_dict() for figure in figures)
+        )
+        settings = {"backbone": self.tools.backbone(network).name, "photos": len(photos)}
         ceiling = estimate.mean(fidelity.among(photos)).as_dict()
-        settings = {"backbone": self.tools.backbone(backbone).name, "photos": len(photos)}
-        return ours | {"base": base, "ceiling": ceiling, "settings": settings}
+        return own, photos, ours | {"base": base, "ceiling": ceiling, "settings": settings}
+
+    def _noun(self) -> dict[str, Figure]:
+        """The share of samples in which a classifier still sees the superclass."""
+        reader, noun = self.tools.classifier, self.superclass
+        if reader is None or noun not in reader.nouns:
+            reader = ZeroShot(self.tools.clip, (noun, *self.protocol.neighbours_of(noun)))
+        rows = {which: self._samples(which) for which in ("ours", "base")}
+        rows |= {"ceiling": rows_of(self.subject.photos)} if self.subject.photos is not None else {}
+        shares = {
+            which: estimate.rate(self.stages.sees(samples, reader, noun)).as_dict() for which, samples in rows.items()
+        }
+        settings = {"classifier": reader.name, "nouns": len(reader.nouns)}
+        return {"noun": shares.pop("ours") | shares | {"settings": settings}}
 
     def _clip_t(self) -> dict[str, Figure]:
         group = self.groups[CONTEXT]
         texts = self.tools.clip.texts([plain(prompt, group.superclass) for prompt in group.prompts]).cpu()
+        texts = texts[[i % len(texts) for i in range(self.count)]]
         ours, base = (
-            estimate.mean(
-                fidelity.alignment(features, texts[[i % len(texts) for i in range(len(features))]]),
-            ).as_dict()
-            for features in (self.stages.features(self._samples(which), "clip") for which in ("ours", "base"))
+            estimate.mean(fidelity.alignment(self.stages.features(self._samples(which), "clip"), texts)).as_dict()
+            for which in ("ours", "base")
         )
         return {"clip_t": ours | {"base": base, "settings": {"backbone": self.tools.clip.name}}}
 
     def _div(self) -> dict[str, Figure]:
-        prompts, samples = len(self.groups[CONTEXT].prompts), self.options.samples
-        rows = [i for i in range(samples) if i % prompts < samples - prompts]  # of prompts drawn twice at least
-        groups, spread = [i % prompts for i in rows], {}
+        templates = self.groups[CONTEXT].templates(range(self.count))
+        rows = [i for i, template in enumerate(templates) if templates.count(template) > 1]
+        if not rows:  # of pictures, each of a prompt of its own
+            return {}
+        groups, spread = [templates[i] for i in rows], {}
+        network = self.tools.first_of("lpips", "dino", "clip")
         for which in ("ours", "base"):
             samples = self._samples(which)
-            if self.tools.lpips:
-                images = self.stages.images(samples, rows)
-                distances, settings = fidelity.lpips_diversity(images, groups, self.tools.lpips), {"distance": "LPIPS"}
+            if network == "lpips":
+                distances = fidelity.lpips_diversity(self.stages.images(samples, rows), groups, self.tools.lpips)
+                settings = {"distance": "LPIPS"}
             else:
-                name = "dino" if self.tools.dino else "clip"
-                distances = fidelity.diversity(self.stages.features(samples, name)[rows], groups)
-                settings = {"distance": f"1 − cos of {self.tools.backbone(name).name}"}
+                distances = fidelity.diversity(self.stages.features(samples, network)[rows], groups)
+                settings = {"distance": f"1 − cos of {self.tools.backbone(network).name}"}
             spread[which] = estimate.mean(distances).as_dict()
         return {"div": spread["ours"] | {"base": spread["base"], "settings": settings}}
 
     def _exact(self) -> dict[str, Figure]:
-        samples = (self._samples(which) for which in ("ours", "base"))
-        return self.stages.exact(self.groups[CONTEXT], *samples, self.subject.exact)
+        ours, base = (self._samples(which) for which in ("ours", "base"))
+        return self.stages.exact(self.groups[CONTEXT], ours, base, self.subject.exact)
 
     def _pictures(self) -> dict[str, object]:
-        count = self.options.samples if self.options.wants(*OF_SAMPLES) else min(self.options.samples, 2 * SHOWN)
+        few = not set(OF_SAMPLES) & set(self.metrics) and self.subject.kind != PICTURES
+        count = min(self.count, 2 * SHOWN) if few else self.count
         base, ours = (self._samples(which, count=count) for which in ("base", "ours"))
         return gallery(self.stages, self.groups[CONTEXT], base, ours, self.subject.photos)
 
     def _samples(self, which: str, group: str = CONTEXT, count: int | None = None) -> Rows:
-        """Samples `ours` with the concept, `base` without, or those of the `floor`."""
+        """Samples: `ours` of the concept, of its words or drawn elsewhere, the `base` model's, or of the `floor`."""
+        subject, count = self.subject, self.count if count is None else count
         if which == FLOOR:
-            return self.stages.samples(self.groups[FLOOR])
-        return self.stages.samples(self.groups[group], self.subject.last if which == "ours" else None, count)
+            return self.stages.samples(self.groups[FLOOR], count=count)
+        if which == "base":
+            return self.stages.samples(self.groups[group], count=count)
+        if subject.kind == PICTURES:
+            return rows_of(subject.pictures.images)
+        if subject.kind == WORDS:
+            return self.stages.samples(self.groups[group].told(subject.described), count=count)
+        return self.stages.samples(self.groups[group], subject.last, count)
 
     def _settings(self, metric: str) -> dict[str, object]:
         """What produced a figure, beside models, concept and prompts."""
         options = self.options
-        settings = options.sampling() | options.editing()
+        settings = options.sampling() | {"first_seed": options.first_seed}
+        if self.subject.kind == CONCEPT:
+            settings |= options.editing()
+            covariance = self.subject.concept.covariance
+            settings |= {} if covariance == IDENTITY else {"covariance": covariance}
         if metric.startswith("lfd"):
             settings |= {"strata": options.strata, "weighting": options.weighting}
+            settings |= {"x_0": f"base samples, guidance {options.scale:g}", "predictions": "without guidance"}
         if metric.startswith("w2"):
             features = "CLIP image embeddings" if "clip" in metric else "latents pooled to 4 × 4"
             settings |= {"features": features, "estimator": "exact" if metric.endswith("exact") else "gaussian"}
             settings |= {"resamples": options.resamples}
+        if metric == "kid":
+            settings |= {"features": "CLIP image embeddings", "kernel": "(xᵀy / D + 1)³, unbiased; error by jackknife"}
         if metric == "drift":
             settings |= {"backbone": self.tools.clip.name}
-        covariance = self.subject.concept.covariance
-        return settings | ({} if covariance == IDENTITY else {"covariance": covariance})
+        return settings

@@ -1,7 +1,7 @@
 """What turns images into features: the pocket CLIP, or a CLIP, DINO or ViT from a local folder; nothing is downloaded.
 
-CLIP-I, CLIP-T and drift take a CLIP, DINO takes `facebook/dino-vits16` (the ViT-S/16 of DreamBooth) or a DINOv2. A
-figure means nothing without the backbone's name beside it.
+CLIP-I, CLIP-T and drift take a CLIP, DINO takes `facebook/dino-vits16` (the ViT-S/16 of DreamBooth), DINOv2 one such as
+`facebook/dinov2-small`. A figure means nothing without the backbone's name beside it.
 """
 
 import json
@@ -28,6 +28,7 @@ from ldm.util.cli import UserError
 from ldm.util.config import ConfigError, find, instantiate, load_config, resolve
 from ldm.util.defaults import POCKET
 from ldm.util.defaults import POCKET_CLIP as POCKET_WEIGHTS
+from ldm.util.templates import fill
 from ldm.weights.checkpoint import load_into
 
 POCKET_CONFIG = Path("configs/pocket_clip.yaml")
@@ -58,6 +59,36 @@ class TextBackbone(Backbone, Protocol):
     def texts(self, texts: list[str]) -> Tensor:
         """B texts -> unit-length features (B, D), float32."""
         ...
+
+
+@runtime_checkable
+class NounReader(Protocol):
+    """Sees whether a picture shows what a noun names. Attributes: `name`, for reports; `nouns`, those that it knows."""
+
+    name: str
+    nouns: Sequence[str]
+
+    def sees(self, images: Tensor, noun: str) -> list[bool]:
+        """For each of the images (B, 3, H, W) in [0, 1]."""
+        ...
+
+
+class ZeroShot:
+    """A CLIP as a classifier (Radford et al. 2021, section 3.1): the noun whose "a photo of a …" is nearest.
+
+    Args:
+        clip: features of images and texts.
+        nouns: among which it chooses.
+    """
+
+    def __init__(self, clip: TextBackbone, nouns: Sequence[str]) -> None:
+        self.name, self.nouns, self.clip = f"{clip.name}, zero-shot", tuple(nouns), clip
+        self.texts = clip.texts([fill("a photo of a {}", [noun]) for noun in self.nouns])  # (K, D)
+
+    def sees(self, images: Tensor, noun: str) -> list[bool]:
+        """As `NounReader.sees`; the noun is one of `nouns`."""
+        found = (self.clip(images) @ self.texts.mT).argmax(1)
+        return (found == self.nouns.index(noun)).tolist()
 
 
 def load_backbone(spec: str | Path, device: torch.device | str = "cpu") -> Backbone:
@@ -105,11 +136,35 @@ def pooled_latents(latents: Tensor, side: int = 4) -> Tensor:
     return F.adaptive_avg_pool2d(latents.float(), side).flatten(1)
 
 
-class PocketBackbone:
-    """The pocket world's CLIP."""
+def crop_to(images: Tensor, masks: Tensor, margin: float = 0.1) -> Tensor:
+    """The subject of each image: the smallest square around its mask, resized to the image's size.
 
-    def __init__(self, clip: Clip) -> None:
-        self.name, self.width = POCKET, clip.visual_projection.out_features
+    Args:
+        images: (B, 3, S, S).
+        masks: (B, s, s) at least 0; what exceeds half of a mask's maximum is the subject.
+        margin: on each side, as a share of the longer side of the mask's bounding box.
+
+    Returns:
+        (B, 3, S, S). A square that would leave the image is moved into it, and is never larger than it.
+    """
+    size, crops = images.shape[-1], []
+    for image, mask in zip(images, masks.to(images.device), strict=True):
+        places = mask > mask.max() / 2
+        spans = [places.any(axis).nonzero()[[0, -1]].flatten() for axis in (1, 0)]  # first and last row, column
+        pixels = size / mask.shape[-1]
+        side = min(max((last - first + 1).item() for first, last in spans) * pixels * (1 + 2 * margin), size)
+        corner = [((first + last + 1).item() * pixels - side) / 2 for first, last in spans]
+        top, left = (round(min(max(at, 0), size - side)) for at in corner)
+        square = image[:, top : top + max(round(side), 1), left : left + max(round(side), 1)]
+        crops.append(F.interpolate(square[None], (size, size), mode="bilinear", antialias=True))
+    return torch.cat(crops).clamp(0, 1)
+
+
+class PocketBackbone:
+    """A pocket world's CLIP."""
+
+    def __init__(self, clip: Clip, name: str = POCKET) -> None:
+        self.name, self.width = name, clip.visual_projection.out_features
         self.clip = clip
 
     @torch.no_grad()

@@ -1,8 +1,7 @@
 """What to measure, how, and with which networks."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,33 +14,76 @@ if TYPE_CHECKING:  # a command shows the options' defaults before it imports wha
     from torch import Tensor
 
     from clipseg.model import ClipSeg
-    from infusion.metrics.run.features import Backbone, TextBackbone
+    from infusion.metrics.run.features import Backbone, NounReader, TextBackbone
+    from infusion.metrics.run.subject import Subject
 
-METRICS = ("lfd", "w2", "clip_t", "clip_i", "dino", "pres", "div", "drift", "exact")
-OF_PHOTOS = ("clip_i", "dino", "pres")
+EVALUATION_SEED = 10**8  # added to every measured seed: no picture of a training is drawn from those of a measurement
 STEPS = 999  # of sampling, at most: one less than the noise schedule has
 CACHE = "cache"  # folder of rows measured before, within that of the results
+CONCEPT, WORDS, PICTURES = KINDS = ("concept", "words", "pictures")  # of rows
+CLIP = "--clip: name a folder of CLIP (the files of `openai/clip-vit-large-patch14`, say)"
+HINTS = {  # tool -> where it comes from
+    "clip": CLIP,
+    "classifier": CLIP,
+    "dino": "--dino: name a folder of DINO (the files of `facebook/dino-vits16`, say)",
+    "dinov2": "--dinov2: name a folder of DINOv2 (the files of `facebook/dinov2-small`, say)",
+    "identity": "--identity: name the weights of the pocket world's identity network",
+    "lpips": "--lpips: name AlexNet's weights, or a folder by --dino or --clip",
+    "clipseg": "--clipseg: name a folder of CLIPSeg, which finds the concept's region",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric takes.
+
+    Attributes:
+        tools: of `Tools`, of which it takes the first that there is; () takes none.
+        photos: whether the concept's photos are needed.
+        kinds: of the rows that can have it.
+    """
+
+    tools: tuple[str, ...] = ()
+    photos: bool = False
+    kinds: tuple[str, ...] = KINDS
+
+
+METRICS = {
+    "lfd": Metric(("clipseg",), kinds=(CONCEPT,)),
+    "w2": Metric(("clip",)),
+    "kid": Metric(("clip",)),
+    "clip_t": Metric(("clip",)),
+    "identity": Metric(("identity",), photos=True),
+    "dino": Metric(("dino",), photos=True),
+    "dinov2": Metric(("dinov2",), photos=True),
+    "clip_i": Metric(("clip",), photos=True),
+    "noun": Metric(("classifier", "clip")),
+    "pres": Metric(("dino", "clip"), photos=True, kinds=(CONCEPT,)),
+    "div": Metric(("lpips", "dino", "clip")),
+    "drift": Metric(("clip",), kinds=(CONCEPT,)),
+    "exact": Metric(),
+}
+LIKENESS = {"identity": "identity", "dino": "dino", "dinov2": "dinov2", "clip_i": "clip"}  # metric -> its network
+CLOUDS = {"w2": 2, "kid": 3}  # metric -> samples that it needs at least
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure; the names are those of the flags of `scripts/metrics.py`.
+    """How to measure; the names are those of the flags of `scripts/metrics.py`, which checks them.
 
     Attributes:
-        metrics: some of `METRICS`.
+        metrics: some of `METRICS`; a row has those that its kind allows.
         samples: of each kind. batch_size: how many at a time.
-        steps, scale, sampler: as in `StableDiffusion.sample`. seed: of the first sample; sample i has seed + i.
+        steps, scale, sampler: as in `StableDiffusion.sample`. seed: see `first_seed`.
         strata, weighting: of LFD, see `infusion.metrics.measures.fisher`.
         curve: groups of LFD's curve over training steps.
         beta, tau, strength: of the concepts.
         precision: "full", or "autocast" for the UNet.
         resamples: of the bootstrap.
-
-    Raises:
-        ValueError: something unknown or out of range, or too few samples for a metric.
+        crop: compare photos and samples by their subject alone, see `infusion.metrics.run.features.crop_to`.
     """
 
-    metrics: tuple[str, ...] = ("lfd", "w2", "clip_t", "div", "drift")
+    metrics: tuple[str, ...] = ("lfd", "w2", "kid", "clip_t", "noun", "div", "drift")
     samples: int = 64
     batch_size: int = 8
     steps: int = 25
@@ -56,41 +98,30 @@ class Options:
     strength: float = 1.0
     precision: Literal["full", "autocast"] = "full"
     resamples: int = 1000
-
-    def __post_init__(self) -> None:
-        if not self.metrics:
-            raise UserError(f"--metrics: name at least one of {', '.join(METRICS)}")
-        if unknown := [name for name in self.metrics if name not in METRICS]:
-            raise UserError(f"--metrics: there is no `{unknown[0]}`; there are {', '.join(METRICS)}")
-        for name in ("samples", "batch_size", "steps", "strata", "resamples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name}: must be at least 1, not {getattr(self, name)}")
-        for name in ("steps", "strata"):
-            if getattr(self, name) > STEPS:
-                raise UserError(f"--{name}: must be at most {STEPS}, not {getattr(self, name)}")
-        for name in ("scale", "beta", "tau", "strength"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"--{name}: must be a finite number, not {getattr(self, name)}")
-        if self.tau <= 0:
-            raise UserError(f"--tau: must be above 0, not {self.tau}")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed: must be from 0 to 2**63 - 1, not {self.seed}")
-        if "w2" in self.metrics and self.samples < 2:
-            raise UserError(f"--samples: a distance between clouds (w2) needs at least 2 samples, not {self.samples}")
+    crop: bool = False
 
     def wants(self, *names: str) -> bool:
         """Whether any of these metrics is asked for."""
         return any(name in self.metrics for name in names)
 
     @property
+    def first_seed(self) -> int:
+        """Seed of the first measured sample: `seed` + `EVALUATION_SEED`; sample i has i more."""
+        return self.seed + EVALUATION_SEED
+
+    @property
     def other_seed(self) -> int:
-        """First seed of another block."""
-        return self.seed + max(self.samples, 1000)
+        """First seed of another block of measured samples."""
+        return self.first_seed + self.block
+
+    @property
+    def block(self) -> int:
+        """How far apart the first seeds of two blocks are."""
+        return max(self.samples, 1000)
 
     def sampling(self) -> dict[str, object]:
-        """What a sample depends on beside prompt, model and concept."""
-        names = ("steps", "scale", "sampler", "seed", "precision")
-        return {name: getattr(self, name) for name in names}
+        """What a sample depends on beside prompt, model, concept and seed."""
+        return {name: getattr(self, name) for name in ("steps", "scale", "sampler", "precision")}
 
     def editing(self) -> dict[str, object]:
         """How concepts are blended."""
@@ -98,7 +129,8 @@ class Options:
 
     def shown(self) -> dict[str, object]:
         """Every setting, for JSON."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        said = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        return said | {"first_seed": self.first_seed}
 
 
 @dataclass(frozen=True)
@@ -106,7 +138,8 @@ class Tools:
     """Networks that measure; None where there is none.
 
     Attributes:
-        clip: of CLIP-I, CLIP-T, W2, DIV and drift. dino: of DINO and PRES.
+        clip: of CLIP-I, CLIP-T, W2, KID, DIV and drift. dino: of DINO and PRES. dinov2, identity: of these likenesses.
+        classifier: sees which noun a sample shows; without one, or where it does not know the noun, CLIP is asked.
         lpips: file of AlexNet's weights, for DIV by LPIPS.
         clipseg: finds the concept's region. mask_prompts: what it is asked for, with {} for the superclass.
         inverse_covariance: C⁻¹, (D, D), that the concepts were trained with.
@@ -115,32 +148,84 @@ class Tools:
 
     clip: "TextBackbone | None" = None
     dino: "Backbone | None" = None
+    dinov2: "Backbone | None" = None
+    identity: "Backbone | None" = None
+    classifier: "NounReader | None" = None
     lpips: Path | None = None
     clipseg: "ClipSeg | None" = None
     mask_prompts: Sequence[str] = ("a photo of a {}",)
     inverse_covariance: "Tensor | None" = None
-    hashes: dict[str, str] = field(default_factory=dict)
-
-    def check(self, options: Options) -> None:
-        """Raises ValueError, which names a flag, for a metric that lacks its network."""
-        from infusion.metrics.run.features import TextBackbone
-
-        if options.wants("clip_t", "clip_i", "drift", "w2") and self.clip is None:
-            raise UserError("--clip: name a folder of CLIP (the files of `openai/clip-vit-large-patch14`, say)")
-        if options.wants("clip_t") and not isinstance(self.clip, TextBackbone):
-            raise UserError(f"--clip: {self.clip.name} encodes no texts, and clip_t needs them: name a CLIP")
-        if options.wants("dino") and self.dino is None:
-            raise UserError("--dino: name a folder of DINO (the files of `facebook/dino-vits16`, say)")
-        if options.wants("pres") and self.dino is None and self.clip is None:
-            raise UserError("--dino: pres needs a folder of DINO, or one of CLIP by --clip")
-        if options.wants("div") and self.lpips is None and self.dino is None and self.clip is None:
-            raise UserError("--lpips: div needs AlexNet's weights, or a folder by --dino or --clip")
-        if options.wants("lfd") and self.clipseg is None:
-            raise UserError("--clipseg: lfd needs CLIPSeg, which finds the concept's region")
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
     def backbone(self, name: str) -> "Backbone":
-        """`clip` or `dino`."""
-        return {"clip": self.clip, "dino": self.dino}[name]
+        """Of features: `clip`, `dino`, `dinov2` or `identity`."""
+        return getattr(self, name)
+
+    @property
+    def there(self) -> set[str]:
+        """The names of those that there are."""
+        return {each.name for each in fields(self) if getattr(self, each.name) is not None}
+
+    def first_of(self, *names: str) -> str:
+        """The first of these that there is."""
+        return next(name for name in names if name in self.there)
+
+    def check(self, options: Options) -> None:
+        """Raises ValueError, which names a flag, for a metric that lacks its network or samples."""
+        from infusion.metrics.run.features import TextBackbone
+
+        check_samples(options)
+        for name in options.metrics:
+            if complaint := lacks_tool(name, self.there):
+                raise UserError(complaint)
+        for name in ("clip_t", "noun"):
+            by_clip = name == "clip_t" or self.classifier is None
+            if options.wants(name) and by_clip and not isinstance(self.clip, TextBackbone):
+                raise UserError(f"--clip: {self.clip.name} encodes no texts, and {name} needs them: name a CLIP")
+        if options.crop and self.clipseg is None:
+            raise UserError(f"{HINTS['clipseg']}; --crop needs it")
+
+
+def check_samples(options: Options, prompts: int = 0) -> None:
+    """Raises ValueError, which names the flag, for too few samples, of so many prompts where their number is known."""
+    for name, least in CLOUDS.items():
+        if options.wants(name) and options.samples < least:
+            raise UserError(
+                f"--samples: a distance between clouds ({name}) needs at least {least} samples, not {options.samples}"
+            )
+    if options.wants("div") and options.samples <= prompts:
+        raise UserError(
+            f"--samples: div compares samples of one prompt, and of {prompts} prompts none is drawn twice with "
+            f"{options.samples}: take at least {prompts + 1}, better {2 * prompts}, or leave div out of --metrics"
+        )
+
+
+def lacks_tool(metric: str, there: Collection[str]) -> str:
+    """What to do for a metric that has none of its networks among those that there are; "" where it has one."""
+    tools = METRICS[metric].tools
+    if not tools or set(tools) & set(there):
+        return ""
+    return f"{HINTS[tools[0]]}; {metric} needs it"
+
+
+def lacks(metric: str, subject: "Subject", there: Collection[str]) -> str:
+    """What to do so that a row can have a metric of its kind; "" where it can.
+
+    Args:
+        there: names of the tools that there are, see `Tools.there`.
+    """
+    if complaint := lacks_tool(metric, there):
+        return complaint
+    if METRICS[metric].photos and not subject.has_photos:
+        return f"--images: {metric} compares with the concept's photos; name their folder"
+    if metric == "exact" and subject.exact is None:
+        return f"--concept: exact figures are of the pocket world's own concepts; which is {subject.label}?"
+    return ""
+
+
+def metrics_of(subject: "Subject", metrics: Sequence[str]) -> list[str]:
+    """Those of some metrics that a row of its kind can have."""
+    return [name for name in metrics if subject.kind in METRICS[name].kinds]
 
 
 def identity(spec: str | Path) -> str:

@@ -1,12 +1,14 @@
 """The cached steps of an evaluation: latents, features, regions, errors. Each row is one prompt and one seed.
 
-Row i of a group has its i-th prompt, going round, and the seed `options.seed + i`, in every stage and for every
-concept: samples are compared pair by pair, and methods on common random numbers.
+Row i of a group has its i-th prompt, going round, and the seed `group.first + i`, in every stage and for every concept:
+samples are compared pair by pair, and methods on common random numbers. Rows of pictures that were drawn elsewhere, and
+of photos, hold `images` in place of `latents`.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +19,11 @@ from infusion.inject import unedited
 from infusion.metrics.measures.estimate import bootstrap
 from infusion.metrics.measures.fisher import Divergence, errors
 from infusion.metrics.run.cache import Cache, Rows
-from infusion.metrics.run.features import pooled_latents
+from infusion.metrics.run.features import NounReader, crop_to, pooled_latents
 from infusion.metrics.run.options import Options, Tools
 from infusion.metrics.run.protocol import plain
 from infusion.metrics.run.subject import Checkpoint, ExactMeasures
+from infusion.metrics.run.subject import fingerprint as fingerprint_of
 from infusion.sampling.customised import Customised
 from infusion.sampling.settings import Settings
 from ldm.diffusion.sampler import Denoiser
@@ -29,6 +32,7 @@ from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 from ldm.util.templates import fill
 
+ARTICLE = re.compile(r"\s*(an?|the)\s+", re.IGNORECASE)  # before the words that tell a concept
 OUTSIDE = 0.25  # share of a place of the latents that a mask covers; below it the place is outside
 
 
@@ -57,6 +61,11 @@ class Group:
     def seeds(self, rows: Sequence[int]) -> list[int]:
         return [self.first + i for i in rows]
 
+    def told(self, words: str) -> "Group":
+        """The same prompts and seeds with words, "a striped blue dog", in place of {}, which has its own article."""
+        words = ARTICLE.sub("", words, count=1)
+        return replace(self, prompts=tuple(plain(prompt, words) for prompt in self.prompts))
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -78,8 +87,9 @@ class Stages:
 
         def make(rows: range) -> dict[str, Tensor]:
             with self._denoiser(group, rows, checkpoint, self.options.scale) as denoise, self._half():
-                how = {"steps": self.options.steps, "sampler": self.options.sampler}
-                latents = self.sd.draw_latents(denoise, group.seeds(rows), **how)
+                latents = self.sd.draw_latents(
+                    denoise, group.seeds(rows), steps=self.options.steps, sampler=self.options.sampler
+                )
             if odd := [row for row, drawn in zip(rows, latents, strict=True) if not drawn.isfinite().all()]:
                 raise UserError(
                     f"{group.templates(odd)[0]!r}, seed {group.seeds(odd)[0]}: the sample has numbers that are not "
@@ -91,21 +101,69 @@ class Stages:
         return self._rows("samples" if checkpoint else "base", what, count, make, title)
 
     def images(self, samples: Rows, rows: range | list[int] | None = None) -> Tensor:
-        """Decoded samples (N, 3, H, W) in [0, 1], all or some, on the CPU."""
-        latents = samples["latents"] if rows is None else samples["latents"][list(rows)]
-        parts = latents.split(self.options.batch_size)
+        """Pictures (N, 3, H, W) in [0, 1] of rows, decoded where these are latents, all or some, on the CPU."""
+        rows = range(len(samples)) if rows is None else rows
+        if "images" in samples.tensors:
+            return samples["images"][list(rows)]
+        parts = samples["latents"][list(rows)].split(self.options.batch_size)
         return torch.cat([self.sd.decode(part.to(self.sd.device)).cpu() for part in parts])
 
-    def features(self, samples: Rows, name: str) -> Tensor:
-        """Features (N, D) of samples, by the backbone `clip` or `dino`, at unit length in float64."""
-        backbone = self.tools.backbone(name)
-        what = {"of": samples.key, "backbone": self.tools.hashes.get(name, backbone.name)}
+    def latents(self, samples: Rows) -> Tensor:
+        """Latents (N, C, h, w) of rows, encoded where these are images, on the CPU."""
+        if "latents" in samples.tensors:
+            return samples["latents"]
+        weight = next(self.sd.vae.parameters())
 
         def make(rows: range) -> dict[str, Tensor]:
-            return {"features": backbone(self.images(samples, rows))}
+            images = samples["images"][list(rows)].to(weight)
+            return {"latents": self.sd.vae.encode(images * 2 - 1).float()}
+
+        what = {"of": samples.key, "base": self.sd.identity}
+        return self._rows("encoded", what, len(samples), make, "encoding")["latents"]
+
+    def decoded(self, samples: Rows) -> Rows:
+        """`images` of the same pictures through the autoencoder, there and back."""
+        latents = self.latents(samples)
+
+        def make(rows: range) -> dict[str, Tensor]:
+            return {"images": self.sd.decode(latents[list(rows)].to(self.sd.device))}
+
+        what = {"of": samples.key, "base": self.sd.identity}
+        return self._rows("decoded", what, len(samples), make, "decoding")
+
+    def features(self, samples: Rows, name: str, subject: str = "") -> Tensor:
+        """Features (N, D) of pictures, at unit length in float64.
+
+        Args:
+            name: of the backbone among the tools.
+            subject: the noun of what is cropped to before, by CLIPSeg's mask; "" takes whole pictures.
+        """
+        backbone = self.tools.backbone(name)
+        what = {"of": samples.key, "backbone": self.tools.hashes.get(name, backbone.name)}
+        prompts = self._mask_prompts(subject) if subject else []
+        what |= {"crop": prompts, "clipseg": self.tools.hashes.get("clipseg", "")} if subject else {}
+
+        def make(rows: range) -> dict[str, Tensor]:
+            images = self.images(samples, rows)
+            if subject:
+                images = crop_to(images, self.tools.clipseg.masks(images, prompts))
+            return {"features": backbone(images)}
 
         rows = self._rows("features", what, len(samples), make, f"{name} features")["features"]
         return F.normalize(rows.double(), dim=1)  # float32 has it to 1e-7, as far as the same picture would be apart
+
+    def sees(self, samples: Rows, reader: NounReader, noun: str) -> list[bool]:
+        """In which pictures a classifier sees a noun."""
+        what = {"of": samples.key, "samples": len(samples), "noun": noun, "reader": reader.name}
+        what |= {"nouns": list(reader.nouns)}
+        what |= {name: self.tools.hashes.get(name, "") for name in ("classifier", "clip")}
+
+        def make() -> dict[str, list[bool]]:
+            parts = [range(len(samples))[i : i + size] for i in range(0, len(samples), size)]
+            return {"hits": [hit for part in parts for hit in reader.sees(self.images(samples, part), noun)]}
+
+        size = self.options.batch_size
+        return self.cache.figures("nouns", what, make)["hits"]
 
     def interval(
         self, distance: Callable[[Tensor, Tensor], float], name: str, first: Rows, second: Rows
@@ -119,7 +177,7 @@ class Stages:
         """
 
         def features(samples: Rows) -> Tensor:
-            return pooled_latents(samples["latents"]) if name == "latent" else self.features(samples, name)
+            return pooled_latents(self.latents(samples)) if name == "latent" else self.features(samples, name)
 
         what = {"distance": distance.__name__, "of": [first.key, second.key], "samples": [len(first), len(second)]}
         what |= {"features": name, "backbone": self.tools.hashes.get(name, ""), "resamples": self.options.resamples}
@@ -144,7 +202,7 @@ class Stages:
 
     def regions(self, samples: Rows, superclass: str) -> Rows:
         """`regions` (N, 1, h, w), 0 or 1, of the superclass in the base model's samples, by `to_regions`."""
-        prompts = [fill(template, [superclass]) for template in self.tools.mask_prompts]
+        prompts = self._mask_prompts(superclass)
         what = {"of": samples.key, "prompts": prompts, "clipseg": self.tools.hashes.get("clipseg", "")}
         what |= {"outside_below": OUTSIDE}
         size = tuple(samples["latents"].shape[2:])
@@ -175,14 +233,23 @@ class Stages:
                         return foundation(noisy, timesteps)
 
                 found = errors(
-                    *(untouched, customised, latents, self.sd.schedule, group.seeds(rows)),
-                    *(options.strata, options.weighting, outside),
+                    base=untouched,
+                    customised=customised,
+                    latents=latents,
+                    schedule=self.sd.schedule,
+                    seeds=group.seeds(rows),
+                    strata=options.strata,
+                    weighting=options.weighting,
+                    regions=outside,
                 )
             return {"values": found.values, "timesteps": found.timesteps}
 
         title = f"{group.name}: {checkpoint.concept.method} LFD, step {checkpoint.concept.steps}"
         rows = self._rows("errors", what, len(base), make, title)
         return Divergence(rows["values"], rows["timesteps"], self.sd.schedule.timesteps)
+
+    def _mask_prompts(self, noun: str) -> list[str]:
+        return [fill(template, [noun]) for template in self.tools.mask_prompts]
 
     def _rows(self, stage: str, what: Mapping[str, object], count: int, make: object, title: str) -> Rows:
         return self.cache.rows(stage, what, count, self.options.batch_size, make, title)
@@ -201,6 +268,11 @@ class Stages:
         settings = Settings(scale=scale, **self.options.editing())
         with Customised(self.sd, [checkpoint.concept], settings, self.tools.inverse_covariance) as customised:
             yield customised(group.templates(rows))
+
+
+def rows_of(images: Tensor) -> Rows:
+    """Images (N, 3, H, W) in [0, 1] that no model here has drawn, as rows."""
+    return Rows(f"images-{fingerprint_of(images)}", {"images": images})
 
 
 def to_regions(masks: Tensor, size: tuple[int, int]) -> Tensor:

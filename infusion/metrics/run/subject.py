@@ -13,7 +13,9 @@ from torch import Tensor
 from infusion.concepts.concept import Concept
 from infusion.gate import IDENTITY
 from infusion.methods import method_of
+from infusion.metrics.run.options import CONCEPT, PICTURES, WORDS
 from infusion.sampling.png import hashes
+from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 from ldm.util.config import find
 
@@ -22,9 +24,13 @@ RUN = "step=*.safetensors"  # in a run folder's models/
 
 
 class ExactMeasures(Protocol):
-    """Measures of a concept of which everything is known, such as one of the pocket world."""
+    """Measures of a concept of which everything is known, such as one of the pocket world.
+
+    Attributes: `name`; `described`, the concept in words: "a blue striped dog".
+    """
 
     name: str
+    described: str
 
     def measure(self, templates: Sequence[str], superclass: str, ours: Tensor, base: Tensor) -> dict[str, dict]:
         """Figures by name, for images (N, 3, H, W) in [0, 1] of N prompts: ours with the concept, base without."""
@@ -57,9 +63,38 @@ class Checkpoint:
         return cls(concept, digest.hexdigest())
 
 
+def untrained(sd: StableDiffusion, concept: Concept) -> Checkpoint:
+    """The concept as its method starts, before anything is learned; trainings of one kind have it in common.
+
+    Args:
+        sd: the base model, without edits.
+    """
+    learned = method_of(concept).start(sd, concept.word)
+    start = {name: tensor.detach().cpu() for name, tensor in learned.items()}
+    unknown = {"steps": 0, "learning_rate": 0.0, "seed": 0, "batch_size": 0}
+    return Checkpoint.of(replace(concept, tensors=start, **unknown))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures that something else has drawn.
+
+    Attributes:
+        folder: where they are from.
+        images: (N, 3, S, S) in [0, 1], N ≥ 2; None before they are read.
+        prompts: picture i has the i-th, going round; with {} for the concept.
+        rule: which prompt belongs to which, in words.
+    """
+
+    folder: str
+    images: Tensor | None = None
+    prompts: tuple[str, ...] = ()
+    rule: str = ""
+
+
 @dataclass(frozen=True)
 class Subject:
-    """One row of the results.
+    """One row of the results: a concept, words for one in its place, or pictures of one that were drawn elsewhere.
 
     Attributes:
         label: its name there.
@@ -68,14 +103,30 @@ class Subject:
         photos_from: the folder of these.
         exact: what can be said exactly; None where nothing can.
         group: the results that it is gathered with; "" is its method's.
+        described: a concept in words, which the base model draws in place of {}.
+        pictures: drawn elsewhere.
+        superclass: the noun of what the concept is one of; "" takes that of the checkpoints.
     """
 
     label: str
-    checkpoints: tuple[Checkpoint, ...]
+    checkpoints: tuple[Checkpoint, ...] = ()
     photos: Tensor | None = None
     photos_from: str = ""
     exact: ExactMeasures | None = None
     group: str = ""
+    described: str = ""
+    pictures: Pictures | None = None
+    superclass: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.superclass:
+            object.__setattr__(self, "superclass", self.concept.superclass)
+
+    @property
+    def kind(self) -> str:
+        if self.pictures is not None:
+            return PICTURES
+        return WORDS if self.described else CONCEPT
 
     @property
     def last(self) -> Checkpoint:
@@ -84,6 +135,15 @@ class Subject:
     @property
     def concept(self) -> Concept:
         return self.last.concept
+
+    @property
+    def has_photos(self) -> bool:
+        return self.photos is not None or bool(self.photos_from)
+
+    @property
+    def name(self) -> str:
+        """What the concept is known by: its name in the world, its folder of photos, or its superclass."""
+        return (self.exact and self.exact.name) or self.photos_from or self.superclass
 
     @property
     def anchored(self) -> bool:
@@ -95,22 +155,31 @@ class Subject:
         return not changes and self.concept.gate.kind != "global"
 
     def about(self) -> dict[str, object]:
-        """For JSON."""
+        """For JSON; what no training has is 0, "" or None."""
+        said = {"kind": self.kind, "method": self.kind, "group": self.group, "superclass": self.superclass}
+        said |= {"noun": self.described or self.superclass, "training_steps": 0, "training_samples": None}
+        said |= {"learning_rate": 0.0, "training_seed": None, "numbers": 0, "file": "", "anchored": False}
+        said |= {"photos": self.photos_from, "world_concept": self.exact.name if self.exact else ""}
+        if self.kind == WORDS:
+            digest = hashlib.sha256(self.described.encode()).hexdigest()
+            return said | {"group": self.group or WORDS, "described": self.described, "sha256": digest}
+        if self.kind == PICTURES:
+            said |= {"group": self.group or self.label, "file": self.pictures.folder}
+            said |= {"prompts": list(self.pictures.prompts), "prompts_by": self.pictures.rule}
+            return said | {"sha256": fingerprint(self.pictures.images)}
         concept = self.concept
-        return {
+        return said | {
             "method": concept.method,
             "group": self.group or concept.method,
-            "superclass": concept.superclass,
             "noun": concept.noun,
             "training_steps": concept.steps,
+            "training_samples": concept.steps * concept.batch_size if concept.batch_size else None,
             "learning_rate": concept.learning_rate,
             "training_seed": concept.seed,
             "numbers": concept.numbers,
             "file": self.last.file,
             "sha256": self.last.sha256,
             "anchored": self.anchored,
-            "photos": self.photos_from,
-            "world_concept": self.exact.name if self.exact else "",
         }
 
     def with_photos(self, photos: Tensor, folder: str = "") -> Self:
@@ -118,6 +187,26 @@ class Subject:
         if len(photos) < 2:
             raise UserError(f"--images: {folder or 'these'} are fewer than 2 photos, too few for a ceiling")
         return replace(self, photos=photos, photos_from=folder)
+
+
+def in_words(subjects: Sequence[Subject], described: Sequence[str]) -> list[Subject]:
+    """A row for each concept among some, however often it was learned: the base model told it in words.
+
+    Args:
+        described: for each of the subjects, "a striped blue dog"; "" for none.
+    """
+    told = {}
+    for subject, words in zip(subjects, described, strict=True):
+        if words:
+            told.setdefault((subject.name, subject.superclass, words), subject)
+    several = len({name for name, _, _ in told}) > 1
+    rows = []
+    for (name, _, words), subject in told.items():
+        label = f"words {Path(name).name}" if several else f"words: {words}"
+        if label in (row.label for row in rows):  # folders of one name, or a concept told twice
+            label = f"words {name}: {words}"
+        rows.append(replace(subject, label=label, group="", checkpoints=(), pictures=None, described=words))
+    return rows
 
 
 def concept_files(path: str | Path) -> list[Path]:

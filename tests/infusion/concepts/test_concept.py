@@ -52,6 +52,16 @@ def test_round_trip(concept, tmp_path):
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary file is left
 
 
+def test_the_batch_is_kept_where_it_is_known(concept, tmp_path):
+    concept.save(tmp_path / "old.safetensors")
+    assert "batch_size" not in concept.metadata() and Concept.load(tmp_path / "old.safetensors").batch_size == 0
+    replace(concept, batch_size=16).save(tmp_path / "new.safetensors")
+    assert Concept.load(tmp_path / "new.safetensors").batch_size == 16
+    rewrite(tmp_path / "new.safetensors", batch_size="-4")
+    with pytest.raises(ValueError, match="batch_size"):
+        Concept.load(tmp_path / "new.safetensors")
+
+
 def test_file_is_readable_by_others(concept, tmp_path):
     concept.save(tmp_path / "c.safetensors")
     with safe_open(tmp_path / "c.safetensors", "pt") as file:

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
@@ -39,6 +40,16 @@ def batches(count=4, rows=2, same_photo=False):
 
 def fit(module, folder, steps, same_photo=False, **options):
     return conftest.fit(module, folder, batches(same_photo=same_photo), steps, **options)
+
+
+def test_a_concept_knows_how_many_photos_a_step_has(sd, tmp_path):
+    """Over accumulated batches; a bare loader says none."""
+    data = pl.LightningDataModule.from_datasets(batches().dataset, batch_size=2)
+    data.batch_size = 2
+    module = make(sd)
+    assert module.concept().batch_size == 0
+    conftest.fit(module, tmp_path, data, 2, accumulate_grad_batches=2)
+    assert module.concept().batch_size == 4 and module.concept().steps == 2
 
 
 def residuals(module):

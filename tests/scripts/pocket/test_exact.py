@@ -8,7 +8,7 @@ from data.pocket.world import PLACE_WORDS, Scene, World, caption, draw_scene
 from infusion.metrics.run.protocol import CONTEXT, Protocol
 from ldm.util.cli import UserError
 from ldm.util.config import ROOT
-from scripts.pocket.exact import Exact, recognise, said
+from scripts.pocket.exact import Exact, said
 from scripts.pocket.judge import load_classifier
 
 TEMPLATES = ["a photo of a {} on grass on the left", "a cartoon of a {} on snow", "a {} in the night sky", "a {}"]
@@ -95,8 +95,12 @@ def test_the_ceiling_is_the_concept_in_the_prompted_scene():
 
 
 def test_folders_and_names():
-    assert recognise(ROOT / "data/pocket/concepts/zigzag_hat") == recognise("photos/zigzag_hat/") == "zigzag_hat"
-    assert recognise("photos/cat") is None and set(PLACE_WORDS) == {"middle", "left", "right", "top", "bottom"}
+    assert (
+        Exact.recognise(ROOT / "data/pocket/concepts/zigzag_hat")
+        == Exact.recognise("photos/zigzag_hat/")
+        == "zigzag_hat"
+    )
+    assert Exact.recognise("photos/cat") is None and set(PLACE_WORDS) == {"middle", "left", "right", "top", "bottom"}
     assert Exact("zigzag_hat").concept is CONCEPTS["zigzag_hat"]
     with pytest.raises(UserError, match="--concept: .* no `zigzag_hut`; did you mean `zigzag_hat`"):
         Exact("zigzag_hut")

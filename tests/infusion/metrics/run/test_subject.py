@@ -53,7 +53,7 @@ def test_groups(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--personalized_ckpt", ",".join(paths), "--groups", "a,b,c", "--out", str(tmp_path / "out")])
     assert stop.value.code == 2 and not (tmp_path / "out").exists()
-    assert capsys.readouterr().err == "error: --groups: 3 for 2 of --personalized_ckpt; give one for each\n"
+    assert capsys.readouterr().err == "error: --groups: 3 for 2 rows; give one for each\n"
 
 
 def test_what_is_no_concept(tmp_path):
