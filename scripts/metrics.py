@@ -19,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from omegaconf import OmegaConf
 
-from data.prompts import TEMPLATES
 from infusion.concepts.base import architecture_of, check_concepts_there, check_there, check_weights, load_base
-from infusion.metrics.run.options import CACHE, METRICS, STEPS, Options, Tools, identity, lacks, metrics_of
+from infusion.metrics.run.options import CACHE, METRICS, STEPS, Options, lacks, metrics_of
 from infusion.metrics.run.protocol import GROUPS, Protocol, usual_file
 from infusion.sampling.validate import check_concepts
 from ldm.diffusion.schedulers import SAMPLERS
@@ -32,7 +31,6 @@ from ldm.util.cli import (
     batch,
     count,
     find_device,
-    naming,
     number,
     processes,
     report,
@@ -45,7 +43,7 @@ from ldm.util.config import find, load_config
 from ldm.util.defaults import CLIPSEG, POCKET
 from ldm.util.files import locked
 from scripts.infusion_txt2img import find_config
-from scripts.worlds import WORLDS, PocketWorld
+from scripts.pocket.networks import BACKBONES, WORLDS, PocketWorld, Sources
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +51,6 @@ if TYPE_CHECKING:
     from infusion.metrics.run.subject import Subject
 
 LONGEST = 400  # characters of a name or of a concept in words
-BACKBONES = ("clip", "dino", "dinov2")  # of features, which a folder holds
 logger = logging.getLogger(__name__)
 
 
@@ -255,6 +252,10 @@ def words_of(subjects: "Sequence[Subject]", given: Sequence[str] | None) -> list
 
 def choose(flags: argparse.Namespace, rows: "list[Subject]", there: set[str]) -> Options:
     """The options; without --metrics, all that every row of the right kind can have."""
+    if "classifier" not in there:
+        if flags.metrics and "exact" in flags.metrics and all(row.exact for row in rows):
+            raise UserError("--metrics: exact figures need the pocket world's classifier, which is not in ckpt/")
+        rows = [replace(row, exact=None) for row in rows]
     able = []
     for name in METRICS:
         having = [row for row in rows if metrics_of(row, [name])]
@@ -263,61 +264,6 @@ def choose(flags: argparse.Namespace, rows: "list[Subject]", there: set[str]) ->
     names = {field.name for field in fields(Options)} - {"metrics", "curve"}
     chosen = {name: getattr(flags, name) for name in names}
     return Options(tuple(flags.metrics or able), curve=tuple(flags.curve), **chosen)
-
-
-class Sources:
-    """Where the networks that measure come from: the flags, or else the pocket world's own."""
-
-    def __init__(self, flags: argparse.Namespace, world: PocketWorld | None) -> None:
-        self.world = world
-        named = {name: getattr(flags, name) for name in (*BACKBONES, "identity", "lpips", "clipseg")}
-        self.named = {name: file for name, file in named.items() if file and not (world and file == POCKET)}
-        self.own = (world.there if world else set()) - set(self.named)
-        if not world and "clipseg" not in self.named:
-            self.named["clipseg"] = CLIPSEG
-
-    @property
-    def there(self) -> set[str]:
-        return self.own | set(self.named)
-
-    def load(self, flags: argparse.Namespace, options: Options, device: "torch.device") -> Tools:
-        """The networks that the metrics need, and hashes of their files."""
-        from infusion.covariance import InverseCovariance
-
-        inverse, needed = InverseCovariance(flags.covariance), self.needed(options)
-        loaded = {name: self.world.load(name, device) for name in needed & self.own}
-        files = {name: identity(self.world.files[name]) for name in needed & self.own}
-        for name in needed & set(self.named):
-            with naming(f"--{name}"):
-                loaded[name], files[name] = self.load_named(name, device), identity(self.file_of(name))
-        return Tools(**loaded, mask_prompts=TEMPLATES, inverse_covariance=inverse.matrix, hashes=files)
-
-    def needed(self, options: Options) -> set[str]:
-        """Those that some metric may take."""
-        masks = {"clipseg"} if options.wants("lfd", "exact") or options.crop else set()
-        reads = {"classifier"} if options.wants("exact", "noun") else set()
-        tools = {tool for name in options.metrics for tool in METRICS[name].tools}
-        return (tools | masks | reads) & self.there
-
-    def file_of(self, name: str) -> Path | str:
-        return self.named[name] if self.named[name] == POCKET else find(self.named[name])
-
-    def load_named(self, name: str, device: "torch.device") -> object:
-        from clipseg.weights import load as load_clipseg
-        from data.pocket_two.identity import IdentityFeatures
-        from infusion.metrics.run.features import load_backbone
-
-        file = self.named[name]
-        if name in BACKBONES:
-            return load_backbone(file, device)
-        if name == "lpips":
-            return find(file)
-        if name == "identity":
-            return IdentityFeatures.load(file, device)
-        if find(file).is_file() and self.world is None:
-            raise UserError(f"{file} is a file; name a folder with the files of CIDAS/clipseg-rd64-refined")
-        config = self.world.configs["clipseg"] if self.world and find(file).is_file() else None
-        return load_clipseg(file, config=config).to(device)
 
 
 @report

@@ -10,12 +10,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from data.pocket_two.identity import Identity
+from data.pocket_two.judge import SceneReader
 from infusion.concepts.concept import Concept
 from infusion.inject import cross_attention_layers
 from infusion.methods import find_method
 from ldm.pipeline import StableDiffusion
-from ldm.util.config import ROOT
+from ldm.util.config import ROOT, instantiate, load_config
 from scripts.metrics import main
+from scripts.pocket.networks import WORLDS
 
 PHOTOS = "data/pocket/concepts/green_dotted_elephant"
 FAST = ["--samples", "4", "--steps", "1", "--strata", "1", "--resamples", "2", "--batch_size", "4", "--device", "cpu"]
@@ -187,6 +190,48 @@ def test_pictures_alone_need_no_concept(wide, drawn, tmp_path):
     main([str(word) for word in (*flags, *FAST)])
     (row,) = results(tmp_path / "alone")["methods"].values()
     assert {"w2_clip", "kid", "clip_t", "noun", "div"} <= set(row["figures"]) and row["kind"] == "pictures"
+
+
+@pytest.fixture
+def second_world(wide, tmp_path, monkeypatch):
+    """A backbone of the second pocket world, and networks with random weights in place of its own."""
+    torch.manual_seed(0)
+    config = tmp_path / "second.yaml"
+    config.write_text(wide.read_text().replace("name: pocket", "name: pocket_two"))
+    world = WORLDS["pocket_two"]
+    (tmp_path / "masks.yaml").write_text(
+        f"include: ['{ROOT / 'configs/pocket_two/clipseg.yaml'}']\nclip: {tmp_path / 'clip.safetensors'}\n"
+    )
+    clip = instantiate(load_config(ROOT / world.configs["clip"]).clip, "clip")
+    clipseg = instantiate(load_config(ROOT / world.configs["clipseg"]).clipseg, "clipseg")
+    decoder = {f"decoder.{name}": tensor for name, tensor in clipseg.network.decoder.state_dict().items()}
+    weights = {"clip": clip.state_dict(), "clipseg": decoder}
+    weights |= {"identity": Identity().state_dict(), "classifier": SceneReader().state_dict()}
+    for name, tensors in weights.items():
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / f"{name}.safetensors")
+    files = {name: str(tmp_path / f"{name}.safetensors") for name in weights}
+    configs = world.configs | {"clipseg": str(tmp_path / "masks.yaml")}
+    monkeypatch.setitem(WORLDS, "pocket_two", replace(world, files=files, configs=configs))
+    return config
+
+
+def test_the_second_world_s_networks_measure_its_concepts(second_world, tmp_path):
+    sd = StableDiffusion.from_checkpoint(second_world)
+    layers = cross_attention_layers(sd.unet)
+    tensors = {name: torch.randn(layer.heads * layer.dim_head) for name, layer in layers.items()}
+    Concept(tensors, "cat", ("a photo of a {}",), "pocket_two", base_hash=sd.hash).save(tmp_path / "cat.safetensors")
+    flags = ["--config", second_world, "--personalized_ckpt", tmp_path / "cat.safetensors", "--out", tmp_path / "out"]
+    flags += ["--images", "data/pocket_two/concepts/zigzag_cat", *FAST, "--metrics", "identity,noun,exact,clip_i"]
+    main([str(word) for word in flags])
+    said = results(tmp_path / "out")
+    assert list(said["methods"]) == ["cat", "words: an orange and black zigzag cat"]
+    for row in said["methods"].values():
+        assert {"identity", "noun", "clip_i", "silhouette", "colour", "texture"} <= set(row["figures"])
+        assert row["figures"]["identity"]["settings"]["backbone"] == "identity" and row["world_concept"] == "zigzag_cat"
+        assert {"base", "ceiling"} <= set(row["figures"]["texture"]) and "ceiling_decoded" in row["figures"]["identity"]
+    assert said["files"].keys() == {"base", "identity", "classifier", "clip", "clipseg"}
+    (protocol,) = said["settings"]["protocols"]
+    assert protocol.endswith("pocket_two.yaml")
 
 
 def test_some_metrics_names_and_a_cache_elsewhere(run, tmp_path):

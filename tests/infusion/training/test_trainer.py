@@ -44,8 +44,8 @@ def fit(module, folder, steps, same_photo=False, **options):
 
 def test_a_concept_knows_how_many_photos_a_step_has(sd, tmp_path):
     """Over accumulated batches; a bare loader says none."""
-    data = pl.LightningDataModule.from_datasets(batches().dataset, batch_size=2)
-    data.batch_size = 2
+    data = pl.LightningDataModule()
+    data.train_dataloader, data.batch_size = batches, 2
     module = make(sd)
     assert module.concept().batch_size == 0
     conftest.fit(module, tmp_path, data, 2, accumulate_grad_batches=2)
