@@ -27,10 +27,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LatentCache:
-    """Latents and masks of N photos, as they are and, with two sides, mirrored."""
+    """Latents, masks and sizes of N photos, as they are and, with two sides, mirrored."""
 
     latents: Tensor  # (sides, N, C, h, w) float32, scaled
     masks: Tensor | None  # (sides, N, 1, h, w) float32 in [0, 1]
+    sizes: Tensor  # (sides, N, 6) int64, see `photo_sizes`
 
     @classmethod
     @torch.no_grad()
@@ -50,15 +51,34 @@ class LatentCache:
             if mask is not None:
                 both = torch.stack([mask, mask.flip(-1)] if flip else [mask])
                 masks.append(coverage(both, latents[-1].shape[-2:]))
-        return cls(torch.stack(latents, 1), torch.stack(masks, 1) if masks else None)
+        sizes = torch.tensor([photo_sizes(*size, images.image_size) for size in images.sizes]).transpose(0, 1)
+        return cls(torch.stack(latents, 1), torch.stack(masks, 1) if masks else None, sizes[: 2 if flip else 1])
+
+
+def photo_sizes(width: int, height: int, side: int) -> tuple[list[int], list[int]]:
+    """What SDXL is told of a photo whose centred square is used, and of its mirror image (`Context.sizes`).
+
+    Args:
+        width, height: of the photo, in pixels.
+        side: of the square that it becomes.
+
+    Returns:
+        Six integers for each: the photo's height and width; top and left of the crop, in the photo as it is after
+        resizing; height and width of the crop.
+    """
+    resized = [round(length * side / min(width, height)) for length in (height, width)]
+    top, left = ((length - side) // 2 for length in resized)
+    mirrored = resized[1] - side - left
+    return [height, width, top, left, side, side], [height, width, top, mirrored, side, side]
 
 
 @dataclass(eq=False)
 class ConceptBatches(IterableDataset):
     """Endless batches, drawn with replacement; batch i depends on (seed, i) only, and each process has its part of it.
 
-    Yields latents (B, C, h, w), template (list of B), and, where there are such, mask (B, 1, h, w) and names (list of
-    B); with images of the superclass, also such a batch of these, without masks, names and placeholders, as `prior`.
+    Yields latents (B, C, h, w), sizes (B, 6), template (list of B), and, where there are such, mask (B, 1, h, w) and
+    names (list of B); with images of the superclass, also such a batch of these, without sizes, masks, names and
+    placeholders, as `prior`.
 
     Attributes:
         cache: what to draw from.
@@ -92,6 +112,7 @@ class ConceptBatches(IterableDataset):
             own = [self.templates[photo] for photo in photos]
             template = [options[int(choice * len(options))] for options, choice in zip(own, choices, strict=True)]
             batch: dict[str, Any] = {"latents": self.cache.latents[sides, photos], "template": template}
+            batch["sizes"] = self.cache.sizes[sides, photos]
             if self.names:
                 batch["names"] = [self.names[photo] for photo in photos]
             if self.cache.masks is not None:

@@ -55,7 +55,7 @@ def estimate(text_encoder: nn.Module, captions: Iterable[str], batch_size: int =
     total, seen, tokens = torch.zeros(width, width, dtype=torch.float64), 0, 0
     while batch := list(islice(captions, batch_size)):
         ids = text_encoder.tokenizer(batch)  # (B, L)
-        encodings = text_encoder.encode_tokens(ids)  # (B, L, D)
+        encodings = text_encoder.comparable(text_encoder.encode_tokens(ids))  # (B, L, D)
         words = word_tokens(text_encoder.tokenizer, ids).to(encodings.device)
         counted = encodings[words].cpu().double()  # (n, D)
         if not counted.isfinite().all():

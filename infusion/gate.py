@@ -6,8 +6,9 @@ Its sigmoid and its similarity are those of Perfusion's gated rank-one update (T
 import dataclasses
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from infusion.tokens import Word, concept_mask
 from ldm.models.tokenizer import Tokenizer
 from ldm.util.cli import UserError
+
+if TYPE_CHECKING:
+    from ldm.models.text import TextEncoder
 
 IDENTITY = "identity"  # the fingerprint of having no covariance file
 
@@ -90,8 +94,15 @@ def similarity(encodings: Tensor, target_input: Tensor, inverse_covariance: Tens
     return encodings.to(dtype) @ direction / energy
 
 
+def target_input(text_encoder: "TextEncoder", word: Word) -> Tensor:
+    """i*, as the gate compares it: `mean_encoding` of `text_encoder.comparable` encodings."""
+    return mean_encoding(text_encoder, word, text_encoder.comparable)
+
+
 @torch.no_grad()
-def target_input(text_encoder: torch.nn.Module, word: Word) -> Tensor:
+def mean_encoding(
+    text_encoder: "TextEncoder", word: Word, change: Callable[[Tensor], Tensor] = lambda encodings: encodings
+) -> Tensor:
     """i*: the mean encoding of the concept's tokens over the training prompts (Perfusion, arXiv 2305.01644).
 
     Perfusion keeps a running mean while its embedding is learned; here the text encoder is frozen, so the mean is
@@ -100,12 +111,13 @@ def target_input(text_encoder: torch.nn.Module, word: Word) -> Tensor:
     Args:
         text_encoder: as in `ldm.models.text`: a list of B strings to (B, L, D), with a `tokenizer`.
         word: the superclass word in its training prompts.
+        change: what encodings go through before they are averaged.
 
     Returns:
         (D,), in float32 or the encoder's own type where that is wider.
     """
     prompts, masks = training_prompts(text_encoder.tokenizer, word)
-    encodings = text_encoder(prompts)  # (B, L, D)
+    encodings = change(text_encoder(prompts))  # (B, L, D)
     encodings = encodings.to(torch.promote_types(encodings.dtype, torch.float32))
     weights = masks.to(encodings)  # (B, L)
     weights = weights / weights.sum(1, keepdim=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm.diffusion.sampler import Denoiser, Guided, initial_noise, sample
 from ldm.diffusion.schedule import Schedule
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.text import ClipText, OpenClipText
+from ldm.models.text import ClipText, OpenClipText, TextPair
 from ldm.models.unet import UNet
 from ldm.util.cli import UserError, suggestion
 from ldm.util.config import ConfigError, find, instantiate, load_config
@@ -23,6 +23,7 @@ from ldm.weights import checkpoint as files
 from ldm.weights.recognise import guess
 
 DECODED = 4  # images at a time: more are no faster, and the decoder needs a gigabyte for one of 512 × 512
+LARGE = 768 * 768  # pixels of an image; larger ones are decoded one at a time
 
 
 def half_precision(device: torch.device) -> torch.dtype:
@@ -54,7 +55,7 @@ class StableDiffusion(nn.Module):
         self,
         unet: UNet,
         vae: AutoencoderKL,
-        text: ClipText | OpenClipText,
+        text: ClipText | OpenClipText | TextPair,
         schedule: Schedule,
         name: str = "",
         image_size: int = 512,
@@ -63,6 +64,10 @@ class StableDiffusion(nn.Module):
         super().__init__()
         if unet.context_dim != text.width:
             raise UserError(f"the UNet takes text of width {unet.context_dim}, the text encoder gives {text.width}")
+        if unet.pooled_dim != text.pooled_width:
+            raise UserError(f"the UNet's pooled_dim is {unet.pooled_dim}, the text encoder's {text.pooled_width}")
+        if unet.pooled_dim is not None and unet.pixels != vae.factor:
+            raise UserError(f"the UNet's pixels is {unet.pixels}, the autoencoder's factor {vae.factor}")
         self.unet, self.vae, self.text, self.schedule = unet, vae, text, schedule
         self.architecture = name
         self.image_size = image_size
@@ -238,8 +243,9 @@ class StableDiffusion(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] of scaled latents (B, C, h, w), in the autoencoder's own dtype throughout."""
         weight = next(self.vae.parameters())
+        at_once = 1 if latents[0, 0].numel() * self.vae.factor**2 > LARGE else DECODED
         with torch.autocast(weight.device.type, enabled=False):
-            images = torch.cat([self.vae.decode(part) for part in latents.to(weight).split(DECODED)])
+            images = torch.cat([self.vae.decode(part) for part in latents.to(weight).split(at_once)])
         return (images.float() / 2 + 0.5).clamp(0, 1).to(latents.device)
 
     @torch.no_grad()
@@ -269,7 +275,7 @@ class StableDiffusion(nn.Module):
             steps: sampling steps.
             scale: classifier-free guidance; 1 is none.
             seed: of the first image, where image `i` has `seed + i`; or B seeds, one for each.
-            negative_prompt: what to guide away from.
+            negative_prompt: what to guide away from; SDXL has zeros for "" (`ldm.models.text.TextPair.unconditional`).
             eta: share of DDIM's noise, in [0, 1]; for the ddim sampler only.
             sampler: a key of `ldm.diffusion.schedulers.SAMPLERS`.
             height, width: in pixels; None is the size of training.
@@ -305,8 +311,9 @@ class StableDiffusion(nn.Module):
     @torch.no_grad()
     def guided(self, prompts: Sequence[str], negative_prompt: str = "", scale: float = 7.5) -> Guided:
         """The denoiser that guides towards B prompts and away from the negative one."""
-        text, negative = (self.text(words).to(self.device, self.dtype) for words in (prompts, [negative_prompt]))
-        return Guided(self.unet, text, negative, scale)
+        context = self.text.context(self.text.tokenizer(prompts)).to(self.device, self.dtype)
+        negative = self.text.unconditional(negative_prompt).to(self.device, self.dtype)
+        return Guided(self.unet, context, negative, scale)
 
     @torch.no_grad()
     def draw_latents(

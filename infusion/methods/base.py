@@ -14,6 +14,7 @@ from infusion.attention import OwnPass, Tape
 from infusion.deltas import Difference
 from infusion.gate import Gate, target_input
 from infusion.tokens import Word
+from ldm.models.attention import Context
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 
@@ -68,7 +69,10 @@ class Method:
     def gates(
         self, gate: Gate, encodings: Tensor, mask: Tensor, target: Tensor, inverse_covariance: Tensor | None
     ) -> Tensor:
-        """How strongly each term is blended at each token, (B, R, L); arguments as of a `Gate`."""
+        """How strongly each term is blended at each token, (B, R, L); arguments as of a `Gate`.
+
+        Encodings and target are those that the gate compares (`ldm.models.text.TextEncoder.comparable`).
+        """
         return torch.zeros(len(mask), 0, mask.shape[1], device=encodings.device)
 
     def target(self, sd: StableDiffusion, tensors: Tensors, word: Word) -> Tensor:
@@ -97,21 +101,22 @@ class Method:
         return [{"params": [tensor for tensor in tensors.values() if tensor.requires_grad]}]
 
     def predict(
-        self, unet: nn.Module, latents: Tensor, timesteps: Tensor, text: Tensor, gates: Tensor, tape: Tape
+        self, unet: nn.Module, latents: Tensor, timesteps: Tensor, context: Context, gates: Tensor, tape: Tape
     ) -> Tensor:
         """The customised model's prediction in training, with gradients to what is learned.
 
         Args:
             unet: with this method's edits.
-            latents: noisy, (B, 4, h, w). timesteps: (B,). text: (B, L, D). gates: (B, R, L).
+            latents: noisy, (B, 4, h, w). timesteps: (B,). context: B rows. gates: (B, R, L).
             tape: empty; left with the attention of every layer that has terms.
 
         Returns:
             (B, 4, h, w) in the model's own prediction type.
         """
-        if not gates.shape[1]:
-            return unet(latents, timesteps, text)
-        return unet(latents, timesteps, OwnPass(text, gates, tape, torch.ones(gates.shape[1], device=latents.device)))
+        if gates.shape[1]:
+            strengths = torch.ones(gates.shape[1], device=latents.device)
+            context = context.becomes(OwnPass, gates=gates, tape=tape, strengths=strengths)
+        return unet(latents, timesteps, context)
 
 
 class Wrapper(Method):

@@ -11,6 +11,7 @@ from infusion.gate import Gate
 from infusion.inject import cross_attention_layers
 from infusion.methods.base import Method, Tensors, check_names
 from infusion.tokens import Word
+from ldm.models.attention import Context
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 
@@ -89,11 +90,12 @@ class Infusion(Method):
         return gate(encodings, mask, target, inverse_covariance)[:, None]
 
     def predict(
-        self, unet: nn.Module, latents: Tensor, timesteps: Tensor, text: Tensor, gates: Tensor, tape: Tape
+        self, unet: nn.Module, latents: Tensor, timesteps: Tensor, context: Context, gates: Tensor, tape: Tape
     ) -> Tensor:
         """The customised stream's prediction; the foundation stream has no gradients."""
         if self.attention == "own":
-            return super().predict(unet, latents, timesteps, text, gates, tape)
+            return super().predict(unet, latents, timesteps, context, gates, tape)
         with torch.no_grad():
-            unet(latents, timesteps, FoundationPass(text, gates, tape))
-        return unet(latents, timesteps, CustomisedPass(text, tape, torch.ones(1, device=latents.device)))
+            unet(latents, timesteps, context.becomes(FoundationPass, gates=gates, tape=tape))
+        strengths = torch.ones(1, device=latents.device)
+        return unet(latents, timesteps, context.becomes(CustomisedPass, tape=tape, strengths=strengths))

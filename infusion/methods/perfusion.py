@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from infusion.attention import ResidualValue
-from infusion.gate import Gate, similarity, target_input
+from infusion.gate import Gate, mean_encoding, similarity
 from infusion.inject import cross_attention_layers
 from infusion.methods.base import TOKENS, Method, Tensors, check_names
 from infusion.sampling.encode import own_embeddings
@@ -69,7 +69,7 @@ class Perfusion(Method):
         self.token_learning_rate, self.momentum = token_learning_rate, momentum
 
     def start(self, sd: StableDiffusion, word: Word) -> dict[str, nn.Parameter]:
-        target = target_input(sd.text, word)
+        target = mean_encoding(sd.text, word)
         learned = {TOKENS: nn.Parameter(own_embeddings(sd.text, word.superclass))}
         learned |= {TARGET: nn.Parameter(target.float(), requires_grad=False)}
         for name, layer in cross_attention_layers(sd.unet).items():
@@ -82,7 +82,7 @@ class Perfusion(Method):
     def terms(self, sd: StableDiffusion, tensors: Tensors, word: Word) -> list[dict[str, nn.Module]]:
         layers = cross_attention_layers(sd.unet)
         check_names(tensors, [TOKENS, TARGET, *layers])
-        lock = target_input(sd.text, word).float()
+        lock = mean_encoding(sd.text, word).float()
         put_in = {
             name: ResidualValue(tensors[name], layer.to_k.weight.float() @ lock) for name, layer in layers.items()
         }
@@ -96,7 +96,7 @@ class Perfusion(Method):
         return torch.stack([gate(encodings, mask, target, inverse_covariance), share], 1)
 
     def target(self, sd: StableDiffusion, tensors: Tensors, word: Word) -> Tensor:
-        return tensors[TARGET]
+        return sd.text.comparable(tensors[TARGET])
 
     @torch.no_grad()
     def observe(self, tensors: Tensors, encodings: Tensor, mask: Tensor) -> None:

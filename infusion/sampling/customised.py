@@ -17,6 +17,7 @@ from infusion.methods.base import Method, by_layer
 from infusion.sampling.encode import encode, own_embeddings
 from infusion.sampling.regions import weights
 from infusion.sampling.settings import Settings, for_each
+from ldm.models.attention import Context
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 
@@ -94,22 +95,24 @@ class Customised:
         return CustomisedDenoiser(self, prompts, map_grid)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Text encodings (A, L, D) and gates (A, R, L) of B prompts, with the negative prompt's B rows before them.
+    def encode(self, prompts: Sequence[str]) -> tuple[Context, Tensor]:
+        """A rows for the UNet and gates (A, R, L) of B prompts, with the negative prompt's B rows before them.
 
         A scale of 1 needs no negative prompt.
         """
         sd, settings = self.sd, self.settings
-        text, masks = encode(sd.text, prompts, self.nouns, self.tokens)  # (B, L, D), (B, K, L)
-        masks = masks.to(text.device)
+        context, masks = encode(sd.text, prompts, self.nouns, self.tokens)  # masks are (B, K, L)
+        masks = masks.to(context.text.device)
         if settings.scale != 1:
-            text = torch.cat([sd.text([settings.negative_prompt]).expand_as(text), text])
+            negative = [sd.text.unconditional(settings.negative_prompt)] * len(prompts)
+            context = Context.cat([*negative, context])
             masks = F.pad(masks, (0, 0, 0, 0, len(prompts), 0))  # no concept's tokens are in a negative prompt
+        compared = sd.text.comparable(context.text)
         gates = [
-            method.gates(gate, text, masks[:, k], target, self.inverse_covariance)
+            method.gates(gate, compared, masks[:, k], target, self.inverse_covariance)
             for k, (method, gate, target) in enumerate(zip(self.methods, self.gates, self.targets, strict=True))
         ]
-        return text.to(sd.device, sd.dtype), torch.cat(gates, dim=1).to(sd.device)
+        return context.to(sd.device, sd.dtype), torch.cat(gates, dim=1).to(sd.device)
 
 
 class CustomisedDenoiser:
@@ -126,7 +129,8 @@ class CustomisedDenoiser:
         map_grid: (rows, columns) of the `attention_maps` to collect; None collects none.
 
     Attributes:
-        text: (A, L, D), encodings of the unconditional and the foundation rows; A is B at a scale of 1, else 2 B.
+        context: of the unconditional and the foundation rows, A of them; A is B at a scale of 1, else 2 B.
+        text: their encodings, (A, L, D).
         gates: (A, R, L), of R terms.
 
     Raises:
@@ -137,11 +141,13 @@ class CustomisedDenoiser:
         if not prompts:
             raise ValueError("customised sampling needs at least one prompt")
         self.model, self.rows, self.map_grid = model, len(prompts), map_grid
-        self.text, self.gates = model.encode(prompts)
+        self.context, self.gates = model.encode(prompts)
+        self.text = self.context.text
         acting = self.gates[-self.rows :] * (model.strengths != 0)[:, None]
         self.active = acting.flatten(1).any(1).nonzero().flatten()  # images with terms in them
         self.customised = self.active[:0] if model.own else self.active  # those with a row behind the others
-        self.stacked = torch.cat([self.text, self.text[-self.rows :][self.customised]])  # encodings of all rows
+        following = self.context.map(lambda rows: rows[-self.rows :][self.customised])
+        self.stacked = Context.cat([self.context, following])  # of all rows
         self._maps, self._calls = 0.0, 0
 
     @torch.no_grad()
@@ -188,16 +194,23 @@ class CustomisedDenoiser:
             raise ValueError("no attention maps: ask for them by map_grid=(rows, columns), and denoise first")
         return self._maps / self._calls
 
-    def _context(self, tape: Tape, size: torch.Size) -> Tensor | StackedPass | OwnPass:
+    def _context(self, tape: Tape, size: torch.Size) -> Context:
         model = self.model
         if not model.owners or not len(self.active) and self.map_grid is None:
-            return self.text  # no term anywhere
+            return self.context  # no term anywhere
         regions = weights(model.settings.region, len(model.methods), size)  # (K, h, w)
         regions = None if regions is None else regions[model.owners].to(self.text.device)
         if model.own:
-            return OwnPass(self.text, self.gates, tape, model.strengths, regions)
-        kept = None if self.map_grid is None else tape
-        return StackedPass(self.stacked, self.gates[-self.rows :], self.customised, model.strengths, regions, kept)
+            own = {"gates": self.gates, "strengths": model.strengths, "regions": regions, "tape": tape}
+            return self.context.becomes(OwnPass, **own)
+        return self.stacked.becomes(
+            StackedPass,
+            gates=self.gates[-self.rows :],
+            rows=self.customised,
+            strengths=model.strengths,
+            regions=regions,
+            tape=None if self.map_grid is None else tape,
+        )
 
     def _record(self, tape: Tape, size: torch.Size) -> None:
         if self.map_grid is None or not self.model.owners:

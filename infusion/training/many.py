@@ -23,6 +23,7 @@ from infusion.loss import masked_loss
 from infusion.methods.infusion import Infusion
 from infusion.training.learner import Learner
 from infusion.training.trainer import ConceptTrainer, SaveConcept
+from ldm.models.attention import Context
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError, naming
 
@@ -138,13 +139,17 @@ class ManyTrainer(Learner):
         draws = [part.draw(rows, part.generator(batch_idx)) for part, rows in own]
         timesteps, noise = (torch.cat(rows) for rows in zip(*draws, strict=True))
         encoded = [part.encode(batch[name]["template"]) for name, part in zip(self.names, self.parts, strict=True)]
-        text, gates = (torch.cat(rows) for rows in zip(*encoded, strict=True))  # (ΣB, L, D), (ΣB, 1, L)
-        noisy = schedule.add_noise(latents, noise, timesteps).to(text.dtype)
+        contexts, gates = zip(*encoded, strict=True)
+        context, gates = Context.cat(contexts), torch.cat(gates)  # gates are (ΣB, 1, L)
+        if "sizes" in batch[self.names[0]]:
+            context = replace(context, sizes=torch.cat([batch[name]["sizes"] for name in self.names]))
+        noisy = schedule.add_noise(latents, noise, timesteps).to(context.text.dtype)
         chosen = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(latents.device)  # (ΣB,)
         tape: Tape = {}
         with torch.no_grad():
-            self.sd.unet(noisy, timesteps, FoundationPass(text, gates, tape))
-        own_residual = BankPass(text, tape, torch.ones(1, device=noisy.device), chosen)
+            self.sd.unet(noisy, timesteps, context.becomes(FoundationPass, gates=gates, tape=tape))
+        strengths = torch.ones(1, device=noisy.device)
+        own_residual = context.becomes(BankPass, tape=tape, strengths=strengths, chosen=chosen)
         prediction = self.sd.unet(noisy, timesteps, own_residual).split(sizes)
         target = schedule.target(latents, noise, timesteps).split(sizes)
         return {

@@ -24,6 +24,7 @@ from infusion.methods.base import Method, by_layer
 from infusion.sampling.encode import encode
 from infusion.tokens import Word, fill
 from infusion.training.learner import Learner
+from ldm.models.attention import Context
 from ldm.pipeline import StableDiffusion
 from ldm.training.callbacks import EverySteps
 from ldm.util.cli import UserError
@@ -34,8 +35,9 @@ class ConceptTrainer(Learner):
     """One concept on one base model (docs/method.md). Injects the method's edits into the UNet for good.
 
     A batch is a dict: latents (B, 4, h, w), scaled; template, a list of B prompts with {} for the concept; mask
-    (B, 1, h, w) in [0, 1], or no such key for a loss over the whole image; prior, where there are images of the
-    superclass to keep, another such dict without placeholders. Timesteps and noise depend on seed, step and batch
+    (B, 1, h, w) in [0, 1], or no such key for a loss over the whole image; sizes (B, 6), see `Context`, or no such key
+    for whole pictures; prior, where there are images of the superclass to keep, another such dict without placeholders.
+    Timesteps and noise depend on seed, step and batch
     alone: a resumed run draws the same, and of several processes each takes its part of what one would draw.
 
     Args:
@@ -102,20 +104,20 @@ class ConceptTrainer(Learner):
         self.edits = by_layer(terms)  # layer name -> terms; registered by inject() as parts of the UNet
         if self.edits:
             inject(sd.unet, self.edits)
-        self._texts: dict[str, tuple[Tensor, Tensor]] = {}  # template -> encoding (L, D), gates (R, L)
+        self._texts: dict[str, tuple[Context, Tensor]] = {}  # template -> one row, gates (1, R, L)
         self._target_input: Tensor | None = None
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         tape: Tape = {}
-        text, gates = self.encode(batch["template"])
-        loss = self.denoising_loss(batch, self.generator(batch_idx), tape, (text, gates))
+        encoded = self.encode(batch["template"])
+        loss = self.denoising_loss(batch, self.generator(batch_idx), tape, encoded)
         size = len(batch["latents"])
         if "prior" in batch:
             prior = self.denoising_loss(batch["prior"], self.generator(batch_idx, 1), {})
             self.log_dict({"train/concept": loss, "train/prior": prior}, batch_size=size)
             loss = loss + self.prior_weight * prior
         prompts = [fill(template, [self.noun]) for template in batch["template"]]
-        term = self.method.regularise(self.sd, self.tensors, prompts, text, self.global_step)
+        term = self.method.regularise(self.sd, self.tensors, prompts, encoded[0].text, self.global_step)
         if term is not None:
             self.log("train/regularise", term, batch_size=size)
             loss = loss + term
@@ -145,7 +147,7 @@ class ConceptTrainer(Learner):
         batch: Mapping[str, Any],
         generator: torch.Generator,
         tape: Tape,
-        encoded: tuple[Tensor, Tensor] | None = None,
+        encoded: tuple[Context, Tensor] | None = None,
     ) -> Tensor:
         """The masked loss of a batch, with timesteps and noise by the generator; fills the tape.
 
@@ -153,27 +155,27 @@ class ConceptTrainer(Learner):
         """
         latents, schedule = batch["latents"], self.sd.schedule
         timesteps, noise = self.draw(latents, generator)
-        text, gates = self.encode(batch["template"]) if encoded is None else encoded
-        noisy = schedule.add_noise(latents, noise, timesteps).to(text.dtype)
-        prediction = self.method.predict(self.sd.unet, noisy, timesteps, text, gates, tape)
+        context, gates = self.encode(batch["template"]) if encoded is None else encoded
+        context = replace(context, sizes=batch.get("sizes"))
+        noisy = schedule.add_noise(latents, noise, timesteps).to(context.text.dtype)
+        prediction = self.method.predict(self.sd.unet, noisy, timesteps, context, gates, tape)
         target = schedule.target(latents, noise, timesteps)
         return masked_loss(prediction, target, batch.get("mask"), self.normalise_loss)
 
-    def encode(self, templates: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Text encodings (B, L, D) and gates (B, R, L).
+    def encode(self, templates: Sequence[str]) -> tuple[Context, Tensor]:
+        """B rows for the UNet, and gates (B, R, L).
 
         The text encoder runs once for each template, unless the concept's own word is learned.
         """
         if self.tokens is not None:
-            text, gates = self._encode(templates)
-            return text.to(self.device), gates.to(self.device)
+            context, gates = self._encode(templates)
+            return context.to(self.device), gates.to(self.device)
         for template in templates:
             if template not in self._texts:
                 with torch.no_grad():
-                    text, gates = self._encode([template])
-                self._texts[template] = text[0], gates[0]
-        text, gates = zip(*(self._texts[template] for template in templates), strict=True)
-        return torch.stack(text).to(self.device), torch.stack(gates).to(self.device)
+                    self._texts[template] = self._encode([template])
+        contexts, gates = zip(*(self._texts[template] for template in templates), strict=True)
+        return Context.cat(contexts).to(self.device), torch.cat(gates).to(self.device)
 
     @property
     def logs_now(self) -> bool:
@@ -243,14 +245,16 @@ class ConceptTrainer(Learner):
                 found = tuple(state_dict[name].shape)
                 raise UserError(f"the resume state does not fit: {name} is {found}, not {tuple(parameter.shape)}")
 
-    def _encode(self, templates: Sequence[str]) -> tuple[Tensor, Tensor]:
-        text, masks = encode(self.sd.text, templates, [self.noun], [self.tokens])  # (B, L, D), (B, 1, L)
+    def _encode(self, templates: Sequence[str]) -> tuple[Context, Tensor]:
+        context, masks = encode(self.sd.text, templates, [self.noun], [self.tokens])  # masks are (B, 1, L)
+        text = context.text
         mask = masks[:, 0].to(text.device)
         self.method.observe(self.tensors, *(self._everyone(rows) for rows in (text.detach(), mask)))
         if self.edits and (self._target_input is None or self.tokens is not None):
             self._target_input = self.method.target(self.sd, self.tensors, self.word)
-        gates = self.method.gates(self.gate, text, mask, self._target_input, self.inverse_covariance)
-        return text.to(self.sd.dtype), gates
+        compared = self.sd.text.comparable(text)
+        gates = self.method.gates(self.gate, compared, mask, self._target_input, self.inverse_covariance)
+        return context.to(text.device, self.sd.dtype), gates
 
     def _everyone(self, rows: Tensor) -> Tensor:
         """The rows of all processes, where every process encodes at every step: (B, …) -> (world · B, …)."""

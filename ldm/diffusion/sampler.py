@@ -8,6 +8,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ldm.models.attention import Context
 from ldm.util.cli import UserError
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -17,20 +18,23 @@ class Guided:
     """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598, eq. 6): two rows per image, one UNet call.
 
     Args:
-        unet: (latents, timesteps (B,), text (B, L, D)) -> prediction.
-        text: encodings of the prompts (B, L, D); their dtype is the one that the UNet runs in.
-        negative: encodings to be guided away from, (B, L, D) or (1, L, D); usually those of "".
+        unet: (latents, timesteps (B,), `Context` of B rows) -> prediction.
+        context: of the prompts, B rows; its text's dtype is the one that the UNet runs in.
+        negative: what to guide away from, B rows or one; usually that of "".
         scale: guidance; 1 is none, and then the second row is not computed.
     """
 
-    def __init__(self, unet: nn.Module, text: Tensor, negative: Tensor, scale: float) -> None:
+    def __init__(self, unet: nn.Module, context: Context, negative: Context, scale: float) -> None:
         self.unet, self.scale = unet, scale
-        self.context = text if scale == 1 else torch.cat([negative.expand_as(text), text])
+        rows = len(context.text)
+        together = [negative.map(lambda row: row.expand(rows, *row.shape[1:])), context]
+        self.context = context if scale == 1 else Context.cat(together)
 
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """Guided prediction (B, C, h, w) for latents (B, C, h, w) at one int64 timestep (scalar tensor)."""
-        rows = len(self.context) // len(latents)
-        inputs = latents.to(self.context.dtype).repeat(rows, 1, 1, 1)
+        text = self.context.text
+        rows = len(text) // len(latents)
+        inputs = latents.to(text.dtype).repeat(rows, 1, 1, 1)
         prediction = self.unet(inputs, timestep.expand(len(inputs)), self.context).to(latents.dtype)
         if rows == 1:
             return prediction

@@ -4,7 +4,9 @@ Legend for shapes: B batch, N image tokens, L text tokens, H heads, D head width
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +48,35 @@ class Context:
 
     Attributes:
         text: encodings of the prompts, float (B, L, D_text).
-        vector: what the UNet's time embedding is conditioned on beside the timestep, (B, D_vector); None is nothing.
+        pooled: one vector for each prompt, (B, P), which SDXL's time embedding is conditioned on; None for other models.
+        sizes: six integers for each image, (B, 6) int64, which SDXL's time embedding is conditioned on: height and width
+            of the photo before it was resized, top and left of the crop after that, height and width of the crop, in
+            pixels. None: a whole picture of the latents' size. Other models do not heed them.
     """
 
     text: Tensor
-    vector: Tensor | None = field(default=None, kw_only=True)
+    pooled: Tensor | None = field(default=None, kw_only=True)
+    sizes: Tensor | None = field(default=None, kw_only=True)
+
+    def becomes(self, kind: "type[C]", **fields: Any) -> "C":
+        """The same conditioning for a pass of another kind, which has these fields besides."""
+        return kind(text=self.text, pooled=self.pooled, sizes=self.sizes, **fields)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """With every tensor of the conditioning changed alike, such as `lambda rows: rows[2:]`."""
+        given = {"text": self.text, "pooled": self.pooled, "sizes": self.sizes}
+        return replace(self, **{name: change(tensor) for name, tensor in given.items() if tensor is not None})
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """On another device, and of another dtype; integers stay integers."""
+        return self.map(lambda rows: rows.to(device, dtype if rows.is_floating_point() else None))
+
+    @staticmethod
+    def cat(contexts: "Sequence[Context]") -> "Context":
+        """The rows of contexts of one model, one below the other."""
+        columns = ([getattr(c, name) for c in contexts] for name in ("text", "pooled", "sizes"))
+        text, pooled, sizes = (None if rows[0] is None else torch.cat(rows) for rows in columns)
+        return Context(text, pooled=pooled, sizes=sizes)
 
     def attend(self, layer: nn.Module, x: Tensor) -> Tensor:
         """What a wrapped layer gives for image tokens, (B, N, D) -> (B, N, D): here what the frozen one in it gives.
@@ -59,6 +85,9 @@ class Context:
             layer: it holds the frozen `CrossAttention` as `base`.
         """
         return layer.base(x, self)
+
+
+C = TypeVar("C", bound=Context)
 
 
 class CrossAttention(nn.Module):

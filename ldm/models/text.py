@@ -1,4 +1,4 @@
-"""Text encoders of Stable Diffusion: CLIP's text tower (SD 1.x) and OpenCLIP's (SD 2.x)."""
+"""Text encoders of Stable Diffusion: CLIP's text tower (SD 1.x), OpenCLIP's (SD 2.x), and both side by side (SDXL)."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,57 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ldm.models.attention import Context
 from ldm.models.tokenizer import Tokenizer
 from ldm.util.cli import UserError
 
 
-class ClipText(nn.Module):
+class TextEncoder(nn.Module):
+    """What the UNet and the methods know of a text encoder.
+
+    Attributes:
+        tokenizer: gives the ids that the methods take.
+        width: D, of the encodings and of the input embeddings.
+        vocab_size: V, of the table of input embeddings.
+        pooled_width: P, of the vector that the UNet takes beside the encodings; None where it takes none.
+    """
+
+    tokenizer: Tokenizer
+    width: int
+    vocab_size: int
+    pooled_width: int | None = None
+
+    @property
+    def embeddings(self) -> nn.Parameter:
+        """The input embedding of every token id, (V, D); a pair of encoders has no such table, but `embed`."""
+        raise NotImplementedError
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings (T, D) of token ids (T,) int64, on any device."""
+        return self.embeddings[ids.to(self.embeddings.device)]
+
+    def encode_tokens(self, tokens: Tensor, learned: Tensor | None = None) -> Tensor:
+        """Encodings (B, L, D) of token ids (B, L) int64, on any device; `learned` (T, D) embeds the ids from V on."""
+        raise NotImplementedError
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """Encodings (B, L, D) of a list of B strings."""
+        return self.encode_tokens(self.tokenizer(texts))
+
+    def context(self, tokens: Tensor, learned: Tensor | None = None) -> Context:
+        """All that the UNet takes of B prompts; arguments as of `encode_tokens`."""
+        return Context(self.encode_tokens(tokens, learned))
+
+    def unconditional(self, negative_prompt: str = "") -> Context:
+        """What classifier-free guidance guides away from, one row."""
+        return self.context(self.tokenizer([negative_prompt]))
+
+    def comparable(self, encodings: Tensor) -> Tensor:
+        """Encodings (…, D) as the gate compares them: here they have gone through the final norm already."""
+        return encodings
+
+
+class ClipText(TextEncoder):
     """CLIP's text tower: last layer, then the final norm (SD 1.x; Radford et al. 2021, arXiv 2103.00020).
 
     Parameters are named `transformer.text_model.*`, as in the published checkpoints, in every transformers
@@ -27,9 +73,10 @@ class ClipText(nn.Module):
         max_length: number of positions L.
         vocab_size: number of token embeddings; None takes the tokenizer's.
         hidden_act: activation of the feed-forward layers, by transformers' name.
+        skip: number of last layers whose output is not taken; with any, the final norm is left out too (SDXL: 1).
 
     Raises:
-        ValueError: tokenizer and model do not fit.
+        ValueError: tokenizer and model do not fit, or `skip` leaves no layer.
     """
 
     def __init__(
@@ -42,12 +89,14 @@ class ClipText(nn.Module):
         max_length: int = 77,
         vocab_size: int | None = None,
         hidden_act: str = "quick_gelu",
+        skip: int = 0,
     ) -> None:
         super().__init__()
         vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
-        _check_fit(tokenizer, vocab_size, max_length)
+        _check_fit(tokenizer, vocab_size, max_length, skip, layers)
         self.tokenizer = tokenizer
-        self.width = hidden_size
+        self.width, self.vocab_size = hidden_size, vocab_size
+        self.skip = skip
         config = CLIPTextConfig(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
@@ -68,28 +117,23 @@ class ClipText(nn.Module):
 
     @property
     def embeddings(self) -> nn.Parameter:
-        """The input embedding of every token id, (V, D)."""
         return self.transformer["text_model"].embeddings.token_embedding.weight
 
     def encode_tokens(self, tokens: Tensor, learned: Tensor | None = None) -> Tensor:
-        """Encodings (B, L, D) of token ids (B, L) int64, on any device; `learned` (T, D) embeds the ids from V on."""
         tower = self.transformer["text_model"]
-        tokens = tokens.to(tower.embeddings.position_ids.device)
-        if learned is None:
-            return tower(input_ids=tokens).last_hidden_state
-        rows = {"embeddings.token_embedding.weight": torch.cat([self.embeddings, learned.to(self.embeddings)])}
-        return functional_call(tower, rows, kwargs={"input_ids": tokens}).last_hidden_state
-
-    def forward(self, texts: Sequence[str]) -> Tensor:
-        """Encodings (B, L, D) of a list of B strings."""
-        return self.encode_tokens(self.tokenizer(texts))
+        inputs = {"input_ids": tokens.to(tower.embeddings.position_ids.device), "output_hidden_states": self.skip > 0}
+        rows = {}
+        if learned is not None:
+            rows["embeddings.token_embedding.weight"] = torch.cat([self.embeddings, learned.to(self.embeddings)])
+        output = functional_call(tower, rows, kwargs=inputs)
+        return output.hidden_states[-1 - self.skip] if self.skip else output.last_hidden_state
 
 
-class OpenClipText(nn.Module):
+class OpenClipText(TextEncoder):
     """OpenCLIP's text tower: penultimate layer, then the final norm (SD 2.x; Cherti et al. 2022, arXiv 2212.07143).
 
     Parameters are named `model.*`, as in the published checkpoints. The last layer and `text_projection` are for
-    `pooled` alone; `logit_scale` is stored there too, and unused.
+    `pooled` alone; `logit_scale` is stored there too, and never used.
 
     Args:
         tokenizer: its `context_length` must be `max_length`.
@@ -98,7 +142,8 @@ class OpenClipText(nn.Module):
         max_length: number of positions L.
         vocab_size: number of token embeddings; None takes the tokenizer's.
         projection_size: width of the space shared with images; None takes `hidden_size`.
-        skip: number of last layers that are not run.
+        skip: number of last layers that encodings do without.
+        pools: encodings do without the final norm too, and what they do without runs for `pooled` (SDXL).
 
     Raises:
         ValueError: tokenizer and model do not fit, or `skip` leaves no layer.
@@ -114,15 +159,14 @@ class OpenClipText(nn.Module):
         vocab_size: int | None = None,
         projection_size: int | None = None,
         skip: int = 1,
+        pools: bool = False,
     ) -> None:
         super().__init__()
         vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
-        _check_fit(tokenizer, vocab_size, max_length)
-        if not 0 <= skip < layers:
-            raise UserError(f"skip must lie between 0 and {layers - 1}, not {skip}")
+        _check_fit(tokenizer, vocab_size, max_length, skip, layers)
         self.tokenizer = tokenizer
-        self.width = hidden_size
-        self.skip = skip
+        self.width, self.vocab_size = hidden_size, vocab_size
+        self.skip, self.pools = skip, pools
         text = open_clip.CLIPTextCfg(
             context_length=max_length, vocab_size=vocab_size, width=hidden_size, heads=heads, layers=layers
         )
@@ -136,38 +180,96 @@ class OpenClipText(nn.Module):
 
     @property
     def embeddings(self) -> nn.Parameter:
-        """The input embedding of every token id, (V, D)."""
         return self.model.token_embedding.weight
 
     def encode_tokens(self, tokens: Tensor, learned: Tensor | None = None) -> Tensor:
-        """Encodings (B, L, D) of token ids (B, L) int64, on any device; `learned` (T, D) embeds the ids from V on."""
-        return self._run(tokens, learned, self.skip)
+        states = self._run(tokens, learned, self.skip)
+        return states if self.pools else self.model.ln_final(states)
 
     def pooled(self, tokens: Tensor, learned: Tensor | None = None) -> Tensor:
         """One vector (B, P) for each text: the last layer's state at the end token, projected; arguments as above.
 
         SDXL conditions its time embedding on it (Podell et al. 2023, arXiv 2307.01952).
         """
-        states = self._run(tokens, learned, skip=0)  # (B, L, D)
-        ends = (tokens == self.tokenizer.eos).int().argmax(1).to(states.device)  # (B,), the first one
+        states = self.model.ln_final(self._run(tokens, learned, skip=0))  # (B, L, D)
+        ends = (tokens == self.tokenizer.eos).int().argmax(1).to(states.device)  # (B,), the first; learned ids are higher
         return states[torch.arange(len(states), device=states.device), ends] @ self.model.text_projection
 
     def _run(self, tokens: Tensor, learned: Tensor | None, skip: int) -> Tensor:
-        """States (B, L, D) behind all layers but the last `skip`, normalised."""
+        """States (B, L, D) behind all layers but the last `skip`."""
         model, mask, rows = self.model, self.model.attn_mask, self.embeddings
         rows = rows if learned is None else torch.cat([rows, learned.to(rows)])
         x = F.embedding(tokens.to(mask.device), rows) + model.positional_embedding  # (B, L, D)
         blocks = model.transformer.resblocks
         for block in blocks[: len(blocks) - skip]:
             x = block(x, attn_mask=mask)
-        return model.ln_final(x)
-
-    def forward(self, texts: Sequence[str]) -> Tensor:
-        """Encodings (B, L, D) of a list of B strings."""
-        return self.encode_tokens(self.tokenizer(texts))
+        return x
 
 
-def _check_fit(tokenizer: Tokenizer, vocab_size: int, max_length: int) -> None:
+class TextPair(TextEncoder):
+    """SDXL's two text encoders (Podell et al. 2023, arXiv 2307.01952): encodings of both, one beside the other.
+
+    A prompt is tokenised once, by the first tokenizer; the second encoder reads the same ids with its own padding. Both
+    attend only to what came before, so a token has the same place in either. `pooled` is the second encoder's.
+
+    Parameters are named `embedders.0.*` and `embedders.1.*`, as in the published checkpoints.
+
+    Args:
+        first: CLIP ViT-L, penultimate layer.
+        second: OpenCLIP ViT-bigG, penultimate layer, with `pools`.
+
+    Raises:
+        ValueError: tokenizers of different vocabularies or lengths, or a second encoder that does not pool.
+    """
+
+    def __init__(self, first: ClipText, second: OpenClipText) -> None:
+        super().__init__()
+        sizes = [(text.tokenizer.vocab_size, text.vocab_size, text.tokenizer.context_length) for text in (first, second)]
+        if sizes[0] != sizes[1]:
+            raise UserError(f"both text encoders must read the same ids, and as many: {sizes[0]} and {sizes[1]}")
+        if not second.pools:
+            raise UserError("pools: must be true for the second text encoder")
+        self.embedders = nn.ModuleList([first, second])
+        self.tokenizer = first.tokenizer
+        self.width, self.vocab_size = first.width + second.width, first.vocab_size
+        self.pooled_width = second.model.text_projection.shape[1]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return torch.cat([text.embed(ids) for text in self.embedders], dim=-1)
+
+    def encode_tokens(self, tokens: Tensor, learned: Tensor | None = None) -> Tensor:
+        return torch.cat([text.encode_tokens(*read) for text, read in self._read(tokens, learned)], dim=-1)
+
+    def context(self, tokens: Tensor, learned: Tensor | None = None) -> Context:
+        _, (second, read) = self._read(tokens, learned)
+        return Context(self.encode_tokens(tokens, learned), pooled=second.pooled(*read))
+
+    def unconditional(self, negative_prompt: str = "") -> Context:
+        """All zeros for an empty negative prompt, as SDXL was trained; anything else is encoded, also a space."""
+        context = self.context(self.tokenizer([negative_prompt]))
+        return context if negative_prompt else context.map(torch.zeros_like)
+
+    def comparable(self, encodings: Tensor) -> Tensor:
+        """Each encoder's part under its own final norm, which SD 1.5's and 2.1's encodings have gone through."""
+        first, second = self.embedders
+        norms = first.transformer["text_model"].final_layer_norm, second.model.ln_final
+        parts = encodings.to(norms[0].weight).split([first.width, second.width], dim=-1)
+        return torch.cat([norm(part) for norm, part in zip(norms, parts, strict=True)], dim=-1)
+
+    def _read(self, tokens: Tensor, learned: Tensor | None) -> list[tuple[TextEncoder, tuple[Tensor, Tensor | None]]]:
+        """Each encoder with the ids and the learned embeddings that it reads."""
+        first, second = self.embedders
+        ended = (tokens == self.tokenizer.eos).cumsum(1) > 0
+        padding = ended.roll(1, dims=1)  # what is behind the first end token
+        padding[:, 0] = False
+        parts = [None, None] if learned is None else learned.split([first.width, second.width], dim=-1)
+        ids = tokens, tokens.masked_fill(padding, second.tokenizer.pad)
+        return [(text, read) for text, *read in zip(self.embedders, ids, parts, strict=True)]
+
+
+def _check_fit(tokenizer: Tokenizer, vocab_size: int, max_length: int, skip: int, layers: int) -> None:
+    if not 0 <= skip < layers:
+        raise UserError(f"skip must lie between 0 and {layers - 1}, not {skip}")
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the text encoder only {vocab_size}")
     if tokenizer.context_length != max_length:

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from ldm.models.attention import Context, SpatialTransformer, normalise, zeroed
 from ldm.util.cli import UserError
 
+SIZES, SIZE_FEATURES = 6, 256  # integers that SDXL conditions on, and sinusoids of each
+
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Sinusoids of the timestep, cosines first: (B,) -> float32 (B, dim), dim even (Vaswani et al. 2017)."""
@@ -18,6 +20,11 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
     angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponents)  # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def size_embedding(sizes: Tensor) -> Tensor:
+    """Sinusoids of each of S integers, (B, S) int64 -> float32 (B, S·256); bfloat16 has no 1023 (SDXL, section 2.2)."""
+    return timestep_embedding(sizes.flatten(), SIZE_FEATURES).unflatten(0, sizes.shape).flatten(1)
 
 
 class Downsample(nn.Module):
@@ -95,19 +102,24 @@ class UNet(nn.Module):
         num_heads: heads of every attention layer (SD 1); exclusive with `num_head_channels`.
         num_head_channels: width of every head (SD 2).
         context_dim: width of the text encodings.
-        transformer_depth: transformer blocks in each transformer.
+        transformer_depth: transformer blocks in each transformer; a list has one number for each level, finest first,
+            and the middle block has the last one (SDXL).
         use_linear: linear projections around the transformers (SD 2) instead of 1×1 convolutions (SD 1).
         upcast_attention: attention in float32 (SD 2.1 768).
         checkpoint: recompute each block in the backward pass instead of storing its activations; an attribute of
             the same name switches it later.
         norm_groups: groups of every GroupNorm; fewer where a width has no such divisor.
-        vector_dim: width of the context's `vector`, which conditions the time embedding (SDXL); None takes none.
+        pooled_dim: width of the context's `pooled`, which conditions the time embedding together with its `sizes`
+            (SDXL: Podell et al. 2023, arXiv 2307.01952, section 2.2); None takes neither.
+        pixels: side of the square of pixels that a latent stands for; used where the context has no sizes.
 
     Attributes:
         factor: the ratio of the finest level's size to the coarsest's; sides of latents must be divisible by it.
+        depths: `transformer_depth` of each level.
 
     Raises:
-        ValueError: unless exactly one of `num_heads` and `num_head_channels` is given and divides every width.
+        ValueError: unless exactly one of `num_heads` and `num_head_channels` is given and divides every width; a list of
+            depths that has not one for each level.
     """
 
     def __init__(
@@ -121,12 +133,13 @@ class UNet(nn.Module):
         num_heads: int | None = None,
         num_head_channels: int | None = None,
         context_dim: int = 768,
-        transformer_depth: int = 1,
+        transformer_depth: int | Sequence[int] = 1,
         use_linear: bool = False,
         upcast_attention: bool = False,
         checkpoint: bool = False,
         norm_groups: int = 32,
-        vector_dim: int | None = None,
+        pooled_dim: int | None = None,
+        pixels: int = 8,
     ):
         super().__init__()
         divisor = num_head_channels if num_heads is None else num_heads
@@ -136,9 +149,14 @@ class UNet(nn.Module):
         self.context_dim = context_dim
         self.factor = 2 ** (len(channel_mult) - 1)
         self.checkpoint = checkpoint
+        self.pooled_dim, self.pixels = pooled_dim, pixels
+        levels = len(channel_mult)
+        self.depths = (transformer_depth,) * levels if isinstance(transformer_depth, int) else tuple(transformer_depth)
+        if len(self.depths) != levels:
+            raise UserError(f"transformer_depth: {len(self.depths)} numbers for {levels} levels (channel_mult)")
         time_dim = 4 * model_channels
 
-        def transformer(channels: int) -> SpatialTransformer:
+        def transformer(channels: int, depth: int) -> SpatialTransformer:
             if channels % divisor:
                 raise UserError(f"{channels} channels do not divide into heads: {num_heads=}, {num_head_channels=}")
             heads = num_heads or channels // divisor
@@ -147,18 +165,17 @@ class UNet(nn.Module):
                 heads,
                 channels // heads,
                 context_dim,
-                transformer_depth,
+                depth,
                 use_linear,
                 upcast_attention,
                 norm_groups,
             )
 
         self.time_embed = nn.Sequential(nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-        self.label_emb = (
-            None
-            if vector_dim is None
-            else nn.Sequential(nn.Sequential(nn.Linear(vector_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)))
-        )
+        self.label_emb = None
+        if pooled_dim is not None:
+            first = nn.Linear(pooled_dim + SIZES * SIZE_FEATURES, time_dim)
+            self.label_emb = nn.Sequential(nn.Sequential(first, nn.SiLU(), nn.Linear(time_dim, time_dim)))
 
         channels = model_channels
         self.input_blocks = nn.ModuleList([Block(nn.Conv2d(in_channels, channels, 3, padding=1))])
@@ -168,7 +185,7 @@ class UNet(nn.Module):
                 layers = [ResBlock(channels, time_dim, multiple * model_channels, norm_groups)]
                 channels = multiple * model_channels
                 if 2**level in attention_resolutions:
-                    layers.append(transformer(channels))
+                    layers.append(transformer(channels, self.depths[level]))
                 self.input_blocks.append(Block(*layers))
                 skips.append(channels)
             if level < len(channel_mult) - 1:
@@ -177,7 +194,7 @@ class UNet(nn.Module):
 
         self.middle_block = Block(
             ResBlock(channels, time_dim, channels, norm_groups),
-            transformer(channels),
+            transformer(channels, self.depths[-1]),
             ResBlock(channels, time_dim, channels, norm_groups),
         )
 
@@ -187,7 +204,7 @@ class UNet(nn.Module):
                 layers = [ResBlock(channels + skips.pop(), time_dim, multiple * model_channels, norm_groups)]
                 channels = multiple * model_channels
                 if 2**level in attention_resolutions:
-                    layers.append(transformer(channels))
+                    layers.append(transformer(channels, self.depths[level]))
                 if level > 0 and i == num_res_blocks:
                     layers.append(Upsample(channels))
                 self.output_blocks.append(Block(*layers))
@@ -211,18 +228,18 @@ class UNet(nn.Module):
             (B, out_channels, h, w).
 
         Raises:
-            ValueError: if h or w is not divisible by `self.factor`, or if the context lacks the vector that the UNet
-                takes, or has one that it does not take.
+            ValueError: if h or w is not divisible by `self.factor`, or if the context lacks the pooled vector that the
+                UNet takes, or has one that it does not take.
         """
         if latents.shape[2] % self.factor or latents.shape[3] % self.factor:
             raise ValueError(f"latents of shape {tuple(latents.shape)}: sides must be divisible by {self.factor}")
         if not isinstance(context, Context):
             context = Context(context)
         time = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(latents.dtype))  # (B, time_dim)
-        if (self.label_emb is None) != (context.vector is None):
-            raise ValueError(f"the context has {'no' if context.vector is None else 'a'} vector, unlike the UNet")
+        if (self.label_emb is None) != (context.pooled is None):
+            raise ValueError(f"the context has {'no' if context.pooled is None else 'a'} pooled vector, unlike the UNet")
         if self.label_emb is not None:
-            time = time + self.label_emb(context.vector)
+            time = time + self.label_emb(self._vector(latents, context))
         h, skips = latents, []
         for block in self.input_blocks:
             h = self._run(block, h, time, context)
@@ -231,6 +248,15 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             h = self._run(block, torch.cat([h, skips.pop()], dim=1), time, context)
         return self.out(h)
+
+    def _vector(self, latents: Tensor, context: Context) -> Tensor:
+        """What the time embedding is conditioned on beside the timestep: (B, pooled_dim + 6·256)."""
+        sizes = context.sizes
+        if sizes is None:
+            height, width = (self.pixels * side for side in latents.shape[2:])
+            sizes = torch.tensor([[height, width, 0, 0, height, width]], device=latents.device)
+            sizes = sizes.expand(len(latents), -1)
+        return torch.cat([context.pooled, size_embedding(sizes).to(context.pooled.dtype)], dim=1).to(latents.dtype)
 
     def _run(self, block: Block, x: Tensor, time: Tensor, context: Context) -> Tensor:
         if self.checkpoint and torch.is_grad_enabled():

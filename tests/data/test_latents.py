@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from data.dataset import ConceptImages
-from data.latents import ConceptBatches, ConceptData, LatentCache
+from data.latents import ConceptBatches, ConceptData, LatentCache, photo_sizes
 from ldm.models.autoencoder import coverage
 from tests.data.conftest import attached
 
@@ -23,7 +23,7 @@ def first(batches: ConceptBatches, count: int) -> list[dict]:
 def counted(sides: int, photos: int) -> LatentCache:
     """Latents whose value is 10 · side + photo."""
     values = 10 * torch.arange(sides).view(-1, 1) + torch.arange(photos)
-    return LatentCache(values.view(sides, photos, 1, 1, 1).float(), None)
+    return LatentCache(values.view(sides, photos, 1, 1, 1).float(), None, values[..., None].expand(-1, -1, 6))
 
 
 @torch.no_grad()
@@ -45,6 +45,24 @@ def test_a_thin_part_of_a_mask_counts_the_same_wherever_it_lies(offset):
     small = coverage(masks, (8, 8))
     assert small.shape == (1, 1, 8, 8) and small.sum().item() == pytest.approx(8 * 3 / 8)
     assert (small[0, 0, 0, 2] + small[0, 0, 0, 3]).item() == pytest.approx(3 / 8)
+
+
+def test_sizes_are_of_the_photo_the_crop_in_the_resized_photo_and_the_square():
+    own, mirrored = photo_sizes(1500, 1000, 512)
+    assert own == [1000, 1500, 0, 128, 512, 512]  # resized to 768 × 512; height before width
+    assert mirrored == own
+    own, mirrored = photo_sizes(1003, 1000, 1000)
+    assert (own[3], mirrored[3]) == (1, 2)  # of three columns too many, the mirror image lacks the other ones
+    assert photo_sizes(700, 1400, 350)[0] == [1400, 700, 175, 0, 350, 350]
+
+
+def test_every_photo_and_its_mirror_image_keep_their_sizes(images, vae):
+    cache = LatentCache.encode(images, vae, flip=True)
+    assert cache.sizes.shape == (2, 3, 6) and cache.sizes.dtype == torch.int64
+    assert cache.sizes[0].tolist() == [[20, 24, 0, 1, 16, 16]] * 3  # 24 × 20 becomes 19 × 16
+    assert cache.sizes[1].tolist() == [[20, 24, 0, 2, 16, 16]] * 3
+    batch = first(ConceptBatches(counted(2, 5), [["{}"]] * 5, 20, flip_p=0.5), 1)[0]
+    assert torch.equal(batch["sizes"], batch["latents"].view(20, 1).long().expand(-1, 6))
 
 
 def test_overflow_is_not_trained_on(images, vae, monkeypatch):

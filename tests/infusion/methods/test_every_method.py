@@ -116,7 +116,7 @@ def test_training_and_sampling_are_the_same_model(sd, name, batch, latents):
     if name == "perfusion":
         text, gates = module.encode(TEMPLATES)
         module.tensors["target_input"].data.copy_(concept.tensors["target_input"])
-        gates = module.method.gates(module.gate, text, gates[:, 0] > 0, concept.tensors["target_input"], None)
+        gates = module.method.gates(module.gate, text.text, gates[:, 0] > 0, concept.tensors["target_input"], None)
     with torch.no_grad():
         expected = module.method.predict(sd.unet, latents, torch.tensor([400, 400]), text, gates, {})
     torch.testing.assert_close(predict(sd, [concept], TEMPLATES, latents), expected, atol=1e-5, rtol=1e-5)

@@ -4,6 +4,7 @@ import torch
 from infusion.inject import inject
 from infusion.methods import find_method, method_names
 from infusion.methods.infusion import Infusion
+from ldm.models.attention import Context
 from tests.infusion.conftest import infusion_edits, inputs, random_residuals, tiny_unet
 
 
@@ -41,7 +42,7 @@ def test_keys_are_learned_beside_values():
     random_residuals(edits)
     inject(unet, edits)
     latents, timesteps, text, gates = inputs(dtype=torch.float32)
-    method.predict(unet, latents, timesteps, text, gates, {}).square().mean().backward()
+    method.predict(unet, latents, timesteps, Context(text), gates, {}).square().mean().backward()
     for name, edit in edits.items():
         assert edit.key.shape == edit.residual.shape and edit.key.grad.abs().max() > 0, name
 
@@ -55,7 +56,7 @@ def test_gradients_reach_the_residuals_and_nothing_else(attention):
     inject(unet, edits)
     latents, timesteps, text, gates = inputs(dtype=torch.float32)
     tape = {}
-    method.predict(unet, latents, timesteps, text, gates, tape).square().mean().backward()
+    method.predict(unet, latents, timesteps, Context(text), gates, tape).square().mean().backward()
     with_gradient = {name for name, parameter in unet.named_parameters() if parameter.grad is not None}
     assert with_gradient == {f"{name}.edits.0.residual" for name in edits}
     assert list(tape) == list(edits)

@@ -106,7 +106,7 @@ def test_one_call_with_three_rows_per_image(sd, latents):
     denoise(sd, [make_concept(sd)], ["a {}", "{}"], latents, scale=1)
     denoise(sd, [make_concept(sd, attention="own")], ["a {}", "{}"], latents)
     denoise(sd, [make_concept(sd)], ["a dog", "a cow"], latents)
-    assert calls == [("StackedPass", 5), ("StackedPass", 4), ("OwnPass", 4), ("Tensor", 4)]
+    assert calls == [("StackedPass", 5), ("StackedPass", 4), ("OwnPass", 4), ("Context", 4)]
 
 
 def test_several_concepts_commute_and_have_their_own_blending(sd, latents):

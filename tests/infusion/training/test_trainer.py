@@ -189,11 +189,12 @@ def test_encoding_runs_once_for_each_template(sd):
     expected = sd.text([prompt])
     gate = Gate()(expected, mask[None], target_input(sd.text, Word("cat", tuple(TEMPLATES))))
     seen = []
-    sd.text.register_forward_pre_hook(lambda _, args: seen.extend(args[0]))
+    tower = sd.text.transformer["text_model"]
+    tower.register_forward_pre_hook(lambda _, args, given: seen.extend(given["input_ids"]), with_kwargs=True)
     for _ in range(3):
-        text, gates = module.encode(["the {}", "a photo of a {}", "the {}"])
+        context, gates = module.encode(["the {}", "a photo of a {}", "the {}"])
     assert len(seen) == 4  # two for the target input, two for the batch
-    assert torch.equal(text[0], expected[0]) and torch.equal(text[2], expected[0])
+    assert torch.equal(context.text[0], expected[0]) and torch.equal(context.text[2], expected[0])
     assert torch.equal(gates[0], gate)
 
 
@@ -202,9 +203,10 @@ def test_shares_are_those_of_the_tape(sd):
     with torch.no_grad():
         for parameter in module.tensors.values():
             parameter.copy_(torch.randn(parameter.shape))
-    text, gates = module.encode(TEMPLATES)
+    context, gates = module.encode(TEMPLATES)
     tape = {}
-    sd.unet(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), FoundationPass(text, gates, tape))
+    foundation = context.becomes(FoundationPass, gates=gates, tape=tape)
+    sd.unet(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), foundation)
     for name, share in module.shares(tape).items():
         out, mass = tape[name]
         added = torch.einsum("bhn,hd->bnhd", mass[:, 0], module.tensors[name].view(2, -1)).flatten(2)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ldm.diffusion.sampler import Guided, initial_noise, sample
 from ldm.diffusion.schedule import SAMPLERS, Schedule
+from ldm.models.attention import Context
 
 NOISY = [("ddim", 1.0), ("euler_a", 0.0)]
 SHAPE = (4, 3, 3)
@@ -120,20 +121,20 @@ class Sum(torch.nn.Module):
         super().__init__()
         self.rows: list[int] = []
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        assert latents.dtype == context.dtype and timesteps.shape == (len(latents),)
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Context) -> Tensor:
+        assert latents.dtype == context.text.dtype and timesteps.shape == (len(latents),)
         self.rows.append(len(latents))
-        return latents * context.sum((1, 2))[:, None, None, None] + timesteps[:, None, None, None].to(latents.dtype)
+        return latents * context.text.sum((1, 2))[:, None, None, None] + timesteps[:, None, None, None].to(latents.dtype)
 
 
 def test_guidance_goes_past_the_prompt_away_from_the_negative():
     unet, latents, t = Sum(), torch.ones(2, *SHAPE), torch.tensor(5)
-    text, negative = torch.tensor([3.0, 4.0]).view(2, 1, 1), torch.tensor([1.0]).view(1, 1, 1)
+    text, negative = (Context(torch.tensor(values).view(-1, 1, 1)) for values in ([3.0, 4.0], [1.0]))
     guided = Guided(unet, text, negative, 2.0)(latents, t)
     assert guided[:, 0, 0, 0].tolist() == [6 + 2 * (8 - 6), 6 + 2 * (9 - 6)]
     assert torch.equal(Guided(unet, text, negative, 1.0)(latents, t)[:, 0, 0, 0], torch.tensor([8.0, 9.0]))
     assert unet.rows == [4, 2]  # without guidance nothing is computed for the negative prompt
-    half = Guided(unet, text.half(), negative.half(), 2.0)(latents, t)
+    half = Guided(unet, text.to("cpu", torch.half), negative.to("cpu", torch.half), 2.0)(latents, t)
     assert half.dtype == torch.float32 and torch.equal(half, guided)
 
 

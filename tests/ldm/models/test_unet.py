@@ -7,8 +7,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import nn
 
-from ldm.models.attention import Context, CrossAttention
-from ldm.models.unet import ResBlock, UNet, timestep_embedding
+from ldm.models.attention import Context, CrossAttention, SpatialTransformer
+from ldm.models.unet import ResBlock, UNet, size_embedding, timestep_embedding
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 SD15 = dict(num_heads=8, context_dim=768)
@@ -243,24 +243,51 @@ def test_equals_diffusers(version):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_a_vector_conditions_the_time_embedding():
+def test_a_pooled_vector_and_sizes_condition_the_time_embedding():
     options = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "num_heads": 2, "context_dim": 8}
     torch.manual_seed(0)
-    unet = UNet(attention_resolutions=(1,), vector_dim=6, **options)
+    unet = UNet(attention_resolutions=(1,), pooled_dim=6, **options)
     nn.init.normal_(unet.out[2].weight)
     for module in unet.modules():
         if isinstance(module, ResBlock):
             nn.init.normal_(module.out_layers[3].weight, std=0.1)
     latents, timesteps, text = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 8)
-    first, other = (unet(latents, timesteps, Context(text, vector=torch.randn(2, 6))) for _ in range(2))
+    pooled = torch.randn(2, 6)
+    first, other = (unet(latents, timesteps, Context(text, pooled=rows)) for rows in (pooled, torch.randn(2, 6)))
     assert not torch.allclose(first, other)
+    whole, cropped = torch.tensor([[64, 64, 0, 0, 64, 64]] * 2), torch.tensor([[64, 64, 0, 7, 64, 64]] * 2)
+    assert torch.equal(first, unet(latents, timesteps, Context(text, pooled=pooled, sizes=whole)))  # 8 pixels a latent
+    assert not torch.allclose(first, unet(latents, timesteps, Context(text, pooled=pooled, sizes=cropped)))
     nn.init.zeros_(unet.label_emb[0][2].weight)
     nn.init.zeros_(unet.label_emb[0][2].bias)
     without = UNet(attention_resolutions=(1,), **options)
     without.load_state_dict({name: t for name, t in unet.state_dict().items() if not name.startswith("label_emb")})
-    same = unet(latents, timesteps, Context(text, vector=torch.randn(2, 6)))
+    same = unet(latents, timesteps, Context(text, pooled=torch.randn(2, 6)))
     assert torch.equal(same, without(latents, timesteps, text))
-    with pytest.raises(ValueError, match="the context has no vector"):
+    with pytest.raises(ValueError, match="the context has no pooled vector"):
         unet(latents, timesteps, text)
-    with pytest.raises(ValueError, match="the context has a vector"):
-        without(latents, timesteps, Context(text, vector=torch.randn(2, 6)))
+    with pytest.raises(ValueError, match="the context has a pooled vector"):
+        without(latents, timesteps, Context(text, pooled=torch.randn(2, 6)))
+
+
+def test_sizes_are_embedded_as_exact_integers_one_after_the_other():
+    sizes = torch.tensor([[1023, 1024, 3, 0, 768, 1]])
+    expected = torch.cat([timestep_embedding(torch.tensor([size]), 256) for size in sizes[0]], dim=1)
+    assert torch.equal(size_embedding(sizes), expected) and expected.shape == (1, 1536)
+    unet = UNet(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, num_heads=2, context_dim=8, pooled_dim=4)
+    seen = []
+    unet.label_emb.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    context = Context(torch.randn(1, 5, 8), pooled=torch.randn(1, 4), sizes=sizes).to("cpu", torch.bfloat16)
+    unet.to(torch.bfloat16)(torch.randn(1, 4, 8, 8).bfloat16(), torch.tensor([3]), context)
+    assert torch.equal(seen[0], torch.cat([context.pooled, expected.bfloat16()], dim=1))
+
+
+def test_each_level_has_its_own_depth_and_the_middle_the_last():
+    options = {"model_channels": 32, "num_res_blocks": 1, "num_heads": 2, "context_dim": 8}
+    unet = UNet(channel_mult=(1, 2, 2), attention_resolutions=(2, 4), transformer_depth=[0, 1, 3], **options)
+    depths = {n: len(m.transformer_blocks) for n, m in unet.named_modules() if isinstance(m, SpatialTransformer)}
+    blocks = {"input_blocks": {3: 1, 5: 3}, "output_blocks": {0: 3, 1: 3, 2: 1, 3: 1}}
+    expected = {f"{side}.{i}.1": depth for side, own in blocks.items() for i, depth in own.items()}
+    assert depths == expected | {"middle_block.1": 3}
+    with pytest.raises(ValueError, match="transformer_depth: 2 numbers for 3 levels"):
+        UNet(channel_mult=(1, 2, 2), transformer_depth=[1, 2], **options)
