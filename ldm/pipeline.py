@@ -20,7 +20,8 @@ from ldm.models.unet import UNet
 from ldm.util.cli import UserError, suggestion
 from ldm.util.config import ConfigError, find, instantiate, load_config
 from ldm.weights import checkpoint as files
-from ldm.weights.recognise import guess
+from ldm.weights.names import prefix_of
+from ldm.weights.recognise import guess, refusal, stated_prediction
 
 DECODED = 4  # images at a time: more are no faster, and the decoder needs a gigabyte for one of 512 × 512
 LARGE = 768 * 768  # pixels of an image; larger ones are decoded one at a time
@@ -152,9 +153,9 @@ class StableDiffusion(nn.Module):
             ValueError: no such file, or a file that does not hold exactly this model.
         """
         path = self._usual_weights() if path is None else Path(path)
-        if path.is_dir():
-            self._check_folder(path)
-        modules = {prefix: getattr(self, name) for name, prefix in files.PREFIXES.items()}
+        self._check_kind(path)
+        parts = {component: getattr(self, component) for component in files.PREFIXES}
+        modules = {prefix_of(component, module): module for component, module in parts.items()}
         unexpected = files.load_into(modules, path, use_ema, device)
         if unexpected:
             shown = files.listed(unexpected)
@@ -176,6 +177,8 @@ class StableDiffusion(nn.Module):
         if component not in files.PREFIXES:
             raise UserError(f"parts.{component}: unknown component{suggestion(component, list(files.PREFIXES))}")
         path = Path(path)
+        if component == "unet":
+            self._check_kind(path)
         files.load_part(component, getattr(self, component), path, device)
         self.sources[component] = path
         self.use_ema &= component != "unet"
@@ -355,13 +358,16 @@ class StableDiffusion(nn.Module):
         """What is remembered of files is of others than those in use now."""
         self.__dict__.pop("digests", None)
 
-    def _check_folder(self, path: Path) -> None:
-        """A diffusers folder says what its UNet predicts, which tensors do not."""
-        with files.open_checkpoint(path) as folder:
-            theirs, ours = folder.prediction_type, self.schedule.prediction_type
+    def _check_kind(self, path: Path) -> None:
+        """A file may say what its UNet predicts and how its noise is scheduled, which shapes of tensors do not."""
+        with files.open_checkpoint(path) as file:
+            if why := refusal(file):
+                raise UserError(f"{path}: {why}")
+            (theirs, source), ours = stated_prediction(file), self.schedule.prediction_type
             if theirs is not None and theirs != ours:
                 raise UserError(
-                    f"{path}: its UNet predicts {theirs}, {self.architecture} predicts {ours}; {guess(folder)}"
+                    f"{path}: its UNet predicts {theirs}, {self.architecture} predicts {ours} ({source}; "
+                    f"sd.params.schedule.params.prediction_type is the key); {guess(file)}"
                 )
 
     def _usual_weights(self, source: str | None = None) -> Path:

@@ -77,7 +77,8 @@ def load_text_encoder(flags: argparse.Namespace, config: DictConfig, weights: Pa
     import torch  # after the flags: it takes seconds
 
     from ldm.models.text import ClipText, OpenClipText
-    from ldm.weights.checkpoint import PREFIXES, load_into, load_part
+    from ldm.weights.checkpoint import load_into, load_part
+    from ldm.weights.names import prefix_of
 
     with torch.device("meta"):
         text = instantiate(OmegaConf.to_container(config.sd.params.text, resolve=True), "sd.params.text")
@@ -86,7 +87,7 @@ def load_text_encoder(flags: argparse.Namespace, config: DictConfig, weights: Pa
     if flags.part:
         load_part("text", text, weights)
     else:
-        load_into({PREFIXES["text"]: text}, weights)
+        load_into({prefix_of("text", text): text}, weights)
     return text.requires_grad_(False).eval().to(find_device(flags.device))
 
 

@@ -22,6 +22,7 @@ MODELSPEC_ARCHITECTURES = {
     "sd15": "stable-diffusion-v1",
     "sd21": "stable-diffusion-v2-512",
     "sd21_768": "stable-diffusion-v2-768-v",
+    "sdxl": "stable-diffusion-xl-v1-base",
 }
 
 

@@ -48,10 +48,10 @@ class Context:
 
     Attributes:
         text: encodings of the prompts, float (B, L, D_text).
-        pooled: one vector for each prompt, (B, P), which SDXL's time embedding is conditioned on; None for other models.
-        sizes: six integers for each image, (B, 6) int64, which SDXL's time embedding is conditioned on: height and width
-            of the photo before it was resized, top and left of the crop after that, height and width of the crop, in
-            pixels. None: a whole picture of the latents' size. Other models do not heed them.
+        pooled: one vector for each prompt, (B, P), which conditions SDXL's time embedding; None for other models.
+        sizes: six integers for each image, (B, 6) int64, which do so too: height and width of the photo before it was
+            resized, top and left of the crop after that, height and width of the crop, in pixels. None: a whole picture
+            of the latents' size. Other models do not heed them.
     """
 
     text: Tensor

@@ -192,7 +192,8 @@ class OpenClipText(TextEncoder):
         SDXL conditions its time embedding on it (Podell et al. 2023, arXiv 2307.01952).
         """
         states = self.model.ln_final(self._run(tokens, learned, skip=0))  # (B, L, D)
-        ends = (tokens == self.tokenizer.eos).int().argmax(1).to(states.device)  # (B,), the first; learned ids are higher
+        # the first end token, (B,): not the highest id, which a learned word has
+        ends = (tokens == self.tokenizer.eos).int().argmax(1).to(states.device)
         return states[torch.arange(len(states), device=states.device), ends] @ self.model.text_projection
 
     def _run(self, tokens: Tensor, learned: Tensor | None, skip: int) -> Tensor:
@@ -224,9 +225,9 @@ class TextPair(TextEncoder):
 
     def __init__(self, first: ClipText, second: OpenClipText) -> None:
         super().__init__()
-        sizes = [(text.tokenizer.vocab_size, text.vocab_size, text.tokenizer.context_length) for text in (first, second)]
-        if sizes[0] != sizes[1]:
-            raise UserError(f"both text encoders must read the same ids, and as many: {sizes[0]} and {sizes[1]}")
+        read = [(text.vocab_size, text.tokenizer.vocab_size, text.tokenizer.context_length) for text in (first, second)]
+        if read[0] != read[1]:
+            raise UserError(f"both text encoders must read the same ids, and as many: {read[0]} and {read[1]}")
         if not second.pools:
             raise UserError("pools: must be true for the second text encoder")
         self.embedders = nn.ModuleList([first, second])

@@ -118,8 +118,8 @@ class UNet(nn.Module):
         depths: `transformer_depth` of each level.
 
     Raises:
-        ValueError: unless exactly one of `num_heads` and `num_head_channels` is given and divides every width; a list of
-            depths that has not one for each level.
+        ValueError: unless exactly one of `num_heads` and `num_head_channels` is given and divides every width; a list
+            of depths that has not one for each level.
     """
 
     def __init__(
@@ -237,7 +237,8 @@ class UNet(nn.Module):
             context = Context(context)
         time = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(latents.dtype))  # (B, time_dim)
         if (self.label_emb is None) != (context.pooled is None):
-            raise ValueError(f"the context has {'no' if context.pooled is None else 'a'} pooled vector, unlike the UNet")
+            lacks = "no" if context.pooled is None else "a"
+            raise ValueError(f"the context has {lacks} pooled vector, unlike the UNet")
         if self.label_emb is not None:
             time = time + self.label_emb(self._vector(latents, context))
         h, skips = latents, []

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ldm.pipeline import StableDiffusion
 from ldm.training.optimise import adamw
 from ldm.util.cli import UserError
-from ldm.weights.checkpoint import PREFIXES
+from ldm.weights.names import PREFIXES, prefix_of
 
 
 class LatentDiffusion(pl.LightningModule):
@@ -75,7 +75,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def weights(self) -> dict[str, Tensor]:
         return {
-            prefix + name: tensor
-            for part, prefix in PREFIXES.items()
+            prefix_of(part, getattr(self.sd, part)) + name: tensor
+            for part in PREFIXES
             for name, tensor in getattr(self.sd, part).state_dict().items()
         }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 # component (attribute of StableDiffusion) -> what its tensors' names begin with in a checkpoint
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model."}
+PAIR = "conditioner."  # the same for SDXL's two text encoders
 CLIPSEG = "ckpt/clipseg-rd64-refined"
 POCKET = "pocket"  # names the pocket world's own network where a flag wants a folder or file
 POCKET_CLIP = Path("ckpt/pocket/clip.safetensors")

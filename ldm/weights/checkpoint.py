@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ldm.util import files
 from ldm.util.cli import UserError
-from ldm.weights.diffusers_layout import Folder, open_checkpoint, sha256
+from ldm.weights.diffusers_layout import Folder, open_checkpoint, sha256, transposes
 from ldm.weights.files import TensorFile
-from ldm.weights.names import EMA, PREFIXES, ignored, match
+from ldm.weights.names import EMA, PREFIXES, ignored, match, prefix_of
 from ldm.weights.recognise import guess
 
 __all__ = ["PREFIXES", "load_component", "load_into", "load_part", "open_checkpoint", "save", "sha256", "write"]
@@ -44,7 +44,7 @@ def load_into(
     (`ldm.weights.diffusers_layout.unrun`) become zero where the file lacks them.
 
     Args:
-        modules: prefix of the names in the file -> module; see `PREFIXES`. With the prefix "" the file may also be one
+        modules: prefix of the names in the file -> module; see `prefix_of`. With the prefix "" the file may also be one
             part of a diffusers folder.
         path: a file in LDM's layout, where CLIP's text tower may lack the level `text_model`; or a diffusers folder.
         use_ema: take the averaged weights of the UNet, `model_ema.*`.
@@ -74,7 +74,7 @@ def load_into(
             _materialise(prefix, module, device)
         for prefix, module in modules.items():
             for name, target in module.state_dict().items():
-                _fill(target, file, found.sources[prefix][name])
+                _fill(name, target, file, found.sources[prefix][name])
     return found.unexpected
 
 
@@ -91,7 +91,7 @@ def load_part(component: str, module: nn.Module, path: str | Path, device: torch
         ValueError: as `load_into`.
     """
     with TensorFile(path) as file:
-        candidates = (PREFIXES[component], f"{component}.", "")
+        candidates = (prefix_of(component, module), f"{component}.", "")
         prefix = next((prefix for prefix in candidates if any(name.startswith(prefix) for name in file.shapes)), "")
     load_into({prefix: module}, path, device=device)
 
@@ -114,8 +114,8 @@ def save(
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: the name must end in .safetensors")
     tensors = {
-        prefix + name: stored(tensor, dtype)
-        for component, prefix in PREFIXES.items()
+        prefix_of(component, modules[component]) + name: stored(tensor, dtype)
+        for component in PREFIXES
         for name, tensor in modules[component].state_dict().items()
     }
     write(path, tensors, {"modelspec.architecture": architecture})
@@ -152,13 +152,14 @@ def _materialise(prefix: str, module: nn.Module, device: torch.device | str) -> 
         module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
 
 
-def _fill(target: Tensor, file: TensorFile | Folder, sources: tuple[str, ...]) -> None:
+def _fill(name: str, target: Tensor, file: TensorFile | Folder, sources: tuple[str, ...]) -> None:
     """Values of one tensor, from the tensors of the file that are it, one below the other; zero from none."""
     if not sources:
         target.zero_()
         return
     parts = [file.read(name) for name in sources]
-    target.copy_((parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(target.shape))
+    values = parts[0] if len(parts) == 1 else torch.cat(parts)
+    target.copy_(values.mT if transposes(name, sources) else values.reshape(target.shape))
 
 
 def listed(names: Sequence[str]) -> str:

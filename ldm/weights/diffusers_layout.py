@@ -1,7 +1,7 @@
 """How diffusers and transformers name the tensors of this project's modules, by the modules' own structure.
 
-A diffusers folder holds each part in a folder of its own: `unet`, `vae`, `text_encoder`. The order of blocks is the
-same as in LDM; diffusers counts them by level, and the decoder's levels from the coarsest.
+A diffusers folder holds each part in a folder of its own: `unet`, `vae`, `text_encoder`, and SDXL's `text_encoder_2`.
+The order of blocks is the same as in LDM; diffusers counts them by level, and the decoder's levels from the coarsest.
 """
 
 import hashlib
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ldm.models.attention import SpatialTransformer
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.text import ClipText, OpenClipText
+from ldm.models.text import ClipText, OpenClipText, TextPair
 from ldm.models.unet import Downsample, ResBlock, UNet, Upsample
 from ldm.util import digests
 from ldm.util.cli import UserError
 from ldm.weights.files import TensorFile
 
 PARTS = {"unet": "unet", "vae": "vae", "text": "text_encoder"}  # component of StableDiffusion -> its folder
+TEXTS = ("text_encoder", "text_encoder_2")  # folders of SDXL's two
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of files of weights in it, best first
 ENDINGS = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
 RESBLOCK = {
@@ -40,6 +41,7 @@ CLIP_ENDS = {
     "positional_embedding": "embeddings.position_embedding.weight",
     "ln_final.weight": "final_layer_norm.weight",
     "ln_final.bias": "final_layer_norm.bias",
+    "text_projection": "text_projection.weight",  # transposed, see `transposes`
 }
 
 
@@ -48,8 +50,9 @@ class Folder:
 
     Attributes:
         path: the folder.
-        files: the part's folder ("unet", "vae", "text_encoder") -> its file of weights; a part may be missing.
+        files: the part's folder ("unet", "vae", "text_encoder", …) -> its file of weights; a part may be missing.
         shapes, dtypes: of every tensor, by name (`canonical`).
+        scheduler: the scheduler's settings; {} where the folder has none.
         prediction_type: "epsilon" or "v_prediction", as the folder's scheduler has it; None where it does not say.
 
     Raises:
@@ -62,12 +65,13 @@ class Folder:
         self.path = Path(path)
         self.metadata: dict[str, str] = {}
         self.content: dict[str, object] = {}
-        paths = {part: _weights(self.path / part) for part in PARTS.values()}
+        paths = {part: _weights(self.path / part) for part in (*PARTS.values(), TEXTS[1])}
         if not any(paths.values()):
-            raise UserError(f"{path}: no diffusers folder: there are no weights in {', '.join(paths)}")
+            raise UserError(f"{path}: no diffusers folder: there are no weights in {', '.join(PARTS.values())}")
         with ExitStack() as stack:
             self.files = {part: stack.enter_context(TensorFile(file)) for part, file in paths.items() if file}
-            self.prediction_type = _scheduler(self.path / "scheduler" / "scheduler_config.json").get("prediction_type")
+            self.scheduler = _scheduler(self.path / "scheduler" / "scheduler_config.json")
+            self.prediction_type = self.scheduler.get("prediction_type")
             self._stack = stack.pop_all()
         self._places = {
             f"{part}/{canonical(part, name)}": (file, name) for part, file in self.files.items() for name in file.shapes
@@ -110,7 +114,7 @@ def canonical(folder: str, name: str) -> str:
     if folder == "vae":
         match = re.fullmatch(r"(.*mid_block\.attentions\.0\.)(query|key|value|proj_attn)(\..*)", name)
         return match[1] + VAE_OF_OLD[match[2]] + match[3] if match else name
-    return name.removeprefix("text_model.") if folder == "text_encoder" else name
+    return name.removeprefix("text_model.") if folder in TEXTS else name
 
 
 def diffusers_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -119,7 +123,7 @@ def diffusers_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
     Tensors that diffusers does not store are left out: `unrun` ones.
 
     Raises:
-        TypeError: neither a UNet, nor an autoencoder, nor a text encoder.
+        TypeError: neither a UNet, nor an autoencoder, nor one text encoder.
     """
     names = list(module.state_dict())
     match module:
@@ -136,16 +140,30 @@ def diffusers_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
     raise TypeError(f"diffusers has no names for a {type(module).__name__}")
 
 
+def folders_of(component: str, module: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """The folders of a component of `StableDiffusion`: name -> what its tensors' names begin with here, and whose."""
+    if isinstance(module, TextPair):
+        own = zip(TEXTS, module.embedders, strict=True)
+        return {folder: (f"embedders.{i}.", text) for i, (folder, text) in enumerate(own)}
+    return {PARTS[component]: ("", module)}
+
+
+def transposes(ours: str, theirs: tuple[str, ...]) -> bool:
+    """Whether a tensor is stored transposed: OpenCLIP's projection is a matrix, transformers' a linear layer."""
+    return ours.endswith("model.text_projection") and theirs[0].endswith(".weight")
+
+
 def unrun(module: nn.Module) -> frozenset[str]:
     """Tensors that a module has and never uses, so that a file may lack them: of OpenCLIP, what follows the layer whose
-    output is taken. diffusers stores none of them, nor do single files made from its folders."""
+    output is taken, and `logit_scale`. diffusers stores none of them, nor do single files made from its folders."""
+    if isinstance(module, TextPair):
+        return frozenset(f"embedders.1.{name}" for name in unrun(module.embedders[1]))
     if not isinstance(module, OpenClipText):
         return frozenset()
     blocks = len(module.model.transformer.resblocks)
-    last = tuple(f"model.transformer.resblocks.{i}." for i in range(blocks - module.skip, blocks))
-    return frozenset(
-        name for name in module.state_dict() if name.startswith((*last, "model.text_projection", "model.logit_scale"))
-    )
+    unused = [f"model.transformer.resblocks.{i}." for i in range(blocks - module.skip, blocks)]
+    unused = ("model.logit_scale",) if module.pools else ("model.logit_scale", "model.text_projection", *unused)
+    return frozenset(name for name in module.state_dict() if name.startswith(unused))
 
 
 def _expand(module: nn.Module, ours: str, theirs: str) -> Iterator[tuple[str, str]]:
@@ -158,6 +176,9 @@ def _unet(unet: UNet) -> Iterator[tuple[str, str]]:
     """Pairs of submodules, this project's and diffusers', whose tensors have the same names."""
     yield "time_embed.0", "time_embedding.linear_1"
     yield "time_embed.2", "time_embedding.linear_2"
+    if unet.label_emb is not None:
+        yield "label_emb.0.0", "add_embedding.linear_1"
+        yield "label_emb.0.2", "add_embedding.linear_2"
     yield "input_blocks.0.0", "conv_in"
     yield "out.0", "conv_norm_out"
     yield "out.2", "conv_out"

@@ -9,19 +9,21 @@ from torch import Tensor, nn
 
 from ldm.models.attention import CrossAttention, SpatialTransformer
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.text import ClipText, OpenClipText
-from ldm.models.unet import Downsample, ResBlock, UNet
+from ldm.models.text import ClipText, OpenClipText, TextPair
+from ldm.models.tokenizer import Tokenizer
+from ldm.models.unet import SIZE_FEATURES, Downsample, ResBlock, UNet
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 from ldm.util.files import replacing
 from ldm.weights.checkpoint import stored, write
-from ldm.weights.diffusers_layout import PARTS, diffusers_names
+from ldm.weights.diffusers_layout import TEXTS, diffusers_names, folders_of, transposes
 
 VERSION = "0.29.0"  # of diffusers: from it on these configs are read as they are
 
 
 def export_diffusers(sd: StableDiffusion, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/` and `model_index.json`.
+    """Write `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/` and `model_index.json`, for SDXL also
+    `text_encoder_2/` and `tokenizer_2/`.
 
     What the text encoder never runs is left out, as diffusers does (`ldm.weights.diffusers_layout.unrun`).
 
@@ -37,23 +39,27 @@ def export_diffusers(sd: StableDiffusion, folder: str | Path, dtype: torch.dtype
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder}: exists already; name a new folder")
+    texts = {part: text for part, (_, text) in folders_of("text", sd.text).items()}
+    parts = {"unet": sd.unet, "vae": sd.vae} | texts
     configs = {
         "unet": unet_config(sd.unet, sd.image_size // sd.vae.factor),
         "vae": vae_config(sd.vae, sd.image_size),
-        "text_encoder": text_config(sd.text),
+        **{part: text_config(text) for part, text in texts.items()},
     }
     with replacing(folder) as partial:
-        for component, part in PARTS.items():
+        for part, module in parts.items():
             (partial / part).mkdir(parents=True)
             _json(partial / part / "config.json", configs[part])
-            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            tensors = diffusers_tensors(getattr(sd, component), dtype)
-            if part == "text_encoder":  # the level `text_model` is read by every version of transformers
-                tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
+            stem = "model" if part in texts else "diffusion_pytorch_model"
+            tensors = diffusers_tensors(module, dtype)
+            if part in texts:  # the level `text_model` is read by every version of transformers
+                level = {name: "" if name == "text_projection.weight" else "text_model." for name in tensors}
+                tensors = {level[name] + name: tensor for name, tensor in tensors.items()}
             write(partial / part / f"{stem}.safetensors", tensors)
         sd.schedule.scheduler("ddim").save_pretrained(partial / "scheduler")
-        _tokenizer(partial / "tokenizer", sd)
-        _json(partial / "model_index.json", _index())
+        for part, text in texts.items():
+            _tokenizer(partial / part.replace("text_encoder", "tokenizer"), text.tokenizer)
+        _json(partial / "model_index.json", _index(isinstance(sd.text, TextPair)))
 
 
 def diffusers_tensors(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -63,6 +69,7 @@ def diffusers_tensors(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor
         tensor = stored(state[name], dtype)
         if isinstance(module, AutoencoderKL) and "attn_1" in name and tensor.dim() == 4:
             tensor = tensor.flatten(1)
+        tensor = tensor.mT.contiguous() if transposes(name, targets) else tensor
         tensors |= dict(zip(targets, (piece.clone() for piece in tensor.chunk(len(targets))), strict=True))
     return tensors
 
@@ -80,6 +87,13 @@ def unet_config(unet: UNet, sample_size: int) -> dict[str, Any]:
     transformer = unet.middle_block[1]
     attention = transformer.transformer_blocks[0].attn2
     heads = [_heads(level) or attention.heads for level in levels]
+    depths = [depth if attend else 1 for depth, attend in zip(unet.depths, attends, strict=True)]
+    depths[-1] = unet.depths[-1]  # the middle block's too
+    sdxl = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": SIZE_FEATURES,
+        "projection_class_embeddings_input_dim": unet.label_emb and unet.label_emb[0][0].in_features,
+    }
     return {
         "_class_name": "UNet2DConditionModel",
         "_diffusers_version": VERSION,
@@ -90,7 +104,7 @@ def unet_config(unet: UNet, sample_size: int) -> dict[str, Any]:
         "down_block_types": ["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
         "up_block_types": ["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
         "layers_per_block": len(resblocks[0]),
-        "transformer_layers_per_block": len(transformer.transformer_blocks),
+        "transformer_layers_per_block": depths,
         "attention_head_dim": heads,  # the number of heads, whatever its name
         "cross_attention_dim": unet.context_dim,
         "use_linear_projection": transformer.use_linear,
@@ -100,6 +114,7 @@ def unet_config(unet: UNet, sample_size: int) -> dict[str, Any]:
         "act_fn": "silu",
         "flip_sin_to_cos": True,
         "freq_shift": 0,
+        **({} if unet.label_emb is None else sdxl),
     }
 
 
@@ -128,18 +143,21 @@ def vae_config(vae: AutoencoderKL, sample_size: int) -> dict[str, Any]:
 
 
 def text_config(text: ClipText | OpenClipText) -> dict[str, Any]:
-    """Config of transformers' CLIPTextModel; OpenCLIP's tower without the layers that are not run."""
+    """Config of transformers' CLIPTextModel, or CLIPTextModelWithProjection where the encoder pools; OpenCLIP's tower
+    without the layers that are not run."""
+    pools = isinstance(text, OpenClipText) and text.pools
     if isinstance(text, ClipText):
         config = text.transformer["text_model"].config
         shape = (config.num_hidden_layers, config.num_attention_heads, config.intermediate_size, config.hidden_act)
         vocabulary, positions = config.vocab_size, config.max_position_embeddings
     else:
         blocks = text.model.transformer.resblocks
-        shape = (len(blocks) - text.skip, blocks[0].attn.num_heads, blocks[0].mlp.c_fc.out_features, "gelu")
+        layers = len(blocks) - (0 if pools else text.skip)
+        shape = (layers, blocks[0].attn.num_heads, blocks[0].mlp.c_fc.out_features, "gelu")
         vocabulary, positions = text.model.token_embedding.num_embeddings, len(text.model.positional_embedding)
     layers, heads, inner, activation = shape
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": ["CLIPTextModelWithProjection" if pools else "CLIPTextModel"],
         "model_type": "clip_text_model",
         "vocab_size": vocabulary,
         "max_position_embeddings": positions,
@@ -152,7 +170,7 @@ def text_config(text: ClipText | OpenClipText) -> dict[str, Any]:
         "bos_token_id": text.tokenizer.bos,
         "eos_token_id": text.tokenizer.eos,
         "pad_token_id": text.tokenizer.pad,
-        "projection_dim": text.width,
+        "projection_dim": text.model.text_projection.shape[1] if pools else text.width,
     }
 
 
@@ -169,9 +187,9 @@ def _groups(module: nn.Module) -> int:
     return groups.pop()
 
 
-def _tokenizer(folder: Path, sd: StableDiffusion) -> None:
+def _tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """CLIP's byte-pair table as transformers' CLIPTokenizer reads it."""
-    table, tokenizer = sd.text.tokenizer.table, sd.text.tokenizer
+    table = tokenizer.table
     folder.mkdir()
     _json(folder / "vocab.json", table.encoder)
     merges = sorted(table.bpe_ranks, key=table.bpe_ranks.get)
@@ -184,19 +202,26 @@ def _tokenizer(folder: Path, sd: StableDiffusion) -> None:
     _json(folder / "tokenizer_config.json", special | settings)
 
 
-def _index() -> dict[str, Any]:
-    return {
-        "_class_name": "StableDiffusionPipeline",
+def _index(sdxl: bool) -> dict[str, Any]:
+    common = {
         "_diffusers_version": VERSION,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "safety_checker": [None, None],
         "feature_extractor": [None, None],
-        "requires_safety_checker": False,
     }
+    if not sdxl:
+        nothing = {"safety_checker": [None, None], "requires_safety_checker": False}
+        return {"_class_name": "StableDiffusionPipeline"} | common | nothing
+    second = {
+        TEXTS[1]: ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "image_encoder": [None, None],
+        "force_zeros_for_empty_prompt": True,
+    }
+    return {"_class_name": "StableDiffusionXLPipeline"} | common | second
 
 
 def _json(path: Path, content: dict[str, Any]) -> None:

@@ -44,7 +44,8 @@ OTHERS = {  # how other files begin -> what they are
     b"version https://git-lfs": "a Git LFS pointer: get the file itself by `git lfs pull`",
     b"<": "a web page, not the file that it links to: download it again",
 }
-NESTED = 8  # `state_dict`s within each other
+NESTED = 8  # mappings within each other
+LEVELS = ("state_dict", "string_to_param")  # under which tensors are nested: Lightning's files, AUTOMATIC1111's words
 DICTS = ("defaultdict", "AttributeDict")  # kinds of dict in Lightning's files
 FORBIDDEN = (  # what no checkpoint names
     *("os.", "posix.", "nt.", "sys.", "subprocess.", "commands.", "importlib.", "runpy."),
@@ -78,14 +79,14 @@ class DictStandIn:
 class TensorFile:
     """Tensors of a `.safetensors` or `.ckpt` file by name; a context manager.
 
-    Tensors nested under `state_dict` are found there.
+    Tensors nested under `state_dict` or `string_to_param` are found there; those of a list are named by their places.
 
     Attributes:
         path: the file.
         format: "safetensors", "pickle", or "legacy pickle" (torch before 1.6).
         shapes, dtypes: of every tensor, by name.
         metadata: of a safetensors file.
-        content: what a pickle holds, a dict; empty for a safetensors file.
+        content: what a pickle holds, a dict or a list's items by place; empty for a safetensors file.
 
     Raises:
         ValueError: no such file, or not one that can be read safely; one line that says why.
@@ -116,12 +117,14 @@ class TensorFile:
 
     def _open_pickle(self) -> None:
         content = _unpickle(self.path, legacy=self.format == "legacy pickle")
+        if isinstance(content, list):
+            content = {str(place): value for place, value in enumerate(content)}
         if not isinstance(content, Mapping):
             raise UserError(f"holds no state dict but a {type(content).__name__}")
         self.content = content
         for _ in range(NESTED):
-            if isinstance(content.get("state_dict"), Mapping):
-                content = content["state_dict"]
+            inner = map(_mapping, (content.get(level) for level in LEVELS))
+            content = next((found for found in inner if found is not None), content)
         self._tensors = tensors_of(content)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
@@ -149,6 +152,13 @@ def tensors_of(content: Mapping[Any, Any]) -> dict[str, Tensor]:
         if isinstance(name, str) and isinstance(value, Tensor)
         if value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
     }
+
+
+def _mapping(value: Any) -> Mapping | None:
+    """A mapping as it is, and what is in the stand-in for torch's ParameterDict; None of anything else."""
+    if isinstance(value, StandIn) and isinstance(state := getattr(value, "state", None), Mapping):
+        value = state.get("_parameters")
+    return value if isinstance(value, Mapping) else None
 
 
 def _format(path: Path) -> str:

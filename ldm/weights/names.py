@@ -6,11 +6,19 @@ from dataclasses import dataclass
 from torch import nn
 
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.text import ClipText, OpenClipText
+from ldm.models.text import ClipText, OpenClipText, TextPair
 from ldm.models.unet import UNet
 from ldm.util.cli import UserError
-from ldm.util.defaults import PREFIXES
-from ldm.weights.diffusers_layout import PARTS, Folder, canonical, diffusers_names, unrun
+from ldm.util.defaults import PAIR, PREFIXES
+from ldm.weights.diffusers_layout import (
+    PARTS,
+    Folder,
+    canonical,
+    diffusers_names,
+    folders_of,
+    transposes,
+    unrun,
+)
 from ldm.weights.files import TensorFile
 
 EMA = "model_ema."
@@ -21,12 +29,17 @@ SCHEDULE = {  # buffers of LDM's noise schedule; `ldm.diffusion.schedule` comput
     "lvlb_weights",
 }
 CLASSES = {"unet": UNet, "vae": AutoencoderKL, "text": ClipText | OpenClipText}
-CONSTANTS = ("embeddings.position_ids", "cond_stage_model.model.attn_mask")  # of old files
+CONSTANTS = ("embeddings.position_ids", ".model.attn_mask")  # of old files
 
 
 def ignored(name: str) -> bool:
     """Whether a tensor is nothing that a module would hold: a constant, a table of the schedule, or an average."""
     return name in SCHEDULE or name.endswith(CONSTANTS) or name.startswith(EMA)
+
+
+def prefix_of(component: str, module: nn.Module) -> str:
+    """What the names of a component's tensors begin with in a checkpoint."""
+    return PAIR if isinstance(module, TextPair) else PREFIXES[component]
 
 
 def ema_name(name: str) -> str:
@@ -67,7 +80,10 @@ def match(file: TensorFile | Folder, modules: Mapping[str, nn.Module], use_ema: 
                 stored = ()
             elif lacking:
                 missing += lacking
-            elif not _fits(shapes := [file.shapes[part] for part in stored], tuple(tensor.shape)):
+            elif not _fits(
+                shapes := [file.shapes[part] for part in stored],
+                tuple(tensor.shape)[:: -1 if transposes(name, stored) else 1],
+            ):
                 found = " + ".join(str(shape) for shape in shapes)
                 wrong.append(f"{stored[0]} {found} instead of {tuple(tensor.shape)}")
             sources[prefix][name] = stored
@@ -82,13 +98,17 @@ def _names(file: TensorFile | Folder, prefix: str, module: nn.Module, use_ema: b
     """For every tensor of a module that the file's layout has, its names there, whether they are there or not."""
     state = module.state_dict()
     if isinstance(file, Folder):
-        part = next((PARTS[component] for component, known in PREFIXES.items() if known == prefix), None)
-        if part is None:
+        component = next((c for c in PREFIXES if prefix_of(c, module) == prefix), None)
+        if component is None:
             raise UserError(f"{file.path}: a diffusers folder has no part {prefix}*")
-        return {name: tuple(f"{part}/{n}" for n in stored) for name, stored in diffusers_names(module).items()}
+        return {
+            start + name: tuple(f"{folder}/{n}" for n in stored)
+            for folder, (start, part) in folders_of(component, module).items()
+            for name, stored in diffusers_names(part).items()
+        }
     if use_ema and prefix == PREFIXES["unet"]:
         return {name: (ema_name(name),) for name in state}
-    names = {name: (_clip_name(prefix + name, file),) for name in state}
+    names = {name: (_own_name(prefix + name, file),) for name in state}
     kind = next((PARTS[component] for component, cls in CLASSES.items() if isinstance(module, cls)), None)
     if prefix or kind is None:
         return names
@@ -97,10 +117,11 @@ def _names(file: TensorFile | Folder, prefix: str, module: nn.Module, use_ema: b
     return max(names, others, key=lambda names: sum(n in file.shapes for stored in names.values() for n in stored))
 
 
-def _clip_name(name: str, file: TensorFile) -> str:
-    """The name in the file: transformers from 5.6 writes CLIP's text tower without the level `text_model`."""
-    other = name.replace("transformer.text_model.", "transformer.", 1)
-    return other if name not in file.shapes and other in file.shapes else name
+def _own_name(name: str, file: TensorFile) -> str:
+    """The name in the file: transformers from 5.6 writes CLIP's text tower without the level `text_model`, and some
+    SDXL files have the projection as transformers has it."""
+    others = (name.replace("transformer.text_model.", "transformer.", 1), f"{name}.weight")
+    return next((other for other in (name, *others) if other in file.shapes), name)
 
 
 def _fits(shapes: list[tuple[int, ...]], wanted: tuple[int, ...]) -> bool:

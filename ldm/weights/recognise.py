@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from ldm.util.config import backbones, instantiate
-from ldm.weights.diffusers_layout import PARTS, Folder, open_checkpoint, sha256
+from ldm.util.defaults import PAIR
+from ldm.weights.diffusers_layout import PARTS, TEXTS, Folder, open_checkpoint, sha256
 from ldm.weights.files import TensorFile
-from ldm.weights.names import EMA, PREFIXES, match
+from ldm.weights.names import EMA, PREFIXES, match, prefix_of
 
 File = TensorFile | Folder
-TITLES = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sd21_768": "SD 2.1", "pocket": "pocket"}
+TITLES = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sd21_768": "SD 2.1", "sdxl": "SDXL 1.0", "pocket": "pocket"}
 CONCEPT = "infusion-concept"  # `format` in the metadata of this project's concept files
 LEARNED = "target_output"  # what Infusion's released code calls a residual
 
@@ -60,17 +61,47 @@ def is_embedding(file: File) -> bool:
 
 def is_whole(file: File) -> bool:
     """A folder, or a file with UNet, autoencoder and text encoder."""
-    return isinstance(file, Folder) or all(begins(prefix)(file) for prefix in PREFIXES.values())
+    starts = (PREFIXES["unet"], PREFIXES["vae"], (PREFIXES["text"], PAIR))
+    return isinstance(file, Folder) or all(any(n.startswith(start) for n in file.shapes) for start in starts)
 
 
-def is_sdxl(file: File) -> bool:
-    """Its text encoders, or a UNet that takes text as wide as theirs."""
-    return begins("conditioner.embedders.")(file) or signature(file)[2] in (1280, 2048)
+def is_list_of_factors(file: File) -> bool:
+    """A list of matrices in pairs, each as high as its fellow is wide."""
+    shapes = list(file.shapes.values())
+    pairs = zip(shapes[::2], shapes[1::2], strict=False)
+    alike = all(len(up) == len(down) > 1 and up[1] == down[0] for up, down in pairs)
+    return len(shapes) > 1 and len(shapes) % 2 == 0 and all(map(str.isdigit, file.shapes)) and alike
+
+
+def scheduler_says(key: str, *values: object) -> Callable[[File], bool]:
+    """A folder's scheduler has one of these values."""
+    return lambda file: isinstance(file, Folder) and file.scheduler.get(key) in values
+
+
+def any_of(*rules: Callable[[File], bool]) -> Callable[[File], bool]:
+    return lambda file: any(rule(file) for rule in rules)
 
 
 BASE = "base checkpoint"
 RELEASED = "a concept of Infusion's released code: convert it by scripts/convert_concept.py"
 ADDED = "a change to a base checkpoint, and no base checkpoint itself"
+EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+REFUSED: tuple[tuple[str, Callable[[File], bool]], ...] = (  # what would load, or nearly, and be something else
+    ("CosXL, whose noise levels (EDM) no schedule here has", begins("edm_vpred.")),
+    (
+        "a model with EDM's noise levels, such as Playground 2.5, which no schedule here has",
+        any_of(begins("edm_mean", "edm_std"), scheduler_says("_class_name", *EDM)),
+    ),
+    (
+        "a model with zero terminal SNR (ztsnr), which no schedule here has",
+        any_of(lambda file: "ztsnr" in file.shapes, scheduler_says("rescale_betas_zero_snr", True)),
+    ),
+    (
+        "weights of 8 bits with scales of their own: get the file in fp16 or bf16",
+        lambda file: any(n.endswith((".scale_weight", ".weight_scale", "scaled_fp8")) for n in file.shapes),
+    ),
+    ("SDXL's refiner, which takes no concepts: use the base model", lambda file: signature(file)[2] == 1280),
+)
 KINDS: tuple[tuple[str, str, Callable[[File], bool]], ...] = (  # kind, what it says, what fits it; the first one counts
     (
         "concept",
@@ -82,12 +113,17 @@ KINDS: tuple[tuple[str, str, Callable[[File], bool]], ...] = (  # kind, what it 
     (
         "lora",
         f"a LoRA: {ADDED}",
-        contains("lora_up.", "lora_down.", "lora_A.", "lora_B.", ".lora.", "lora_linear_layer."),
+        any_of(
+            contains("lora_up.", "lora_down.", "lora_A.", "lora_B.", ".lora.", "lora_linear_layer."),
+            contains("_lora.down.", "_lora.up."),  # of the oldest diffusers
+            begins("unet:", "text_encoder:"),  # cloneofsimo's, and below without names
+            is_list_of_factors,
+        ),
     ),
     ("textual inversion", f"a textual inversion embedding: {ADDED}", holds("string_to_param", "string_to_token")),
     ("textual inversion", f"a textual inversion embedding: {ADDED}", begins("emb_params")),
     ("textual inversion", f"a textual inversion embedding: {ADDED}", is_embedding),
-    ("other", "SDXL, which is not supported", is_sdxl),
+    *(("other", says, fits) for says, fits in REFUSED),
     (BASE, "", is_whole),  # which one, `_base` says
     ("controlnet", "a ControlNet", begins("control_model.")),
     ("other", "FLUX", begins("double_blocks.", "model.diffusion_model.double_blocks.")),
@@ -103,7 +139,7 @@ KINDS: tuple[tuple[str, str, Callable[[File], bool]], ...] = (  # kind, what it 
         begins("encoder.down_blocks.", "encoder.down.", PREFIXES["vae"]),
     ),
     ("unet", "a UNet alone; give it as parts.unet", begins("input_blocks.", PREFIXES["unet"])),
-    ("text encoder", "a text encoder alone; give it as parts.text", begins(PREFIXES["text"])),
+    ("text encoder", "a text encoder alone; give it as parts.text", begins(PREFIXES["text"], PAIR)),
     ("clip", "CLIP's image and text towers, which metrics use", begins("vision.")),
     ("text encoder", "a CLIP text encoder alone; give it as parts.text", begins("text_model.")),
     (
@@ -122,6 +158,11 @@ def recognise(file: File) -> Kind:
     starts = sorted({name.split(".")[0] for name in file.shapes})
     shown = f"its tensors begin with {', '.join(starts[:5])}" if starts else "it has no tensors"
     return Kind("unknown", f"nothing that is known here; {shown}")
+
+
+def refusal(file: File) -> str | None:
+    """Why a file is no base model here, where its tensors would nevertheless fit or nearly so; None otherwise."""
+    return next((f"it is {says}" for says, fits in REFUSED if fits(file)), None)
 
 
 def guess(file: File) -> str:
@@ -212,8 +253,13 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def _base_facts(file: File, kind: Kind) -> dict[str, Any]:
-    known, source = _prediction(file, kind)
-    starts = {name: f"{PARTS[name]}/" if isinstance(file, Folder) else prefix for name, prefix in PREFIXES.items()}
+    known, source = stated_prediction(file)
+    types = {prediction_type(name) for name in kind.architectures}
+    if known is None and len(types) == 1:
+        known, source = types.pop(), config_name(kind.architectures[0])
+    starts = PREFIXES | {"text": (PREFIXES["text"], PAIR)}
+    if isinstance(file, Folder):
+        starts = {name: f"{part}/" for name, part in PARTS.items()} | {"text": tuple(f"{text}/" for text in TEXTS)}
     facts: dict[str, Any] = {
         "architecture": kind.architectures[0] if kind.architectures else None,
         "configs": [config_name(name) for name in kind.architectures],
@@ -228,20 +274,22 @@ def _base_facts(file: File, kind: Kind) -> dict[str, Any]:
     if kind.architectures:
         with torch.device("meta"):
             sd = instantiate(backbones()[kind.architectures[0]], "sd")
-        found = match(file, {prefix: getattr(sd, component) for component, prefix in PREFIXES.items()})
+        parts = {component: getattr(sd, component) for component in PREFIXES}
+        found = match(file, {prefix_of(component, module): module for component, module in parts.items()})
         facts |= {"missing": found.missing, "wrong_shapes": found.wrong, "unexpected": found.unexpected}
     return facts
 
 
-def _prediction(file: File, kind: Kind) -> tuple[str | None, str | None]:
-    """What the UNet predicts, and what says so; None where nothing does: tensors are the same for both."""
+def stated_prediction(file: File) -> tuple[str, str] | tuple[None, None]:
+    """What a file says that its UNet predicts, and where; None where it does not: tensors are the same for both."""
     if isinstance(file, Folder) and file.prediction_type:
         return file.prediction_type, "scheduler/scheduler_config.json"
-    for key in ("modelspec.prediction_type", "modelspec.architecture"):
+    if "v_pred" in file.shapes:
+        return "v_prediction", "the key v_pred"
+    for key in ("modelspec.prediction_type", "modelspec.predict_key", "modelspec.architecture"):
         value = file.metadata.get(key, "")
         if value in ("epsilon", "v") or value.endswith("-768-v"):
             return "epsilon" if value == "epsilon" else "v_prediction", f"metadata {key}"
-        if value in kind.architectures:
+        if value in backbones():
             return prediction_type(value), f"metadata {key}"
-    types = {prediction_type(name) for name in kind.architectures}
-    return (types.pop(), config_name(kind.architectures[0])) if len(types) == 1 else (None, None)
+    return None, None

@@ -86,7 +86,8 @@ def test_unusable_arguments(arguments):
 
 
 def test_batches_have_them_beside_the_same_photos():
-    cache, prior = LatentCache(torch.randn(2, 3, 4, 2, 2), torch.rand(2, 3, 1, 2, 2), torch.ones(2, 3, 6)), torch.randn(5, 4, 2, 2)
+    cache = LatentCache(torch.randn(2, 3, 4, 2, 2), torch.rand(2, 3, 1, 2, 2), torch.ones(2, 3, 6))
+    prior = torch.randn(5, 4, 2, 2)
     plain = iter(ConceptBatches(cache, [["a {}"]] * 3, 4, 0.5, seed=1))
     with_prior = iter(ConceptBatches(cache, [["a {}"]] * 3, 4, 0.5, seed=1, prior=(prior, "a cat")))
     drawn = set()

@@ -124,7 +124,8 @@ class Sum(torch.nn.Module):
     def forward(self, latents: Tensor, timesteps: Tensor, context: Context) -> Tensor:
         assert latents.dtype == context.text.dtype and timesteps.shape == (len(latents),)
         self.rows.append(len(latents))
-        return latents * context.text.sum((1, 2))[:, None, None, None] + timesteps[:, None, None, None].to(latents.dtype)
+        factors, added = (row[:, None, None, None].to(latents.dtype) for row in (context.text.sum((1, 2)), timesteps))
+        return latents * factors + added
 
 
 def test_guidance_goes_past_the_prompt_away_from_the_negative():

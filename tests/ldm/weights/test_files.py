@@ -222,8 +222,8 @@ def test_endings_do_not_matter(tmp_path):
 
 
 def test_what_is_no_state_dict_is_refused(tmp_path):
-    torch.save([torch.zeros(1)], tmp_path / "a.ckpt")
-    assert "holds no state dict but a list" in reason(tmp_path / "a.ckpt")
+    torch.save({"a"}, tmp_path / "a.ckpt")
+    assert "holds no state dict but a set" in reason(tmp_path / "a.ckpt")
     content: dict = {}
     content["state_dict"] = content
     archive(tmp_path / "a.ckpt", pickle.dumps(content, protocol=2))
