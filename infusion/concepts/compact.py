@@ -1,4 +1,5 @@
-"""The compact form of a concept file: quantised, entropy-coded, and at most 11,264 bytes in all (docs/concept-file.md).
+"""The compact form of a concept file: quantised, entropy-coded, and at most 11,264 bytes in all, or as many for every
+12,480 numbers where there are more (docs/concept-file.md).
 
 **Quantisation.** Every number is a multiple of one step Δ: x ≈ Δ q with q = round(x / Δ). For a given number of bits,
 the same step in all layers makes the sum of squared errors smallest (reverse water-filling: Cover and Thomas, Elements
@@ -31,12 +32,17 @@ from torch import Tensor
 from ldm.util.cli import UserError
 from ldm.weights.checkpoint import serialise
 
-LIMIT = 11_264  # bytes of a whole file
+LIMIT, PER = 11_264, 12_480  # bytes of a whole file, and for how many numbers (SD 1.5)
 # Δ as a share of the numbers' root mean square, from the finest to the coarsest: relative errors of 0.45 % to 2.6 %
 STEPS = tuple(2 ** (i / 8) / 64 for i in range(21))
 SPREADS = tuple(3 * 2 ** (i / 2) for i in range(-5, 4))  # a, as multiples of the mean of q²
-NUMBERS, PEAK = 50_000, 2**13 - 1  # of a file and of |q|, at most
+NUMBERS, PEAK = 100_000, 2**13 - 1  # of a file and of |q|, at most
 DAMAGES = (zlib.error, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
+def limit(numbers: int) -> int:
+    """Bytes of a whole file of so many numbers, at most."""
+    return max(LIMIT, LIMIT * numbers // PER)
 
 
 def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -51,6 +57,7 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """
     layers = [tensor.double().flatten().numpy() for tensor in tensors.values()]
     numbers = np.concatenate(layers)
+    room = limit(len(numbers))
     rms = math.sqrt(np.mean(numbers**2))
     for step in (_common(numbers), *(_short(share * rms) for share in STEPS)):
         if len(numbers) > NUMBERS or abs(numbers).max() > PEAK * step:
@@ -59,7 +66,7 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
         common = int(np.gcd.reduce(np.concatenate(quantised))) or 1
         quantised = [q // common for q in quantised]
         models, bits = zip(*map(_model, quantised), strict=True)
-        if sum(bits) / 8 < LIMIT:
+        if sum(bits) / 8 < room:
             described, content = {}, b""
             for (name, tensor), q, model in zip(tensors.items(), quantised, models, strict=True):
                 packed = pack(q.tolist(), weights(*model))
@@ -69,10 +76,10 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
             text = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
             streams = {"layers": zlib.compress(text, 9), "numbers": content}
             file = serialise({name: _bytes(stream) for name, stream in streams.items()}, metadata)
-            if len(file) <= LIMIT:
+            if len(file) <= room:
                 return file
     raise UserError(
-        f"{len(numbers):,} numbers and their metadata do not fit into a compact file, which has at most {LIMIT:,} "
+        f"{len(numbers):,} numbers and their metadata do not fit into a compact file, which has at most {room:,} "
         "bytes: shorten the templates or the superclass word, or choose the form half"
     )
 

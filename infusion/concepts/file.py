@@ -1,6 +1,7 @@
 """Concept files on disk: safetensors in three forms, with everything that is no tensor as metadata strings.
 
-"full" is float32, "half" float16, "compact" at most 11,264 bytes (`infusion.concepts.compact`); docs/concept-file.md.
+"full" is float32, "half" float16, "compact" at most 11,264 bytes on SD (`infusion.concepts.compact`);
+docs/concept-file.md.
 """
 
 import json
@@ -21,7 +22,7 @@ from ldm.weights.files import TensorFile
 from ldm.weights.recognise import CONCEPT, guess
 
 VERSION = 1  # of the forms full and half
-NEWEST = 2  # that can be read; of the form compact
+COMPACT, NEWEST = 2, 3  # of the form compact: up to SD 1.5's size; above, and the newest that can be read
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], form: str) -> None:
@@ -40,7 +41,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         raise UserError(f"the form must be one of {', '.join(FORMS)}, not {form!r}")
     said = {"format": CONCEPT, "format_version": str(VERSION)} | dict(metadata)
     if form == "compact":
-        content = compact.encode(tensors, said | {"format_version": str(NEWEST), "form": form})
+        large = sum(tensor.numel() for tensor in tensors.values()) > compact.PER
+        version = NEWEST if large else COMPACT
+        content = compact.encode(tensors, said | {"format_version": str(version), "form": form})
     else:
         rounded = {name: tensor.half() if form == "half" else tensor for name, tensor in tensors.items()}
         if beyond := [name for name, tensor in rounded.items() if not tensor.isfinite().all()]:
@@ -67,9 +70,9 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = {name: file.read(name) for name in file.shapes}
         if file.metadata.get("form") != "compact":
             return tensors, file.metadata
-        if path.stat().st_size > compact.LIMIT:
-            raise UserError(f"damaged: a compact file has at most {compact.LIMIT:,} bytes")
+        _check_size(path, compact.NUMBERS)  # before anything is decoded
         tensors = compact.decode(tensors, file.metadata)
+        _check_size(path, sum(tensor.numel() for tensor in tensors.values()))
         return tensors, file.metadata | {"layers": json.dumps(list(tensors))}
 
 
@@ -94,6 +97,11 @@ def describe(path: str | Path) -> dict[str, Any]:
         "form": metadata.get("form", "half" if set(dtypes.values()) == {"float16"} else "full"),
         "layers": layers,
     }
+
+
+def _check_size(path: Path, numbers: int) -> None:
+    if path.stat().st_size > (most := compact.limit(numbers)):
+        raise UserError(f"damaged: a compact file of {numbers:,} numbers has at most {most:,} bytes")
 
 
 def _check_version(metadata: Mapping[str, str]) -> None:

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ldm.models.unet import UNet
 from ldm.pipeline import StableDiffusion
 from ldm.util.config import load_config
 from ldm.weights.checkpoint import PREFIXES, save, sha256
@@ -100,6 +101,41 @@ def test_backbones_are_the_published_ones(name, unet, text, level, size, kind, u
     assert sd.text.tokenizer.pad == (49407 if name == "sd15" else 0)
     assert {m.upcast for n, m in sd.unet.named_modules() if n.endswith(("attn1", "attn2"))} == {upcast}
     assert sd.hash is None
+
+
+def test_sdxl_is_the_published_one():
+    with torch.device("meta"):
+        sd = StableDiffusion.from_config(ROOT / "configs/backbone/sdxl.yaml")
+    found = {n: "[" + ",".join(map(str, t.shape)) + "]" for n, t in sd.state_dict().items()}
+    assert found == {
+        **manifest("UNET-XL-SD", "unet."),
+        **manifest("VAE-v1-SD", "vae."),
+        **manifest("CLIP-v1-SD", "text.embedders.0.transformer.text_model."),
+        **manifest("OPENCLIP-XL-SD", "text.embedders.1.model."),
+    }
+    assert (sd.architecture, sd.image_size, sd.schedule.prediction_type) == ("sdxl", 1024, "epsilon")
+    assert sd.latent_shape(832, 1216) == (4, 104, 152) and sd.vae.scale_factor == 0.13025
+    assert [text.tokenizer.pad for text in sd.text.embedders] == [49407, 0] and sd.text.width == 2048
+    assert not any(buffer.is_meta for buffer in sd.text.buffers())
+
+
+def test_parts_of_other_conditioning_are_refused(sd):
+    with torch.device("meta"):
+        xl = StableDiffusion.from_config(ROOT / "configs/backbone/pocket_xl.yaml")
+    options = {"model_channels": 32, "channel_mult": (1, 2), "num_heads": 2, "context_dim": xl.text.width}
+    with pytest.raises(ValueError, match="the UNet's pooled_dim is None, the text encoder's 24"):
+        StableDiffusion(UNet(**options), xl.vae, xl.text, xl.schedule)
+    with pytest.raises(ValueError, match="the UNet's pixels is 8, the autoencoder's factor 4"):
+        StableDiffusion(UNet(pooled_dim=24, **options), xl.vae, xl.text, xl.schedule)
+
+
+@pytest.mark.parametrize(("side", "at_once"), [(96, 4), (128, 1)])
+def test_large_images_are_decoded_one_at_a_time(sd, monkeypatch, side, at_once):
+    batches = []
+    monkeypatch.setattr(sd.vae, "factor", 8)
+    monkeypatch.setattr(sd.vae, "decode", lambda rows: batches.append(len(rows)) or rows[:, :3])
+    assert sd.decode(torch.zeros(5, 4, side, side)).shape == (5, 3, side, side)
+    assert batches == {4: [4, 1], 1: [1] * 5}[at_once]
 
 
 def test_a_trained_model_is_frozen_and_complete(sd, config):

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL as TheirVae
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ldm.models.text import OpenClipText
 from ldm.pipeline import StableDiffusion
@@ -76,6 +76,28 @@ def test_every_tensor_of_the_published_sizes_is_hit_once(name):
         assert config["block_out_channels"] == [320, 640, 1280, 1280] and config["upcast_attention"] is upcast
         assert text_config(sd.text)["num_hidden_layers"] == (12 if name == "sd15" else 23)
         assert text_config(sd.text)["hidden_act"] == ("quick_gelu" if name == "sd15" else "gelu")
+
+
+@pytest.mark.slow
+def test_every_tensor_of_sdxl_is_hit_once():
+    with torch.device("meta"):
+        sd = StableDiffusion.from_config(ROOT / "configs/backbone/sdxl.yaml")
+        config = unet_config(sd.unet, 128)
+        unet = UNet2DConditionModel.from_config(config)
+        texts = [
+            cls(CLIPTextConfig(**text_config(text)))
+            for cls, text in zip((CLIPTextModel, CLIPTextModelWithProjection), sd.text.embedders, strict=True)
+        ]
+    assert theirs(sd.unet) == shapes(unet)
+    for text, model in zip(sd.text.embedders, texts, strict=True):
+        assert theirs(text) == {name.removeprefix("text_model."): shape for name, shape in shapes(model).items()}
+    published = {
+        "block_out_channels": [320, 640, 1280], "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10], "addition_embed_type": "text_time", "use_linear_projection": True,
+        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+    }  # fmt: skip
+    assert {name: config[name] for name in published} == published | {"attention_head_dim": [20, 10, 20]}  # 20: unused
 
 
 def random_model(config: Path) -> StableDiffusion:
