@@ -7,7 +7,6 @@ keeps 8 bits, so there the bound is 2e-2.
 """
 
 import argparse
-import gc
 import math
 from pathlib import Path
 
@@ -32,7 +31,7 @@ TEMPLATES = ["a photo of a {}", "the {} in a box"]
 
 def fill(module: nn.Module, dtype: torch.dtype) -> None:
     """Random values that keep the scale of activations: of unit gain for matrices, about 1 for the weights of norms."""
-    module.to(dtype).to_empty(device="cpu") if any(p.is_meta for p in module.parameters()) else module.to(dtype)
+    module.to(dtype).to_empty(device="cpu")
     for name, tensor in module.named_parameters():
         scale = 0.1 if tensor.dim() < 2 or "embedding" in name else 1 / math.sqrt(math.prod(tensor.shape[1:]))
         tensor.normal_(std=scale).add_(float(tensor.dim() == 1 and name.endswith("weight")))
@@ -62,73 +61,108 @@ def compare(what: str, actual: Tensor, reference: Tensor, bound: float) -> None:
         raise SystemExit(f"{what}: differs by more than {bound}")
 
 
+class Comparison:
+    """The parts, each filled where it is asked for, and what is compared of them."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        with torch.device("meta"):
+            self.sd = StableDiffusion.from_config(CONFIG).requires_grad_(False)
+            self.unet = UNet2DConditionModel.from_config(unet_config(self.sd.unet, 128))
+            self.vae = AutoencoderKL.from_config(vae_config(self.sd.vae, 1024))
+        self.dtype, self.bound = dtype, 2e-4 if dtype == torch.float32 else 2e-2
+        self.generator, self.filled = torch.manual_seed(0), set()
+
+    def need(self, *parts: str) -> None:
+        for part in set(parts) - self.filled:
+            module = getattr(self.sd, part)
+            kept = {name: buffer for name, buffer in module.named_buffers() if not buffer.is_meta}  # in no file
+            fill(module, torch.float32 if part == "vae" else self.dtype)
+            for name, buffer in kept.items():
+                path, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(path), leaf, buffer)
+            self.filled.add(part)
+
+    @property
+    def context(self) -> Context:
+        """Of the prompts; random where the text encoders are not needed."""
+        if "text" in self.filled:
+            return self.sd.text.context(self.sd.text.tokenizer(PROMPTS))
+        length, pooled = self.sd.text.tokenizer.context_length, torch.randn(2, self.sd.unet.pooled_dim)
+        return Context(torch.randn(2, length, self.sd.text.width), pooled=pooled).to("cpu", self.dtype)
+
+    def text(self) -> None:
+        self.need("text")
+        outputs = []
+        for cls, text in zip((CLIPTextModel, CLIPTextModelWithProjection), self.sd.text.embedders, strict=True):
+            with torch.device("meta"):
+                peer = cls(CLIPTextConfig(**text_config(text)))
+            outputs.append(sharing(peer, text)(text.tokenizer(PROMPTS), output_hidden_states=True))
+        context = self.context
+        compare("text", context.text, torch.cat([output.hidden_states[-2] for output in outputs], -1), self.bound)
+        compare("pooled vector", context.pooled, outputs[1].text_embeds, self.bound)
+
+    def autoencoder(self) -> None:
+        self.need("vae")
+        sharing(self.vae, self.sd.vae)
+        images, scale = torch.rand(1, 3, 256, 192, generator=self.generator) * 2 - 1, self.vae.config.scaling_factor
+        latents = self.vae.encode(images).latent_dist.mean * scale
+        compare("autoencoder, encoding", self.sd.vae.encode(images), latents, 2e-4)
+        compare("autoencoder, decoding", self.sd.vae.decode(latents), self.vae.decode(latents / scale)[0], 2e-4)
+
+    def predictions(self) -> None:
+        self.need("unet")
+        sharing(self.unet, self.sd.unet)
+        context, timesteps = self.context, torch.tensor([981, 3])
+        for height, width in ((32, 32), (24, 40)):
+            latents = torch.randn(2, 4, height, width, generator=self.generator).to(self.dtype)
+            sizes = torch.tensor([[1024, 1024, 0, 0, 1024, 1024], [1536, 768, 256, 0, 8 * height, 8 * width]])
+            given = Context(context.text, pooled=context.pooled, sizes=sizes)
+            added = {"text_embeds": context.pooled, "time_ids": sizes.float()}
+            theirs = self.unet(latents, timesteps, context.text, added_cond_kwargs=added).sample
+            compare(f"UNet, latents {height} × {width}", self.sd.unet(latents, timesteps, given), theirs, self.bound)
+
+    def steps(self) -> None:
+        self.need("text", "unet", "vae")
+        sharing(self.unet, self.sd.unet)
+        sharing(self.vae, self.sd.vae)
+        size, context = {"height": 192, "width": 256}, self.context.map(lambda rows: rows[:1])
+        ours = self.sd.draw_latents(self.sd.guided(PROMPTS[:1], scale=5.0), [3], steps=10, **size)
+        scheduler = DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+            set_alpha_to_one=False, steps_offset=1,
+        )  # fmt: skip
+        parts = {"vae": self.vae, "unet": self.unet, "scheduler": scheduler, "add_watermarker": False}
+        nothing = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+        pipeline = StableDiffusionXLPipeline(**parts, **nothing)
+        pipeline.set_progress_bar_config(disable=True)
+        reference = pipeline(
+            prompt_embeds=context.text, negative_prompt_embeds=torch.zeros_like(context.text),
+            pooled_prompt_embeds=context.pooled, negative_pooled_prompt_embeds=torch.zeros_like(context.pooled),
+            num_inference_steps=10, guidance_scale=5.0, output_type="latent",
+            latents=initial_noise([3], self.sd.latent_shape(**size)).to(self.dtype), **size,
+        ).images  # fmt: skip
+        compare("ten guided steps", ours, reference, self.bound)
+
+    def training(self) -> None:
+        self.need("text", "unet")
+        with torch.enable_grad():
+            train(self.sd)
+
+
+PARTS = ("text", "autoencoder", "predictions", "steps", "training")
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    dtype = getattr(torch, parser.parse_args().dtype)
-    bound, generator = 2e-4 if dtype == torch.float32 else 2e-2, torch.manual_seed(0)
-    with torch.device("meta"):
-        sd = StableDiffusion.from_config(CONFIG)
-        first, second = sd.text.embedders
-        texts = [CLIPTextModel(CLIPTextConfig(**text_config(first)))]
-        texts += [CLIPTextModelWithProjection(CLIPTextConfig(**text_config(second)))]
-        unet = UNet2DConditionModel.from_config(unet_config(sd.unet, 128))
-        vae = AutoencoderKL.from_config(vae_config(sd.vae, 1024))
-    sd.requires_grad_(False)
-    buffers = {text: dict(text.named_buffers()) for text in sd.text.embedders}  # real already
-    for part, own in ((first, dtype), (second, dtype), (sd.vae, torch.float32), (sd.unet, dtype)):
-        kept = {name: buffer.clone() for name, buffer in buffers.get(part, {}).items() if not buffer.is_meta}
-        fill(part, own)
-        for name, buffer in kept.items():
-            path, _, leaf = name.rpartition(".")
-            setattr(part.get_submodule(path), leaf, buffer)
-
-    context = sd.text.context(sd.text.tokenizer(PROMPTS))
-    outputs = [
-        sharing(peer, text)(text.tokenizer(PROMPTS), output_hidden_states=True)
-        for peer, text in zip(texts, sd.text.embedders, strict=True)
-    ]
-    compare("text", context.text, torch.cat([output.hidden_states[-2] for output in outputs], -1), bound)
-    compare("pooled vector", context.pooled, outputs[1].text_embeds, bound)
-
-    sharing(unet, sd.unet)
-    for height, width in ((32, 32), (24, 40)):
-        latents = torch.randn(2, 4, height, width, generator=generator).to(dtype)
-        sizes = torch.tensor([[1024, 1024, 0, 0, 1024, 1024], [1536, 768, 256, 0, 8 * height, 8 * width]])
-        given, timesteps = Context(context.text, pooled=context.pooled, sizes=sizes), torch.tensor([981, 3])
-        added = {"text_embeds": context.pooled, "time_ids": sizes.float()}
-        theirs = unet(latents, timesteps, context.text, added_cond_kwargs=added).sample
-        compare(f"UNet, latents {height} × {width}", sd.unet(latents, timesteps, given), theirs, bound)
-
-    sharing(vae, sd.vae)
-    images = torch.rand(1, 3, 256, 192, generator=generator) * 2 - 1
-    latents = vae.encode(images).latent_dist.mean * vae.config.scaling_factor
-    compare("autoencoder, encoding", sd.vae.encode(images), latents, 2e-4)
-    compare("autoencoder, decoding", sd.vae.decode(latents), vae.decode(latents / vae.config.scaling_factor)[0], 2e-4)
-
-    size = {"height": 192, "width": 256}
-    ours = sd.draw_latents(sd.guided(PROMPTS[:1], scale=5.0), [3], steps=10, **size)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
-    nothing = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    pipeline = StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=scheduler, add_watermarker=False, **nothing)
-    pipeline.set_progress_bar_config(disable=True)
-    text, pooled = context.text[:1], context.pooled[:1]
-    reference = pipeline(
-        prompt_embeds=text, pooled_prompt_embeds=pooled, negative_prompt_embeds=torch.zeros_like(text),
-        negative_pooled_prompt_embeds=torch.zeros_like(pooled), num_inference_steps=10, guidance_scale=5.0,
-        latents=initial_noise([3], sd.latent_shape(**size)).to(dtype), output_type="latent", **size,
-    ).images  # fmt: skip
-    compare("ten guided steps", ours, reference, 10 * bound)
-    del pipeline, unet, vae, texts, outputs
-    gc.collect()
-    train(sd)
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="smaller machines: one at a time")
+    flags = parser.parse_args()
+    comparison = Comparison(getattr(torch, flags.dtype))
+    for part in flags.only:
+        getattr(comparison, part)()
 
 
-@torch.enable_grad()
 def train(sd: StableDiffusion) -> None:
     """Two optimiser steps of Infusion, on latents of 128 × 128 pixels."""
     sd.unet.checkpoint = True
