@@ -12,6 +12,10 @@ from torch.nn.utils import parametrize
 
 from ldm.util.cli import UserError
 
+# behind the name of a tensor W, in a concept: A, B and α of a low-rank change; what takes the place of W. A difference
+# has no ending.
+DOWN, UP, ALPHA, WHOLE = ".down", ".up", ".alpha", ".whole"
+
 
 def as_parameter(tensor: Tensor) -> nn.Parameter:
     """A parameter as it is, so that it can be learned; any other tensor as a fixed parameter in float32."""
@@ -42,7 +46,8 @@ class LowRank(nn.Module):
     """W + s·(α / r)·B A (Hu et al. 2021, arXiv 2106.09685, eq. 3).
 
     Args:
-        down: A, (r, in). up: B, (out, r). See `as_parameter`.
+        down: A, (r, in), or (r, in, h, w) for a convolution's kernel. up: B, (out, r), or (out, r, 1, 1). See
+            `as_parameter`.
         alpha: α.
         strength: s.
     """
@@ -54,17 +59,67 @@ class LowRank(nn.Module):
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((len(self.up), self.down.shape[1]))
+        return torch.Size((len(self.up), *self.down.shape[1:]))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + (self.scale * self.up @ self.down).to(weight)
+        change = self.scale * self.up.flatten(1) @ self.down.flatten(1)
+        return weight + change.view(weight.shape).to(weight)
 
 
-def attach(module: nn.Module, edits: Mapping[str, Sequence[Difference | LowRank]]) -> None:
+class Whole(nn.Module):
+    """W + s·(W' − W): a weight W' in the place of W, as a `Difference` once W is known."""
+
+    def __init__(self, weight: Tensor, strength: float = 1.0) -> None:
+        super().__init__()
+        self.weight, self.strength = as_parameter(weight), strength
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    def from_base(self, base: Tensor) -> Difference:
+        return Difference(self.weight.to(base.device) - base.float(), self.strength)
+
+
+Edit = Difference | LowRank | Whole
+
+
+def as_edits(tensors: Mapping[str, Tensor], strength: float = 1.0, alpha: float | None = None) -> dict[str, Edit]:
+    """Tensor of a model -> what changes it, of a concept's tensors, each named by the one that it changes.
+
+    Args:
+        tensors: `W.down`, `W.up` and perhaps `W.alpha`, or `W.whole`, or `W` for a difference. Parameters are kept.
+        strength: s of all.
+        alpha: α where there is no `W.alpha`; None is the rank.
+
+    Raises:
+        ValueError: a low-rank change that lacks one of its two factors, or two changes of one tensor.
+    """
+    edits: dict[str, Edit] = {}
+    for name, tensor in tensors.items():
+        target = name.removesuffix(DOWN).removesuffix(UP).removesuffix(ALPHA).removesuffix(WHOLE)
+        if name.endswith((UP, ALPHA)) and target + DOWN in tensors:
+            continue
+        if target in edits:
+            raise UserError(f"the concept changes {target!r} in two ways")
+        if name.endswith((DOWN, UP, ALPHA)):
+            if lacking := [end for end in (DOWN, UP) if target + end not in tensors]:
+                raise UserError(f"the concept lacks {target + lacking[0]!r}")
+            up, own = tensors[target + UP], tensors.get(target + ALPHA)
+            if tensor.ndim < 2 or up.ndim < 2 or up[0].numel() != len(tensor) or (own is not None and own.numel() != 1):
+                raise UserError(f"{target}: A is {tuple(tensor.shape)} and B is {tuple(up.shape)}: no low-rank change")
+            scale = len(tensor) if alpha is None else alpha
+            edits[target] = LowRank(tensor, up, scale if own is None else own.item(), strength)
+        else:
+            edits[target] = (Whole if name.endswith(WHOLE) else Difference)(tensor, strength)
+    return edits
+
+
+def attach(module: nn.Module, edits: Mapping[str, Sequence[Edit]]) -> None:
     """Lay edits over tensors of a module, the first of each innermost.
 
     Args:
-        edits: a tensor's name in the module -> modules such as `Difference`, of the tensor's shape.
+        edits: a tensor's name in the module -> what changes it, of the tensor's shape.
 
     Raises:
         ValueError: no such tensor, or one of another shape.
@@ -78,14 +133,15 @@ def attach(module: nn.Module, edits: Mapping[str, Sequence[Difference | LowRank]
             if edit.shape != base.shape:
                 raise UserError(f"{name} is {tuple(base.shape)}, its change is {tuple(edit.shape)}")
     for name, changes in edits.items():
-        device, (path, _, leaf) = module.get_parameter(name).device, name.rpartition(".")
+        base, (path, _, leaf) = module.get_parameter(name), name.rpartition(".")
         for edit in changes:
-            parametrize.register_parametrization(module.get_submodule(path), leaf, edit.to(device), unsafe=True)
+            known = edit.from_base(base.detach()) if isinstance(edit, Whole) else edit
+            parametrize.register_parametrization(module.get_submodule(path), leaf, known.to(base.device), unsafe=True)
 
 
-def detach(module: nn.Module) -> dict[str, list[Difference | LowRank]]:
+def detach(module: nn.Module) -> dict[str, list[Edit]]:
     """Take all edits off; returns them as `attach` takes them."""
-    edits: dict[str, list[Difference | LowRank]] = {}
+    edits: dict[str, list[Edit]] = {}
     for path, owner in list(module.named_modules()):
         if parametrize.is_parametrized(owner):
             for leaf, parts in list(owner.parametrizations.items()):
@@ -94,8 +150,16 @@ def detach(module: nn.Module) -> dict[str, list[Difference | LowRank]]:
     return edits
 
 
+def merge(module: nn.Module, edits: Mapping[str, Sequence[Edit]]) -> None:
+    """Puts edits into the tensors themselves, for good; raises ValueError as `attach`."""
+    with torch.no_grad():
+        attach(module, edits)
+        for owner, leaf in [_owner(module, name) for name in edits]:
+            parametrize.remove_parametrizations(owner, leaf, leave_parametrized=True)
+
+
 @contextmanager
-def weights_edited(module: nn.Module, edits: Mapping[str, Sequence[Difference | LowRank]]) -> Iterator[None]:
+def weights_edited(module: nn.Module, edits: Mapping[str, Sequence[Edit]]) -> Iterator[None]:
     """The module with exactly these edits inside the `with`; any others are set aside and put back afterwards."""
     previous = detach(module)
     try:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from infusion.concepts import fields, file
+from infusion.concepts import fields, file, others
 from infusion.gate import IDENTITY, Gate
 from infusion.tokens import Word
 from ldm.util.cli import UserError, naming
@@ -183,15 +183,23 @@ class Concept:
         file.write(Path(path), self.tensors, self.metadata(), form)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read a concept file of any form.
+    def load(cls, path: str | Path, **said: Any) -> Self:
+        """Read a concept file of any form, or a file of another tool (docs/files.md).
+
+        Args:
+            path: a file; or a diffusers folder, or one of an adapter.
+            said: what another tool's file does not say or says otherwise: superclass, noun, templates, architecture.
 
         Raises:
-            ValueError: the file is missing, damaged, no concept file, of a newer version, or has unusable contents;
-                the message names the file.
+            ValueError: the file is missing, damaged, nothing that is read as a concept, of a newer version, or has
+                unusable contents; the message names the file.
         """
+        if (other := others.load(path, said)) is not None:
+            return other
         tensors, metadata = file.read(path)
         with naming(str(path)):
+            if said:
+                raise UserError(f"a concept file, which says itself what its {next(iter(said))} is")
             try:
                 return cls._from_metadata(tensors, metadata)
             except KeyError as error:

@@ -29,6 +29,11 @@ def find_method(name: str) -> type[Method]:
     return next(cls for cls in found if isinstance(cls, type) and vars(cls).get("name") == name)
 
 
+def acts_everywhere(name: str) -> bool:
+    """Whether a method's concepts act on prompts without their words too; not where there is no such method."""
+    return name in method_names() and find_method(name).everywhere
+
+
 def method_of(concept: "Concept") -> Method:
     """The method as a concept was trained with it.
 

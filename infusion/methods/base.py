@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from infusion.attention import OwnPass, Tape
-from infusion.deltas import Difference
+from infusion.deltas import as_edits
 from infusion.gate import Gate, target_input
 from infusion.tokens import Word
 from ldm.models.attention import Context
@@ -32,11 +32,13 @@ class Method:
         name: of the method and of its file.
         attention: "own", or "foundation" for a second stream that takes over the attention of the base model.
         options: the constructor's arguments that a concept file has to remember.
+        everywhere: whether it changes weights, and so acts on prompts without the concept's word too.
     """
 
     name: ClassVar[str]
     attention: str = "own"
     options: Mapping[str, Any] = {}
+    everywhere: ClassVar[bool] = False
 
     @classmethod
     def from_concept(cls, concept: "Concept") -> Self:
@@ -56,11 +58,12 @@ class Method:
         return tensors.get(TOKENS)
 
     def differences(self, tensors: Tensors, strength: float = 1.0) -> dict[str, nn.Module]:
-        """The UNet's tensor -> what changes it, see `infusion.deltas`. Parameters are kept as they are.
+        """The model's tensor -> what changes it (`infusion.deltas.as_edits`). Parameters are kept as they are.
 
-        Unless a method says otherwise, everything but the tokens is a difference to the UNet's tensor of that name.
+        A tensor of the UNet has its name there; those of text encoder and autoencoder begin with `text.` and `vae.`.
+        Unless a method says otherwise, everything but the tokens is a change.
         """
-        return {name: Difference(tensor, strength) for name, tensor in tensors.items() if name != TOKENS}
+        return as_edits({name: tensor for name, tensor in tensors.items() if name != TOKENS}, strength)
 
     def terms(self, sd: StableDiffusion, tensors: Tensors, word: Word) -> list[dict[str, nn.Module]]:
         """R rank-one terms, each with a `ResidualValue` for every cross-attention layer. Parameters are kept."""
@@ -138,6 +141,8 @@ class RareWord(Method):
     Args:
         identifier: the rare word; "" for none.
     """
+
+    everywhere = True
 
     def __init__(self, identifier: str = "sks") -> None:
         self.identifier = identifier

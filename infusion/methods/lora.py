@@ -5,15 +5,14 @@ import math
 import torch
 from torch import nn
 
-from infusion.deltas import LowRank
+from infusion.deltas import DOWN, UP, as_edits
 from infusion.inject import cross_attention_layers
-from infusion.methods.base import RareWord, Tensors
+from infusion.methods.base import TOKENS, RareWord, Tensors
 from infusion.tokens import Word
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-DOWN, UP = ".down", ".up"
 
 
 class LoRA(RareWord):
@@ -56,9 +55,5 @@ class LoRA(RareWord):
 
     def differences(self, tensors: Tensors, strength: float = 1.0) -> dict[str, nn.Module]:
         """Raises ValueError for a down without its up, or the other way round."""
-        names = dict.fromkeys(name.removesuffix(DOWN).removesuffix(UP) for name in tensors)
-        try:
-            pairs = {name: (tensors[name + DOWN], tensors[name + UP]) for name in names}
-        except KeyError as error:
-            raise UserError(f"the concept lacks {error}") from error
-        return {name: LowRank(down, up, self.alpha, strength) for name, (down, up) in pairs.items()}
+        changes = {name: tensor for name, tensor in tensors.items() if name != TOKENS}
+        return as_edits(changes, strength, self.alpha)

@@ -21,6 +21,8 @@ from ldm.models.attention import Context
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 
+OTHERS = ("text.", "vae.")  # how a concept's tensors begin that change another part than the UNet
+
 
 class Customised:
     """A base model with concepts in it. Called with prompts, it gives their denoiser.
@@ -55,7 +57,6 @@ class Customised:
         self.sd, self.settings, self.inverse_covariance = sd, settings, inverse_covariance
         self.methods = _methods(sd, concepts)
         check_covariance(concepts, inverse_covariance)
-        self.own = concepts[0].attention == "own"
         count = len(concepts)
         betas, taus = for_each(settings.beta, count, "beta"), for_each(settings.tau, count, "tau")
         kinds = [None] * count if settings.gate is None else for_each(settings.gate, count, "gate")
@@ -65,7 +66,7 @@ class Customised:
 
         self.gates = [concept.gate.replace(*own) for concept, *own in zip(concepts, kinds, betas, taus, strict=True)]
         self.tokens, self.targets = [], []  # of each concept: its word's embeddings, and its gate's i*; either or none
-        self.changes: dict[str, list[nn.Module]] = {}  # tensor of the UNet -> what changes it
+        self.changes: dict[str, list[nn.Module]] = {}  # tensor of the model -> what changes it
         self.owners, terms = [], []  # of R terms: each one's concept, and its edits by layer
         for k, (concept, method) in enumerate(zip(concepts, self.methods, strict=True)):
             self.tokens.append(_blended(method.tokens(concept.tensors), sd, self.nouns[k], strengths[k]))
@@ -74,7 +75,9 @@ class Customised:
             self.owners += [k] * len(own)
             terms += own
             for name, change in method.differences(concept.tensors, strengths[k]).items():
+                name = name if name.startswith(OTHERS) else f"unet.{name}"
                 self.changes.setdefault(name, []).append(change)
+        self.own = _common_attention([concepts[k] for k in dict.fromkeys(self.owners)]) == "own"
         self.edits = by_layer(terms)
         for edits in self.edits.values():
             edits.to(sd.device)  # a concept lies on the CPU
@@ -82,8 +85,9 @@ class Customised:
 
     def __enter__(self) -> "Customised":
         with ExitStack() as stack:
+            stack.enter_context(edited(self.sd.unet, {}))  # weights have their own names in a plain UNet
+            stack.enter_context(weights_edited(self.sd, self.changes))
             stack.enter_context(edited(self.sd.unet, self.edits))
-            stack.enter_context(weights_edited(self.sd.unet, self.changes))
             self._stack = stack.pop_all()
         return self
 
@@ -247,12 +251,18 @@ def nouns_of(concepts: Sequence[Concept], noun: str | Sequence[str] | None = Non
 def _methods(sd: StableDiffusion, concepts: Sequence[Concept]) -> list[Method]:
     for concept in concepts:
         concept.check_base(sd.architecture, sd.hash)
+    return [method_of(concept) for concept in concepts]
+
+
+def _common_attention(concepts: Sequence[Concept]) -> str:
+    """Of concepts that all have terms; raises ValueError where they differ."""
+    for concept in concepts:
         if concept.attention != concepts[0].attention:
             raise UserError(
                 f"{concepts[0].superclass!r} was trained with {concepts[0].attention} attention and "
                 f"{concept.superclass!r} with {concept.attention} attention: they cannot be sampled together"
             )
-    return [method_of(concept) for concept in concepts]
+    return concepts[0].attention if concepts else "own"
 
 
 def _blended(learned: Tensor | None, sd: StableDiffusion, noun: str, strength: float) -> Tensor | None:

@@ -32,11 +32,13 @@ def check_words(flags: argparse.Namespace, jobs: list[Job]) -> None:
 
 
 def fill_in(flags: argparse.Namespace, jobs: list[Job], concepts: "list[Concept]") -> list[str]:
-    """Each job's prompt with a placeholder for every concept.
+    """Each job's prompt with a placeholder for every concept; concepts that act everywhere need none.
 
     Raises:
         UserError: no prompt has one, or one has a placeholder or a word of no concept.
     """
+    from infusion.methods import acts_everywhere  # not above: it takes seconds
+
     for name in ("target_word", "noun"):
         given = getattr(flags, name)
         if given and len(given) != len(concepts):
@@ -51,9 +53,10 @@ def fill_in(flags: argparse.Namespace, jobs: list[Job], concepts: "list[Concept]
                 fill(template, [concept.superclass for concept in concepts])
         without = [template for template in templates if not PLACEHOLDER.search(template)]
         first = repr(without[0][:80]) if without else ""
-        if len(without) == len(templates):
+        everywhere = all(acts_everywhere(concept.method) for concept in concepts)
+        if len(without) == len(templates) and not everywhere:
             raise UserError(f"--prompt: {first} has no {{}} for the concept; write it, or name its --target_word")
-        if without:
+        if without and not everywhere:
             logger.warning("warning: the concept is not in %s, which has no {}", first)
     return templates
 

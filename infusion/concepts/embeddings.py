@@ -1,0 +1,83 @@
+"""Learned words of other tools, as concepts of Textual Inversion: A1111, diffusers, sd-scripts, ComfyUI, Replicate.
+
+A file has T vectors in place of one word. Here they take the place of T tokens of the prompt, whatever these are.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infusion.concepts.concept import Concept
+from infusion.concepts.places import find_architecture, history
+from infusion.methods.base import TOKENS
+from ldm.util.cli import UserError
+from ldm.weights import recognise
+from ldm.weights.files import TensorFile, tensors_of
+
+PLACEHOLDER = "* "  # one token of the tokenizer's, in the place of each vector
+PAIRS = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"), ("emb", "emb2"))  # of SDXL's two encoders
+
+
+def fits(file: TensorFile) -> bool:
+    if "string_to_param" in file.content or "emb_params" in file.shapes:
+        return True
+    if any(set(pair) & file.shapes.keys() for pair in PAIRS):
+        return True
+    widths = {1280, *(node["params"]["unet"]["params"]["context_dim"] for node in recognise.backbones().values())}
+    shapes = [shape for name, shape in file.shapes.items() if "." not in name]
+    return 0 < len(shapes) == len(file.shapes) and all(1 <= len(s) <= 2 and s[-1] in widths for s in shapes)
+
+
+def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
+    """Raises ValueError for vectors that fit no base model."""
+    words = {name: file.read(name) for name in file.shapes}
+    token = ""
+    if "string_to_param" in file.content:
+        token = file.content.get("name")
+        words = {":": next(iter(tensors_of(_mapping(file.content["string_to_param"])).values()), torch.empty(0))}
+    elif "emb_params" in words:
+        words = {":": words.pop("emb_params")}
+    elif pair := next((pair for pair in PAIRS if set(pair) & words.keys()), None):
+        if words.keys() != set(pair):
+            raise UserError(f"a learned word of SDXL has {' and '.join(pair)}, this file {', '.join(words)[:100]}")
+        words = {":clip_l": words[pair[0]], ":clip_g": words[pair[1]]}
+    else:
+        words = {f"{name}:": vectors for name, vectors in words.items()}
+        if (second := file.path.with_name(f"{file.path.stem}_2{file.path.suffix}")).is_file():
+            with TensorFile(second) as other:  # SDXL's second encoder, by diffusers
+                both = words.keys() == {f"{name}:" for name in other.shapes}
+                if both:
+                    words = {f"{name}clip_l": vectors for name, vectors in words.items()}
+                    words |= {f"{name}:clip_g": other.read(name) for name in other.shapes}
+    found, vectors = stacked(words)
+    token = token if isinstance(token, str) and token else found or file.path.stem
+    architecture = find_architecture(file.metadata, said, vectors.shape[1])
+    facts = history(file.metadata, said, file.path, re.sub(r"[<>]", "", token))
+    facts["noun"] = (PLACEHOLDER * len(vectors)).strip()
+    return Concept({TOKENS: vectors}, architecture=architecture, method="textual_inversion", **facts)
+
+
+def stacked(words: Mapping[str, Tensor]) -> tuple[str, Tensor]:
+    """`<word>:<encoder>` -> vectors, as the words in one, and (T, D): the encoders' vectors side by side."""
+    names = sorted({name.rpartition(":")[0] for name in words}, key=lambda name: (len(name), name))  # <s2> before <s10>
+    rows = []
+    for name in names:
+        ends = ("clip_l", "clip_g", "", "string_to_param.*")
+        own = [words[f"{name}:{end}"] for end in ends if f"{name}:{end}" in words]
+        own = [vectors.float()[None] if vectors.ndim == 1 else vectors.float() for vectors in own]
+        if any(vectors.ndim != 2 for vectors in own) or len({len(vectors) for vectors in own}) != 1:
+            raise UserError(f"the word {name[:60]!r} has vectors {[tuple(vectors.shape) for vectors in own]}")
+        rows.append(torch.cat(own, dim=1))
+    if len({row.shape[1] for row in rows}) != 1 or not 0 < sum(map(len, rows)) <= 75:
+        raise UserError(f"its words have vectors {[tuple(row.shape) for row in rows][:9]}, which is no learned word")
+    return "".join(names), torch.cat(rows)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """What a dict holds, or an old `ParameterDict`, which a safe reader leaves as its state."""
+    state = getattr(value, "state", value)
+    state = state.get("_parameters", state) if isinstance(state, Mapping) else {}
+    return state

@@ -1,0 +1,44 @@
+"""Files of other tools: which of the modules of this package reads one as a concept."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.util.cli import UserError, naming
+from ldm.weights.diffusers_layout import open_checkpoint
+from ldm.weights.recognise import CONCEPT, guess, recognise
+
+if TYPE_CHECKING:
+    from infusion.concepts.concept import Concept
+
+FAMILIES = ("custom_diffusion", "lora", "embeddings", "checkpoints")  # the first that fits reads it
+RELEASED = "released concept"  # a kind of file
+IN_FOLDERS = [
+    f"{stem}{ending}"
+    for stem in ("pytorch_lora_weights", "adapter_model", "pytorch_custom_diffusion_weights", "learned_embeds")
+    for ending in (".safetensors", ".bin")
+]
+
+
+def load(path: str | Path, said: Mapping[str, Any]) -> "Concept | None":
+    """None for one of this project's own files, and where there is none.
+
+    Raises:
+        ValueError: the file cannot be read, no family reads it, or it has something that is not read; the message names
+            the file.
+    """
+    path = Path(path)
+    path = next((path / name for name in IN_FOLDERS if (path / name).is_file()), path)
+    if not path.is_dir() and not path.is_file():
+        return None
+    with open_checkpoint(path) as file, naming(str(path)):
+        if file.metadata.get("format") == CONCEPT:
+            return None
+        if recognise(file).name == RELEASED:
+            raise UserError(f"no concept file; {guess(file)}")
+        for family in FAMILIES:
+            module = import_module(f"infusion.concepts.{family}")  # not above: they make concepts
+            if module.fits(file):
+                return module.load(file, said)
+        raise UserError(f"no concept file; {guess(file)}")
