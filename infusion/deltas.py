@@ -154,8 +154,8 @@ def merge(module: nn.Module, edits: Mapping[str, Sequence[Edit]]) -> None:
     """Puts edits into the tensors themselves, for good; raises ValueError as `attach`."""
     with torch.no_grad():
         attach(module, edits)
-        for owner, leaf in [_owner(module, name) for name in edits]:
-            parametrize.remove_parametrizations(owner, leaf, leave_parametrized=True)
+        for path, _, leaf in [name.rpartition(".") for name in edits]:
+            parametrize.remove_parametrizations(module.get_submodule(path), leaf, leave_parametrized=True)
 
 
 @contextmanager

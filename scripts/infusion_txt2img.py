@@ -38,6 +38,7 @@ from ldm.util.cli import (
     writable,
 )
 from ldm.util.config import BACKBONES, find
+from ldm.util.templates import fill
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,7 +167,7 @@ def plan(flags: argparse.Namespace, jobs: list[Job], templates: list[str], world
 def warn_of_change(flags: argparse.Namespace, hashes: dict[str, str]) -> None:
     """Warns where a picture that is drawn again was made from other files."""
     for name, here in hashes.items():
-        if flags.said and flags.said.get(name, "") != here:
+        if "config" in flags.said and flags.said.get(name, "") != here:  # a picture of ours
             logger.warning("warning: --from-png: the picture was made with another file: %s differs", name)
 
 
@@ -177,8 +178,8 @@ def draw(
     inverse_covariance: "Tensor | None",
     ranks: "Ranks",
     single: bool,
-) -> Iterator["tuple[Job, int, Tensor]"]:
-    """Each image (3, H, W) with its job and seed, in order, on every process; the processes share the batches.
+) -> Iterator["tuple[Job, str, int, Tensor]"]:
+    """Each image (3, H, W) with its job, template and seed, in order, on every process; the processes share the batches.
 
     The bar shows the steps of a `single` prompt, else the prompts.
     """
@@ -191,9 +192,9 @@ def draw(
             prompts = [template] * len(seeds)
             made.append(sample(sd, prompts, concepts, job.settings, seed=seeds, **how).cpu())
         everyone = [images for of_one in ranks.gather(made) for images in of_one]
-        for (job, _, seeds), images in zip(batches[start : start + ranks.world], everyone, strict=True):
+        for (job, template, seeds), images in zip(batches[start : start + ranks.world], everyone, strict=True):
             for number, image in zip(seeds, images, strict=True):
-                yield job, number, image
+                yield job, template, number, image
 
 
 @report
@@ -203,9 +204,9 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parse(arguments)
     check_inputs(flags)
     from infusion.covariance import InverseCovariance  # after the flags: these take seconds
-    from infusion.sampling.customised import check_covariance
+    from infusion.sampling.customised import check_covariance, nouns_of
     from infusion.sampling.pictures import Numbered, grid, png
-    from infusion.sampling.png import describe, hashes
+    from infusion.sampling.png import PARAMETERS, describe, hashes, parameters
     from infusion.sampling.regions import regions
     from infusion.sampling.sample import check_prompts
     from ldm.util.dist import launch
@@ -239,7 +240,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     batches = plan(flags, jobs, templates, ranks.world)
     drawn, paths, spoilt = {}, [], []
-    for job, number, image in draw(sd, batches, concepts, inverse.matrix, ranks, len(jobs) * flags.n_iter == 1):
+    single = len(jobs) * flags.n_iter == 1
+    for job, template, number, image in draw(sd, batches, concepts, inverse.matrix, ranks, single):
         if not image.isfinite().all():
             spoilt.append(f"{job.prompt[:80]!r}, seed {number}")
             continue
@@ -247,7 +249,8 @@ def main(arguments: list[str] | None = None) -> None:
         if ranks.first and not flags.skip_save:
             shown = replace(job.settings, height=image.shape[1], width=image.shape[2])
             said = describe(shown, vars(flags) | {"prompt": job.prompt, "seed": number}, of_files)
-            paths.append(samples.write(png(image, said)))
+            prompt = fill(template, nouns_of(concepts, settings.noun))
+            paths.append(samples.write(png(image, said | {PARAMETERS: parameters(said, prompt)})))
     if not ranks.first:
         return
     if paths:

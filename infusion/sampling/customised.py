@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from infusion.attention import OwnPass, StackedPass, Tape
 from infusion.concepts.concept import Concept
-from infusion.deltas import weights_edited
+from infusion.deltas import in_model, weights_edited
 from infusion.gate import IDENTITY, fingerprint
 from infusion.inject import edited
 from infusion.methods import method_of
@@ -20,8 +20,6 @@ from infusion.sampling.settings import Settings, for_each
 from ldm.models.attention import Context
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
-
-OTHERS = ("text.", "vae.")  # how a concept's tensors begin that change another part than the UNet
 
 
 class Customised:
@@ -75,8 +73,7 @@ class Customised:
             self.owners += [k] * len(own)
             terms += own
             for name, change in method.differences(concept.tensors, strengths[k]).items():
-                name = name if name.startswith(OTHERS) else f"unet.{name}"
-                self.changes.setdefault(name, []).append(change)
+                self.changes.setdefault(in_model(name), []).append(change)
         self.own = _common_attention([concepts[k] for k in dict.fromkeys(self.owners)]) == "own"
         self.edits = by_layer(terms)
         for edits in self.edits.values():

@@ -1,5 +1,7 @@
 """What a PNG says of how it was made, and how to make it again."""
 
+import logging
+import re
 import struct
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,15 @@ HASHES = ("base_sha256", "personalized_sha256", "covariance_sha256")
 KNOWN = (*FORMER, *FLAGS, *(field.name for field in fields(Settings)), *HASHES)
 UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError, EOFError, struct.error)  # by Pillow
 ONE_EACH = {"n_samples": "1", "n_iter": "1"}
+PARAMETERS, NEGATIVE = "parameters", "Negative prompt: "  # of A1111's text, which most tools show
+SAMPLERS = {  # ours -> as A1111 calls it
+    **{"ddim": "DDIM", "plms": "PLMS", "euler": "Euler", "euler_a": "Euler a"},
+    **{"dpmpp_2m": "DPM++ 2M Karras", "unipc": "UniPC"},
+}
+THEIRS = {"Steps": "steps", "CFG scale": "scale", "Seed": "seed"}  # A1111's names -> ours
+PAIR = re.compile(r'([A-Za-z][\w /+-]{0,40}): ("(?:\\.|[^"\\])*"|[^,]*)(?:, |,?$)')
+NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]{1,200}>")
+logger = logging.getLogger(__name__)
 
 
 def describe(settings: Settings, flags: Mapping[str, object], hashes: Mapping[str, str]) -> dict[str, str]:
@@ -48,11 +59,56 @@ def hashes(base: str | None, concepts: Sequence[str], covariance: str) -> dict[s
     return dict(zip(HASHES, (base or "", personalized, covariance), strict=True))
 
 
+def parameters(said: Mapping[str, str], prompt: str) -> str:
+    """The same as one text, as A1111 writes it.
+
+    Args:
+        said: what `describe` gives.
+        prompt: as the text encoder reads it.
+    """
+    name = Path(said["ckpt"] or said["config"]).stem
+    lines = [prompt, NEGATIVE + said["negative_prompt"]] if said["negative_prompt"] else [prompt]
+    pairs = {
+        "Steps": said["steps"],
+        "Sampler": SAMPLERS[said["sampler"]],
+        "CFG scale": said["scale"],
+        "Seed": said["seed"],
+        "Size": f"{said['width']}x{said['height']}",
+        "Model hash": said["base_sha256"][:10],
+        "Model": re.sub(r"[^\w .+-]", "_", name),
+    }
+    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in pairs.items() if value)])
+
+
+def read_parameters(text: str) -> tuple[dict[str, str], list[str]]:
+    """A1111's text as flags' values, and what it says that no flag takes.
+
+    Prompts may have several lines; the last line has the settings, if it has at least three.
+    """
+    *lines, last = text.strip().split("\n")
+    pairs = dict(PAIR.findall(last))
+    if len(pairs) < 3:
+        lines, pairs = [*lines, last], {}
+    prompt, _, negative = "\n".join(lines).partition(NEGATIVE.strip())
+    ignored = NETWORK.findall(prompt)
+    said = {"prompt": " ".join(NETWORK.sub(" ", prompt).split()), "negative_prompt": " ".join(negative.split())}
+    said |= {THEIRS[name]: pairs.pop(name) for name in THEIRS if name in pairs}
+    if size := re.fullmatch(r"(\d+)x(\d+)", pairs.get("Size", "")):
+        said |= {"width": size[1], "height": size[2]}
+        del pairs["Size"]
+    full = " ".join(pairs[name] for name in ("Sampler", "Schedule type") if name in pairs).removesuffix(" Automatic")
+    if ours := next((own for own, theirs in SAMPLERS.items() if theirs == full), None):
+        said["sampler"] = ours
+        pairs = {name: value for name, value in pairs.items() if name not in ("Sampler", "Schedule type")}
+    return said, [*ignored, *(f"{name}: {value}" for name, value in pairs.items())]
+
+
 def recall(path: str | Path) -> dict[str, str]:
-    """The text of a PNG of ours: what `describe` writes, and nothing else that may stand there.
+    """The text of a PNG of ours: what `describe` writes, and nothing else that may stand there; or of A1111's.
 
     Only its head is read, up to the pixels. Some values name files, which are read as if they had been named by flags:
-    config, ckpt, part, personalized_ckpt and covariance. None names a file or folder to write to.
+    config, ckpt, part, personalized_ckpt and covariance. None names a file or folder to write to. Of A1111's text, a
+    warning names what is ignored.
 
     Raises:
         ValueError: the file cannot be read, does not say how it was made, or names a file of another machine.
@@ -66,6 +122,12 @@ def recall(path: str | Path) -> dict[str, str]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot be read as a picture ({reason})") from error
     said = {FORMER.get(name, name): str(info[name]) for name in KNOWN if name in info}
+    if not said and info.get(PARAMETERS, "").strip():
+        said, ignored = read_parameters(info[PARAMETERS])
+        if ignored:
+            shown = "; ".join(ignored)[:600].encode("ascii", "replace").decode()
+            logger.warning("warning: --from-png: %s: ignored: %s", path, " ".join(shown.split()))
+        return said
     if lacking := [name for name in (*FLAGS, *asdict(Settings())) if name not in {*said, *NEW}]:
         raise UserError(f"{path}: does not say how it was made ({lacking[0]} is lacking)")
     for name in FILES:

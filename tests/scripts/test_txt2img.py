@@ -132,6 +132,8 @@ def test_the_png_says_how_it_was_made(draw, sd, concept, tiny):
     )
     said = text(out / "samples/00000.png")
     concept_hash = hashlib.sha256(concept.read_bytes()).hexdigest()
+    for_others = said.pop("parameters")  # with the concept's word in the prompt
+    assert for_others.startswith("a “cat”\nNegative prompt: fog\nSteps: 2, Sampler: DDIM, ")
     assert said == {
         "prompt": "a “{}”", "seed": "42", "steps": "2", "scale": "7.5", "sampler": "ddim", "eta": "0.0",
         "negative_prompt": "fog", "height": "16", "width": "16", "beta": "0.7", "tau": "0.2", "strength": "0.5",

@@ -1,4 +1,5 @@
 import struct
+import time
 import warnings
 import zlib
 from dataclasses import asdict
@@ -7,8 +8,20 @@ from pathlib import Path
 import pytest
 from PIL import Image, PngImagePlugin
 
-from infusion.sampling.png import FILES, FLAGS, KNOWN, NEW, defaults, describe, recall
+from infusion.sampling.png import (
+    FILES,
+    FLAGS,
+    KNOWN,
+    NEW,
+    SAMPLERS,
+    defaults,
+    describe,
+    parameters,
+    read_parameters,
+    recall,
+)
 from infusion.sampling.settings import FORMER, Settings
+from ldm.diffusion.schedulers import SAMPLERS as OURS
 
 SAID = describe(Settings(), {"prompt": "a {}", "seed": 3, "config": "c.yaml"}, {"base_sha256": "ab"})
 
@@ -131,3 +144,60 @@ def test_other_pictures(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
     assert "does not say how it was made (prompt is lacking)" in refused(tmp_path / "a.png")
     assert "cannot be read" in refused(tmp_path / "missing.png")
+
+
+def test_others_see_prompt_and_settings():
+    settings = Settings(width=768, height=512, sampler="dpmpp_2m", negative_prompt="blurry, dark")
+    flags = {"prompt": "a {}", "seed": 3, "config": "c.yaml", "ckpt": "ckpt/sd,1.5.safetensors"}
+    said = describe(settings, flags, {"base_sha256": "6ce0161689b3"})
+    assert parameters(said, "a cat, (red:1.2)") == (
+        "a cat, (red:1.2)\nNegative prompt: blurry, dark\n"
+        "Steps: 50, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: 3, Size: 768x512, Model hash: 6ce0161689, Model: sd_1.5"
+    )
+    found, ignored = read_parameters(parameters(said, "a cat, (red:1.2)"))
+    assert found == {
+        **{"prompt": "a cat, (red:1.2)", "negative_prompt": "blurry, dark", "steps": "50", "scale": "7.5", "seed": "3"},
+        **{"sampler": "dpmpp_2m", "width": "768", "height": "512"},
+    }
+    assert ignored == ["Model hash: 6ce0161689", "Model: sd_1.5"]
+    assert "Negative" not in parameters(said | {"negative_prompt": ""}, "a cat")
+
+
+def test_every_sampler_has_a_name_there():
+    assert SAMPLERS.keys() == OURS.keys()
+
+
+def test_a_picture_of_a1111_is_read_as_far_as_it_goes(tmp_path, caplog):
+    text = (
+        "a cat on grass,\n<lora:style:0.8> red\nNegative prompt: blurry,\ndark\nSteps: 20, Sampler: Euler a, "
+        'Schedule type: Automatic, CFG scale: 7, Seed: 5, Size: 512x768, Clip skip: 2, Lora hashes: "style: ab, x: c"'
+    )
+    found = recall(save(tmp_path / "a.png", {"parameters": text}))
+    assert found == {
+        **{"prompt": "a cat on grass, red", "negative_prompt": "blurry, dark", "steps": "20", "scale": "7"},
+        **{"seed": "5", "sampler": "euler_a", "width": "512", "height": "768"},
+    }
+    assert defaults(found)["prompt"] == "a cat on grass, red"
+    (record,) = caplog.records
+    ignored = record.getMessage().split("ignored: ")[1]
+    assert ignored == '<lora:style:0.8>; Clip skip: 2; Lora hashes: "style: ab, x: c"'
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "ignored"),
+    [
+        ("just words: with, commas: here", "just words: with, commas: here", []),
+        ("a cat\nSteps: 5, Sampler: DPM++ SDE, Seed: 1", "a cat", ["Sampler: DPM++ SDE"]),
+        ("a cat\nSteps: 5, Seed: 1, Size: big", "a cat", ["Size: big"]),
+        ("Steps: 5, Seed: 1, Size: 8x8", "", []),
+    ],
+)
+def test_odd_texts_of_others(text, prompt, ignored):
+    found, left = read_parameters(text)
+    assert found["prompt"] == prompt and left == ignored
+
+
+def test_a_long_text_of_others_takes_no_time():
+    started = time.process_time()
+    read_parameters("a" * 200_000 + "\n" + "b c" * 200_000 + "<lora:" * 20_000)
+    assert time.process_time() - started < 2
