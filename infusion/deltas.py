@@ -16,6 +16,13 @@ from ldm.util.cli import UserError
 # has no ending.
 DOWN, UP, ALPHA, WHOLE = ".down", ".up", ".alpha", ".whole"
 
+OTHERS = ("text.", "vae.")  # how tensors of a concept begin that are of another part of the model than the UNet
+
+
+def in_model(name: str) -> str:
+    """A concept's name of a tensor as the whole model has it."""
+    return name if name.startswith(OTHERS) else f"unet.{name}"
+
 
 def as_parameter(tensor: Tensor) -> nn.Parameter:
     """A parameter as it is, so that it can be learned; any other tensor as a fixed parameter in float32."""

@@ -1,85 +1,188 @@
-"""Converts a concept file into another form, or a concept of Infusion's released code into a concept file.
+"""Converts a concept into another form, or into the files of other tools, and those into a concept file.
 
 python scripts/convert_concept.py cat.safetensors cat-compact.safetensors --form compact
-python scripts/convert_concept.py released.ckpt cat.safetensors --superclass cat
+python scripts/convert_concept.py lora.safetensors --to kohya
+python scripts/convert_concept.py downloaded.safetensors cat.safetensors --superclass cat
 """
 
 import argparse
+import base64
+import io
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from infusion.concepts import FORMS
-from ldm.util.cli import Parser, UserError, report
-from ldm.util.config import backbones
+from infusion.concepts.base import check_there, check_weights, load_base
+from ldm.util.cli import Parser, UserError, add_base_flags, find_device, naming, report
+from ldm.util.config import BACKBONES, backbones, find
 
 if TYPE_CHECKING:
     from infusion.concepts.concept import Concept
 
-UNSAID = ("superclass", "templates", "architecture", "gate", "attention", "values_only")  # by a released .ckpt
+OURS, LAYOUTS = "infusion", ("infusion", "kohya", "diffusers", "a1111", "folder", "checkpoint")
+WORDS = ("superclass", "noun", "templates", "architecture")  # that another file may not say
+RELEASED = ("gate", "attention", "values_only")  # besides, of a released .ckpt
+SPEC = ("author", "license", "tags", "description")  # of ModelSpec; and a thumbnail
+LONGEST, SIDE = 2000, 256  # characters of these; pixels of a thumbnail
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description="Converts a concept file into another form. No file is overwritten.")
+    parser = Parser(description="Converts a concept into another form or layout. No file is overwritten.")
     add = parser.add_argument
-    add("source", metavar="IN", help="a concept file of any form, or a concept .ckpt of Infusion's released code")
-    add("target", metavar="OUT", help="the new file, ending in .safetensors")
+    add("source", metavar="IN", help="a concept file, or a file or folder of another tool (docs/files.md)")
+    add("target", metavar="OUT", nargs="?", help="new file or folder; None: <superclass>-<method>-<steps> beside IN")
+    add("--to", choices=LAYOUTS, help="the layout; infusion is a concept file of this project", default=OURS)
     add("--form", choices=FORMS, help="full: float32; half: float16; compact: at most 11,264 bytes", default="full")
-    said = parser.add_argument_group("what a released .ckpt does not say").add_argument
+    said = parser.add_argument_group("what IN does not say").add_argument
     said("--superclass", metavar="WORD", help="the noun that stands for the concept in prompts; needed for a .ckpt")
+    said("--noun", metavar="WORDS", help="its trigger words; None: as IN says")
     said("--templates", nargs="+", metavar="PROMPT", help="training prompts; None: a photo of a {}")
-    said(
-        "--architecture", choices=list(backbones()), help="of the base model; None: by the width of its text encodings"
-    )
-    said("--gate", choices=["sigmoid", "hard", "global"], help="None: hard, which is what the released code does")
-    said("--attention", choices=["foundation", "own"], help="None: own, which is what the released code does")
-    said("--values_only", action="store_true", help="leave out residual keys")
+    said("--architecture", choices=list(backbones()), help="of the base model; None: by widths and metadata")
+    said("--gate", choices=["sigmoid", "hard", "global"], help="of a released .ckpt; None: hard, as that code does")
+    said("--attention", choices=["foundation", "own"], help="of a released .ckpt; None: own, as that code does")
+    said("--values_only", action="store_true", help="leave out residual keys of a released .ckpt")
+    spec = parser.add_argument_group("what others should know of OUT (ModelSpec, model card)").add_argument
+    for name in SPEC:
+        spec(f"--{name}", metavar="TEXT", help={"tags": "with commas between them"}.get(name, "a text"))
+    spec("--thumbnail", metavar="FILE", help="a picture, which is made small")
+    spec("--card", action="store_true", help="write a model card beside OUT")
+    base = parser.add_argument_group("the base model, for layouts of whole weights")
+    base.add_argument("--config", metavar="FILE", help="backbone config; None: the one that the concept names")
+    add_base_flags(base)
     return parser.parse_args(arguments)
 
 
 def read(flags: argparse.Namespace) -> "Concept":
     from infusion.concepts import released  # after the flags: it takes seconds
     from infusion.concepts.concept import Concept
+    from ldm.weights.diffusers_layout import open_checkpoint
+    from ldm.weights.recognise import recognise
+
+    said = {name: getattr(flags, name) for name in (*WORDS, *RELEASED) if getattr(flags, name)}
+    kind = "folder"
+    if not Path(flags.source).is_dir():
+        with open_checkpoint(flags.source) as file:
+            kind = recognise(file).name
+    if kind == "concept" and said:
+        raise UserError(f"--{next(iter(said))}: {flags.source} is a concept file, which says so itself")
+    if kind == "released concept":
+        if "superclass" not in said:
+            raise UserError(f"--superclass: {flags.source} does not say what stands for the concept; name it")
+        if "noun" in said:
+            raise UserError("--noun: a concept of the released code has none but its --superclass")
+        return released.load(flags.source, **said)
+    for name in RELEASED:
+        if name in said:
+            raise UserError(f"--{name}: {flags.source} is no concept of the released code")
+    return Concept.load(flags.source, **said)
+
+
+def describe(flags: argparse.Namespace) -> dict[str, str]:
+    """What the flags, or else the metadata of IN, say for others to read."""
     from ldm.weights.files import TensorFile
 
-    said = {name: getattr(flags, name) for name in UNSAID if getattr(flags, name)}
-    with TensorFile(flags.source) as file:
-        pickled = file.format != "safetensors"
-    if not pickled and said:
-        raise UserError(f"--{next(iter(said))}: {flags.source} is a concept file, which says so itself")
-    if not pickled:
-        return Concept.load(flags.source)
-    if "superclass" not in said:
-        raise UserError(f"--superclass: {flags.source} does not say what stands for the concept in prompts; name it")
-    return released.load(flags.source, **said)
+    metadata = {}
+    if Path(flags.source).is_file():
+        with TensorFile(flags.source) as file:
+            metadata = file.metadata
+    said = {name: getattr(flags, name) or metadata.get(f"modelspec.{name}") for name in SPEC}
+    for name, text in said.items():
+        if text and (len(text) > LONGEST or not text.isprintable()):
+            raise UserError(f"--{name}: a printable text of at most {LONGEST:,} characters is wanted")
+    said["thumbnail"] = picture(flags.thumbnail) if flags.thumbnail else metadata.get("modelspec.thumbnail")
+    return {name: text for name, text in said.items() if text}
 
 
-def write(concept: "Concept", path: Path, form: str) -> None:
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path}: the name must end in .safetensors")
-    if path.exists() or path.is_symlink():
-        raise UserError(f"{path}: is there already; name another file, or remove it first")
+def picture(file: str) -> str:
+    """A picture as a small data URL."""
+    from PIL import Image
+
+    from infusion.sampling.png import UNREADABLE
+
     try:
-        concept.save(path, form)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        with Image.open(file) as image:
+            image.thumbnail((SIDE, SIDE))
+            content = io.BytesIO()
+            image.convert("RGB").save(content, "JPEG", quality=85)
+    except UNREADABLE as error:
+        raise UserError(f"--thumbnail: {file} cannot be read as a picture") from error
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def find_target(flags: argparse.Namespace, concept: "Concept") -> Path:
+    """Where to write; raises UserError for a name that is taken or has another ending."""
+    from infusion.concepts.write import default_name
+
+    folder = flags.to == "folder" or (flags.to == "diffusers" and concept.method == "custom_diffusion")
+    ending = "" if folder else ".safetensors"
+    path = Path(flags.target) if flags.target else Path(flags.source).parent / default_name(concept, ending)
+    if not folder and path.is_dir():
+        path = path / default_name(concept, ending)
+    if not folder and path.suffix != ending:
+        raise UserError(f"{path}: the name must end in .safetensors")
+    for taken in (path, card_of(path, folder)) if flags.card else (path,):
+        if taken.exists() or taken.is_symlink():
+            raise UserError(f"{taken}: is there already; name another file, or remove it first")
+    return path
+
+
+def card_of(path: Path, folder: bool) -> Path:
+    return path / "README.md" if folder else path.with_suffix(".md")
+
+
+def write(flags: argparse.Namespace, concept: "Concept", path: Path, said: dict[str, str]) -> None:
+    import torch
+
+    from infusion.concepts import write as other
+
+    if flags.to == OURS:
+        stored = {name: tensor.half() if flags.form == "half" else tensor for name, tensor in concept.tensors.items()}
+        complete = said or (flags.form != "compact" and concept.architecture in backbones())
+        concept.save(path, flags.form, other.spec(concept, said, stored) if complete else None)
+        return
+    if flags.form == "compact":
+        raise UserError("--form: compact is a form of this project's own files")
+    base = None
+    if other.needs_base(concept, flags.to):
+        config = find(flags.config) if flags.config else BACKBONES / f"{concept.architecture}.yaml"
+        check_weights(flags, config)
+        base = load_base(flags, config, [concept], find_device("cpu"))
+        concept.check_base(base.architecture, base.hash)
+    with torch.no_grad():
+        other.write(concept, path, flags.to, said, base, half=flags.form == "half")
 
 
 @report
 def main(arguments: list[str] | None = None) -> None:
     flags = parse(arguments)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    check_there("thumbnail", flags.thumbnail)
+    from infusion.concepts import write as other
     from infusion.concepts.concept import Concept
+    from ldm.util import files
 
-    concept, path = read(flags), Path(flags.target)
-    write(concept, path, flags.form)
+    concept = read(flags)
+    if flags.to != OURS:
+        with naming(f"--to: {flags.source}"):
+            other.check_layout(concept, flags.to)
+    said, path = describe(flags), find_target(flags, concept)
+    try:
+        write(flags, concept, path, said)
+        if flags.card:
+            files.create(card_of(path, path.is_dir()), other.card(concept, said).encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     if flags.values_only:
         print("residual keys, if there were any, are left out")
-    error = Concept.load(path).relative_error(concept)
-    print(
-        f"{path}: {flags.form}, {path.stat().st_size:,} bytes, {concept.numbers:,} numbers, relative error {error:.1e}"
-    )
+    size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")))
+    kind = f"{flags.form}" if flags.to == OURS else f"{flags.to}, {flags.form}"
+    line = f"{path}: {kind}, {size:,} bytes, {concept.numbers:,} numbers"
+    error = f", relative error {Concept.load(path).relative_error(concept):.1e}" if flags.to == OURS else ""
+    print(line + error)
 
 
 if __name__ == "__main__":

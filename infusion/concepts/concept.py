@@ -178,9 +178,14 @@ class Concept:
             "modelspec.usage_hint": "Write {} in the prompt where the concept goes, for example: a photo of a {}",
         }
 
-    def save(self, path: str | Path, form: Literal["full", "half", "compact"] = "full") -> None:
-        """Write a concept file; raises ValueError as `infusion.concepts.file.write`."""
-        file.write(Path(path), self.tensors, self.metadata(), form)
+    def save(
+        self,
+        path: str | Path,
+        form: Literal["full", "half", "compact"] = "full",
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write a concept file, with `metadata` or with no more than its own; raises ValueError as `file.write`."""
+        file.write(Path(path), self.tensors, self.metadata() if metadata is None else metadata, form)
 
     @classmethod
     def load(cls, path: str | Path, **said: Any) -> Self:

@@ -13,8 +13,17 @@ from torch import Tensor
 
 from infusion.concepts.concept import Concept
 from infusion.concepts.embeddings import PLACEHOLDER, stacked
-from infusion.concepts.places import Place, as_mapping, find_architecture, find_place, history, key, places, skeleton
-from infusion.deltas import ALPHA, DOWN, UP
+from infusion.concepts.places import (
+    Place,
+    as_mapping,
+    find_architecture,
+    find_place,
+    history,
+    key,
+    places,
+    skeleton,
+)
+from infusion.deltas import ALPHA, DOWN, UP, in_model
 from infusion.methods.base import TOKENS
 from ldm.models.attention import BasicTransformerBlock
 from ldm.pipeline import StableDiffusion
@@ -67,7 +76,7 @@ def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
         if roles:
             place = _place(weights, module, architecture)
             roles = _low_rank(module, roles, _default_alpha(adapter, module))
-            shape = sd.get_parameter(_full(place.tensor)).shape
+            shape = sd.get_parameter(in_model(place.tensor)).shape
             _add(parts.setdefault(place.tensor, {}), place, _shaped(module, roles, shape, place.parts))
     for name, pieces in parts.items():
         tensors |= _joined(name, pieces)
@@ -127,11 +136,6 @@ def _place(known: Mapping[str, Place], module: str, architecture: str) -> Place:
     if (place := find_place(known, module)) is None:
         raise UserError(f"changes {module[:100]!r}, which {architecture} does not have")
     return place
-
-
-def _full(name: str) -> str:
-    """A concept's name of a tensor as the whole model has it."""
-    return name if name.startswith(("text.", "vae.")) else f"unet.{name}"
 
 
 def _default_alpha(adapter: Mapping[str, Any], module: str) -> float | None:

@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -58,20 +58,25 @@ def encoders(sd: StableDiffusion) -> dict[str, tuple[str, nn.Module]]:
     return dict(zip(ENCODERS, found, strict=False))
 
 
+def modules(sd: StableDiffusion, ending: str = ".weight") -> Iterator[tuple[Place, str, str, str]]:
+    """Of every tensor of UNet and text encoders with that ending: place, part ("unet", "te" or "te2"), and the names of
+    its module as diffusers has it and as LDM has it."""
+    for part, (path, module) in {"unet": ("", sd.unet), **encoders(sd)}.items():
+        for ours, theirs in diffusers_names(module).items():
+            for i, name in enumerate(theirs):
+                if name.endswith(ending):
+                    place = Place(f"{path}.{ours}" if path else ours, i, len(theirs))
+                    yield place, part, name.removesuffix(ending), ours.removesuffix(ending)
+
+
 def places(sd: StableDiffusion, ending: str = ".weight") -> dict[str, Place]:
     """`key` of a module -> the place of its weight, or its bias.
 
     The UNet's modules are there by diffusers' names and by LDM's, which differ in how they begin.
     """
     found = {}
-    for part, (path, module) in {"unet": ("", sd.unet), **encoders(sd)}.items():
-        for ours, theirs in diffusers_names(module).items():
-            for i, name in enumerate(theirs):
-                if name.endswith(ending):
-                    place = Place(f"{path}.{ours}" if path else ours, i, len(theirs))
-                    found[key(part, name.removesuffix(ending))] = place
-                    if part == "unet":
-                        found[key(part, ours.removesuffix(ending))] = place
+    for place, part, theirs, ours in modules(sd, ending):
+        found |= {key(part, theirs): place} | ({key(part, ours): place} if part == "unet" else {})
     return found
 
 
@@ -131,6 +136,8 @@ def history(metadata: Mapping[str, str], said: Mapping[str, Any], path: Path, to
         "noun": noun or superclass,
         "templates": tuple(said.get("templates") or _templates(metadata)),
         "base_hash": digest if re.fullmatch("[0-9a-f]{64}", digest) else None,
+        "base_use_ema": metadata.get("base_use_ema") == "true",
+        "base_parts": as_mapping(metadata.get("base_parts")),
         "attention": "own",
         **{name: int(text) for name, text in numbers.items() if re.fullmatch("[0-9]{1,19}", text)},
         **({"learning_rate": float(rate)} if re.fullmatch(r"[0-9.]{1,12}(e-[0-9]{1,2})?", rate) else {}),
