@@ -179,7 +179,7 @@ def draw(
     ranks: "Ranks",
     single: bool,
 ) -> Iterator["tuple[Job, str, int, Tensor]"]:
-    """Each image (3, H, W) with its job, template and seed, in order, on every process; the processes share the batches.
+    """Each image (3, H, W) with its job, template and seed, in order, on every process; processes share the batches.
 
     The bar shows the steps of a `single` prompt, else the prompts.
     """

@@ -103,8 +103,9 @@ def decode(streams: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
         for name, (shape, peak, spread, length) in description["layers"].items():
             count, end = math.prod(shape), start + length
             room -= count
-            sides = (*shape, *(NUMBERS - side for side in shape), 8 - len(shape))
-            if min(*sides, peak, PEAK - peak, spread - 1, length, room, len(content) - end) < 0:
+            shaped = len(shape) <= 8 and all(0 <= side <= NUMBERS for side in shape)
+            coded = 0 <= peak <= PEAK and spread >= 1 and start <= end <= len(content)
+            if not (shaped and coded and room >= 0):
                 raise UserError("a layer's shape, peak, spread or length is out of range")
             q = unpack(content[start:end], count, weights(peak, spread))
             tensors[name] = (torch.tensor(q, dtype=torch.float64) * description["step"]).float().reshape(shape)

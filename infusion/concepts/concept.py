@@ -79,22 +79,18 @@ class Concept:
     def __post_init__(self) -> None:
         fields.check_tensors(self.tensors)
         fields.check_words(self.superclass, self.templates, self.noun)
-        fields.check_form("architecture", self.architecture, fields.ARCHITECTURE)
-        fields.check_form("method", self.method, fields.NAME)
-        fields.check_form("attention", self.attention, "foundation|own")
-        fields.check_form("covariance", self.covariance, fields.HASH)
+        for name, pattern in fields.FORMS.items():
+            fields.check_form(name, getattr(self, name), pattern)
         if self.base_hash is not None:
             fields.check_form("base_hash", self.base_hash, fields.HASH)
         for component, digest in self.base_parts.items():
             fields.check_form("base_parts", component, fields.NAME)
             fields.check_form(f"base_parts.{component}", digest, fields.HASH)
         fields.check_options(self.options)
-        fields.check_number("beta", self.gate.beta)
-        fields.check_number("tau", self.gate.tau)
-        fields.check_number("learning_rate", self.learning_rate)
-        fields.check_int("steps", self.steps)
-        fields.check_int("seed", self.seed)
-        fields.check_int("batch_size", self.batch_size)
+        for name, value in (("beta", self.gate.beta), ("tau", self.gate.tau), ("learning_rate", self.learning_rate)):
+            fields.check_number(name, value)
+        for name in ("steps", "seed", "batch_size"):
+            fields.check_number(name, getattr(self, name), 0, 2**64 - 1, whole=True)
         fields.check_text("date", self.date)
         tensors = {name: tensor.detach().cpu().float().clone() for name, tensor in self.tensors.items()}
         object.__setattr__(self, "tensors", tensors)

@@ -16,6 +16,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAME = r"[a-z]\w{0,63}"  # of a method, which is the name of a module, and of its options
 ARCHITECTURE = r"\w[\w .+-]{0,63}"  # which is the name of a config
 HASH = r"[\w.:-]{1,128}"
+FORMS = {"architecture": ARCHITECTURE, "method": NAME, "attention": "foundation|own", "covariance": HASH}
 WANTED = {int: "a whole number", float: "a number", bool: "true or false", list: "a JSON list", dict: "a JSON mapping"}
 
 
@@ -35,16 +36,11 @@ def check_form(name: str, value: object, pattern: str) -> None:
         raise UserError(f"{name}: {shown(value)} is not of the form {pattern}")
 
 
-def check_number(name: str, value: object, low: float = -1e9, high: float = 1e9) -> None:
+def check_number(name: str, value: object, low: float = -1e9, high: float = 1e9, whole: bool = False) -> None:
     """A number from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise UserError(f"{name}: a number from {low:g} to {high:g} is wanted, not {shown(value)}")
-
-
-def check_int(name: str, value: object) -> None:
-    """A whole number from 0 to 2**64 - 1."""
-    if type(value) is not int or not 0 <= value < 2**64:
-        raise UserError(f"{name}: a whole number from 0 to 2**64 - 1 is wanted, not {shown(value)}")
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not low <= value <= high:
+        kind = "a whole number" if whole else "a number"
+        raise UserError(f"{name}: {kind} from {low:g} to {high:g} is wanted, not {shown(value)}")
 
 
 def check_words(superclass: str, templates: Iterable[str], noun: str = "") -> None:

@@ -1,7 +1,6 @@
 """Files of other tools: which of the modules of this package reads one as a concept."""
 
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ from ldm.weights.recognise import CONCEPT, guess, recognise
 if TYPE_CHECKING:
     from infusion.concepts.concept import Concept
 
-FAMILIES = ("custom_diffusion", "lora", "embeddings", "checkpoints")  # the first that fits reads it
 RELEASED = "released concept"  # a kind of file
 IN_FOLDERS = [
     f"{stem}{ending}"
@@ -28,6 +26,8 @@ def load(path: str | Path, said: Mapping[str, Any]) -> "Concept | None":
         ValueError: the file cannot be read, no family reads it, or it has something that is not read; the message names
             the file.
     """
+    from infusion.concepts import checkpoints, custom_diffusion, embeddings, lora  # not above: they make concepts
+
     path = Path(path)
     path = next((path / name for name in IN_FOLDERS if (path / name).is_file()), path)
     if not path.is_dir() and not path.is_file():
@@ -37,8 +37,17 @@ def load(path: str | Path, said: Mapping[str, Any]) -> "Concept | None":
             return None
         if recognise(file).name == RELEASED:
             raise UserError(f"no concept file; {guess(file)}")
-        for family in FAMILIES:
-            module = import_module(f"infusion.concepts.{family}")  # not above: they make concepts
-            if module.fits(file):
-                return module.load(file, said)
+        for family in (custom_diffusion, lora, embeddings, checkpoints):  # the first that fits reads it
+            if family.fits(file):
+                return family.load(file, said)
         raise UserError(f"no concept file; {guess(file)}")
+
+
+def summary(path: str | Path) -> dict[str, Any]:
+    """What a file is as a concept, as values for JSON; `refused` says why it is none."""
+    try:
+        concept = load(path, {})
+    except UserError as error:
+        return {"refused": str(error)}
+    said = ("method", "architecture", "superclass", "noun", "base_hash", "steps", "numbers")
+    return {name: getattr(concept, name) for name in said} | {"tensors": len(concept.tensors)}

@@ -84,7 +84,7 @@ def any_of(*rules: Callable[[File], bool]) -> Callable[[File], bool]:
 
 BASE = "base checkpoint"
 RELEASED = "a concept of Infusion's released code: convert it by scripts/convert_concept.py"
-ADDED = "a change to a base checkpoint, and no base checkpoint itself"
+ADDED = "a change to a base checkpoint, and no base checkpoint itself; --personalized_ckpt takes it"
 EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 REFUSED: tuple[tuple[str, Callable[[File], bool]], ...] = (  # what would load, or nearly, and be something else
     ("CosXL, whose noise levels (EDM) no schedule here has", begins("edm_vpred.")),
@@ -113,13 +113,14 @@ KINDS: tuple[tuple[str, str, Callable[[File], bool]], ...] = (  # kind, what it 
     (
         "lora",
         f"a LoRA: {ADDED}",
-        any_of(
-            contains("lora_up.", "lora_down.", "lora_A.", "lora_B.", ".lora.", "lora_linear_layer."),
-            contains("_lora.down.", "_lora.up."),  # of the oldest diffusers
+            contains("lora_up.", "lora_down.", "lora_A.", "lora_B.", ".lora.", "lora_linear_layer.", "hada_w", "lokr_w"),
+            contains("_lora."),  # of the oldest diffusers
             begins("unet:", "text_encoder:"),  # cloneofsimo's, and below without names
             is_list_of_factors,
         ),
     ),
+    ("custom diffusion", f"Custom Diffusion: {ADDED}", contains("_custom_diffusion.")),
+    ("custom diffusion", f"Custom Diffusion: {ADDED}", holds("modifier_token")),
     ("textual inversion", f"a textual inversion embedding: {ADDED}", holds("string_to_param", "string_to_token")),
     ("textual inversion", f"a textual inversion embedding: {ADDED}", begins("emb_params")),
     ("textual inversion", f"a textual inversion embedding: {ADDED}", is_embedding),

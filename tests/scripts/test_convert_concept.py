@@ -1,7 +1,12 @@
+import base64
+import io
 import pickle
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from infusion.concepts.concept import Concept
 from infusion.inject import cross_attention_layers
@@ -185,3 +190,55 @@ def test_released_files_that_are_refused(widths, tmp_path, fails):
         source.write_bytes(content)
         assert str(source) in fails(source, target, "--superclass", "cat")
     assert not target.exists()
+
+
+def lora(path, **said: str) -> None:
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    torch.manual_seed(0)
+    tensors = {f"{name}.lora_down.weight": torch.randn(4, 768), f"{name}.lora_up.weight": torch.randn(1280, 4)}
+    save_file({**tensors, f"{name}.alpha": torch.tensor(2.0)}, path, said)
+
+
+def test_another_tools_file_becomes_a_concept_and_goes_back(tmp_path, capsys):
+    source, ours = tmp_path / "style.safetensors", tmp_path / "ours.safetensors"
+    lora(source, **{"modelspec.author": "me"})
+    main([str(source), str(ours), "--superclass", "dog", "--noun", "sks dog"])
+    concept = Concept.load(ours)
+    assert (concept.superclass, concept.noun, concept.method) == ("dog", "sks dog", "lora")
+    main([str(ours), "--to", "kohya", "--license", "MIT", "--card"])
+    back = tmp_path / "dog-lora-0.safetensors"
+    assert capsys.readouterr().out.splitlines()[1].startswith(f"{back}: kohya, full, ")
+    theirs = load_file(source)
+    assert load_file(back).keys() == theirs.keys()
+    assert all(torch.equal(load_file(back)[name], tensor) for name, tensor in theirs.items())
+    with safe_open(back, "pt") as file:
+        said = file.metadata()
+    assert (said["modelspec.author"], said["modelspec.license"]) == ("me", "MIT")
+    assert 'license: "MIT"' in back.with_suffix(".md").read_text()
+    again = Concept.load(back)
+    assert again.metadata() == concept.metadata() and again.tensors.keys() == concept.tensors.keys()
+
+
+def test_a_thumbnail_is_made_small(tmp_path, fails):
+    lora(tmp_path / "a.safetensors")
+    Image.new("RGB", (900, 600), "red").save(tmp_path / "a.png")
+    main([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--thumbnail", str(tmp_path / "a.png")])
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        said = file.metadata()["modelspec.thumbnail"]
+    kind, _, data = said.partition(",")
+    assert kind == "data:image/jpeg;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (256, 171)
+    assert "--thumbnail" in fails(tmp_path / "a.safetensors", tmp_path / "c", "--thumbnail", tmp_path / "b.safetensors")
+
+
+def test_what_has_no_equal_elsewhere_is_one_line(concept, tmp_path, fails):
+    source = tmp_path / "a.safetensors"
+    concept.save(source)
+    assert "no exact equal in files of other tools (docs/files.md" in fails(source, "--to", "kohya")
+    lora(tmp_path / "b.safetensors")
+    assert "--gate" in fails(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "--gate", "hard")
+    assert "--form" in fails(
+        tmp_path / "b.safetensors", tmp_path / "c.safetensors", "--to", "kohya", "--form", "compact"
+    )
+    assert "--ckpt" in fails(tmp_path / "b.safetensors", tmp_path / "c", "--to", "folder", "--ckpt", tmp_path / "none")
+    assert "is there already" in fails(source, source)

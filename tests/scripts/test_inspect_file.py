@@ -134,3 +134,15 @@ def test_what_cannot_be_read_is_one_line(tmp_path, capsys, content):
         main([str(path)])
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and line.startswith(f"error: {path}: ")
+
+
+def test_a_lora_of_another_tool(inspect, tmp_path):
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    tensors = {f"{name}.lora_down.weight": torch.ones(4, 768), f"{name}.lora_up.weight": torch.ones(1280, 4)}
+    save_file(tensors, tmp_path / "a.safetensors", {"modelspec.trigger_phrase": "sks dog", "ss_steps": "80"})
+    facts = inspect(tmp_path / "a.safetensors")
+    found = facts["as_concept"]
+    assert facts["kind"] == found["method"] == "lora" and found["architecture"] == "sd15" and found["steps"] == 80
+    assert found["noun"] == "sks dog" and found["tensors"] == 2
+    save_file({**tensors, f"{name}.dora_scale": torch.ones(1280)}, tmp_path / "a.safetensors")
+    assert "DoRA" in inspect(tmp_path / "a.safetensors")["as_concept"]["refused"]
