@@ -361,3 +361,17 @@ def test_images_that_are_not_finite_are_named_and_not_written(draw, monkeypatch,
     names = sorted(path.name for path in (tmp_path / "out/samples").iterdir())
     assert names == ["00000.png", "00001.png"]
     assert [Image.open(tmp_path / "out/samples" / name).text["seed"] for name in names] == ["7", "9"]
+
+
+def test_a_lora_of_another_tool_needs_no_placeholder(tmp_path):
+    """On pocket, by sd-scripts' names; its trigger is a word of the prompt like any other."""
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v"
+    tensors = {f"{layer}.lora_down.weight": torch.ones(1, 128), f"{layer}.lora_up.weight": torch.ones(192, 1)}
+    save_file(tensors, tmp_path / "style.safetensors", {"modelspec.trigger_phrase": "sks"})
+    flags = ["--steps", "1", "--n_samples", "1", "--skip_grid", "--device", "cpu"]
+    drawn = []
+    for name, prompt, strength in (("a", "a sks dog", "1"), ("b", "a {} dog", "1"), ("c", "a sks dog", "0")):
+        out = ["--outdir", str(tmp_path / name), "--prompt", prompt, "--strength", strength]
+        main(["--personalized_ckpt", str(tmp_path / "style.safetensors"), *out, *flags])
+        drawn.append(pixels(tmp_path / name / "samples/00000.png"))
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
