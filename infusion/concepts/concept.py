@@ -24,6 +24,7 @@ MODELSPEC_ARCHITECTURES = {
     "sd21_768": "stable-diffusion-v2-768-v",
     "sdxl": "stable-diffusion-xl-v1-base",
 }
+TWINS = {"sd21", "sd21_768"}  # of the same tensors: files of other tools often do not say which one they are for
 
 
 def now() -> str:
@@ -126,17 +127,20 @@ class Concept:
         """Warn when the base model is another one than the concept was trained on.
 
         Raises:
-            ValueError: it is of another architecture.
+            ValueError: it is of another architecture; unless tensors cannot tell the two apart, and the concept's file
+                does not say which checkpoint it was trained on.
         """
-        if architecture != self.architecture:
+        alike = self.base_hash is None and {architecture, self.architecture} == TWINS
+        if architecture != self.architecture and not alike:
             raise UserError(
                 f"{self.superclass!r} was trained on {self.architecture!r}: it does not fit {architecture!r}"
             )
         if base_hash != self.base_hash:
             named = ["--use_ema"] * self.base_use_ema
             named += [f"--part {name}=FILE (sha256 {_short(part)})" for name, part in self.base_parts.items()]
+            trained = "may have been" if self.base_hash is None else "was"
             warnings.warn(
-                f"the concept {self.superclass!r} was trained on another checkpoint of {architecture!r} "
+                f"the concept {self.superclass!r} {trained} trained on another checkpoint of {architecture!r} "
                 f"(sha256 {_short(self.base_hash)}, here {_short(base_hash)}): expect another likeness"
                 + (f"; its own has {' and '.join(named)}" if named else ""),
                 stacklevel=2,

@@ -207,6 +207,11 @@ def test_check_base(concept):
         concept.check_base("sd15", None)
     with pytest.raises(ValueError, match="sd21"):
         concept.check_base("sd21", "ab" * 32)
+    unknown = replace(concept, architecture="sd21", base_hash=None)
+    with pytest.warns(UserWarning, match="may have been trained on another checkpoint"):
+        unknown.check_base("sd21_768", "ab" * 32)  # its tensors are the same
+    with pytest.raises(ValueError, match="does not fit"):
+        replace(unknown, base_hash="ab" * 32).check_base("sd21_768", "ab" * 32)
 
 
 def test_the_base_of_a_concept_may_be_averaged_and_of_parts(concept, tmp_path):
