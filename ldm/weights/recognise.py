@@ -113,8 +113,9 @@ KINDS: tuple[tuple[str, str, Callable[[File], bool]], ...] = (  # kind, what it 
     (
         "lora",
         f"a LoRA: {ADDED}",
-            contains("lora_up.", "lora_down.", "lora_A.", "lora_B.", ".lora.", "lora_linear_layer.", "hada_w", "lokr_w"),
-            contains("_lora."),  # of the oldest diffusers
+        any_of(
+            contains("lora_up.", "lora_down.", "lora_A.", "lora_B.", ".lora.", "lora_linear_layer."),
+            contains("_lora.", "hada_w", "lokr_w"),  # of the oldest diffusers, and of LyCORIS
             begins("unet:", "text_encoder:"),  # cloneofsimo's, and below without names
             is_list_of_factors,
         ),
