@@ -1,0 +1,87 @@
+"""Mistakes in a config are one line before anything starts; the shipped ones can be built."""
+
+import pytest
+from omegaconf import OmegaConf
+
+import main as training
+from ldm.training.config import read_config
+from ldm.util.cli import UserError
+from ldm.util.config import ROOT, check, instantiate
+from scripts.experiment import main
+from scripts.experiments.config import arguments, read_experiment
+
+SHIPPED = sorted((ROOT / "configs/experiment").glob("*.yaml"))
+ABSENT = {"pocket_two", "pocket_two_recipes", "dreambooth", "sd15"}  # whose weights or photos are not in the repository
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seed=[0]"], "the config has no key `seed`; did you mean `seeds`?"),
+        (["seeds=[0,0]"], "seeds are one or more different numbers"),
+        (["seeds=[a]"], "seeds: Experiment wants list[int] here"),
+        (["subjects.this cat.folder=nowhere"], "subjects.this cat.folder: there is no folder nowhere with photos"),
+        (["subjects.this cat.supercls=cat"], "subjects.this cat.supercls: Subject has no parameter `supercls`"),
+        (["subjects.third={folder: DOGS}"], "subjects.third: Subject also needs `superclass`"),
+        (["subjects.a,b={folder: x, superclass: y}"], "a,b: a name has letters"),
+        (["variants.infusion.file=x"], "variants.infusion: give one of config, file and pictures"),
+        (["variants.infusion.config=nowhere.yaml"], "variants.infusion: nowhere.yaml: no such config file"),
+        (["variants.infusion.overrides=[learnin_rate=1]"], "did you mean `learning_rate`?"),
+        (["variants.infusion.overrides=[model.params.method.params.key=1]"], "Infusion has no parameter `key`"),
+        (["variants.infusion.overrides=[ckpt=nowhere.ckpt]"], "there is no file nowhere.ckpt"),
+        (["variants.mine.file=nowhere.safetensors"], "variants.mine: --file: there is no file nowhere.safetensors"),
+        (["masks.model_weight=nowhere"], "masks: --model_weight: there is no file nowhere"),
+        (["masks.modl=x"], "masks: unrecognized arguments: --modl x"),
+        (["measure.sampels=3"], "measure: unrecognized arguments: --sampels 3"),
+        (["measure.dino=nowhere"], "measure: --dino: there is no file nowhere"),
+        (["measure.out=x"], "measure: out: each row has its own; leave it out"),
+        (["cores=0"], "cores must be at least 1"),
+        (["--only", "lora"], "--only: there is no variant or subject `lora`"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, experiment, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([str(experiment()), "--out", str(tmp_path / "out"), *words])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and message in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_keeps_what_is_named(experiment, tmp_path):
+    whole = read_experiment(str(experiment()), [], tmp_path)
+    runs = whole.only(["infusion", "that dog"]).runs()
+    assert [(variant.name, subject.name, seed) for variant, subject, seed in runs] == [("infusion", "that dog", 0)]
+    assert len(whole.only(["infusion"]).runs()) == 2 and len(whole.runs()) == 4
+
+
+def test_seeds_of_its_own_and_rows_without(experiment, tmp_path):
+    file = tmp_path / "mine.safetensors"
+    file.touch()
+    words = ["variants.infusion.seeds=[5,6]", f"variants.mine.file={file}", "seeds=[1]"]
+    runs = read_experiment(str(experiment()), words, tmp_path).runs()
+    assert [seed for variant, subject, seed in runs if subject.name == "this cat"] == [5, 6, 1, None]
+
+
+@pytest.mark.parametrize("name", ["pocket", "pocket_ablations"])
+def test_every_training_of_the_pocket_comparison_can_be_built(name, tmp_path):
+    experiment = read_experiment(f"configs/experiment/{name}.yaml", [], tmp_path)
+    assert experiment.variants[0].name == "infusion"  # from which reports say how the others differ
+    assert "green_dotted_elephant" not in [subject.name for subject in experiment.subjects]  # chose the recipes
+    for variant in experiment.variants:
+        config = read_config(training.parse(arguments(variant, experiment.subjects[2], 5, "photos")))
+        nodes = OmegaConf.to_container(config)
+        check(nodes["data"], "data")
+        method = instantiate(config.model.params.method, "method")
+        assert method.name == ("infusion" if name == "pocket_ablations" else variant.name)
+        assert config.model.params.seed == config.data.params.seed == 5
+        assert config.data.params.batch_size == 8  # the budget of docs/comparison.md
+        assert 150 <= config.trainer.max_steps <= (1200 if variant.name == "textual_inversion" else 400)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_what_is_shipped_lacks_nothing_but_weights_and_photos(path, tmp_path):
+    if path.stem not in ABSENT:
+        assert read_experiment(str(path), [], tmp_path).runs()
+        return
+    with pytest.raises(UserError, match=r"there is no (file|folder) (ckpt|photos)/"):
+        read_experiment(str(path), [], tmp_path)

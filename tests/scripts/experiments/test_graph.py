@@ -1,0 +1,138 @@
+"""Which tasks an experiment has, and what they are known by."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ldm.training.config import read_config
+from main import parse
+from scripts import metrics
+from scripts.experiments.config import read_experiment
+from scripts.experiments.graph import Graph, digest
+
+
+@pytest.fixture
+def graph(experiment, tmp_path, monkeypatch):
+    """The graph of the small experiment with other lines and overrides."""
+    monkeypatch.setattr("scripts.experiments.config.check_nodes", lambda config: None)  # imports what takes seconds
+
+    def build(more: str = "", *overrides: str, out: Path = tmp_path / "out") -> Graph:
+        digest.cache_clear()
+        return Graph(read_experiment(str(experiment(more)), overrides, out), out)
+
+    return build
+
+
+def keys(graph: Graph) -> dict[str, str]:
+    """What each task is about -> its key."""
+    return {task.shown(): task.key for task in graph.tasks}
+
+
+def test_every_step_is_there_once(graph):
+    found = graph()
+    kinds = [task.kind for task in found.tasks]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"photos": 2, "class images": 2, "train": 4, "measure": 4}
+    assert kinds == sorted(kinds, key=["photos", "class images", "train", "measure"].index)
+    training = next(task for task in found.tasks if task.shown() == "train: dreambooth that dog 0")
+    assert [task.shown() for task in training.needs] == ["photos: that dog", "class images: dog"]
+    config = read_config(parse(list(training.command[2:])))
+    assert config.data.params.prior.params.root == str(training.needs[1].result) and config.seed == 0
+    assert config.data.params.images.params.data_root == str(training.needs[0].result)
+    assert (training.count, training.files) == (4, 1)
+
+
+def test_the_first_row_of_a_noun_is_measured_before_the_others(graph):
+    found = graph()
+    first = {"cat": found.measures[0], "dog": found.measures[1]}
+    assert [task.after for task in found.measures] == [
+        () if task in first.values() else (first[row.subject.superclass],)
+        for row, task in zip(found.rows, found.measures, strict=True)
+    ]
+
+
+def test_tasks_do_not_depend_on_where_they_are_kept(graph, tmp_path):
+    assert keys(graph()) == keys(graph(out=tmp_path / "elsewhere"))
+
+
+def test_another_photo_repeats_what_depends_on_it_only(graph, tmp_path):
+    before = keys(graph())
+    Image.new("RGB", (24, 20)).save(tmp_path / "cats/0.png")
+    after = keys(graph())
+    assert {name for name in before if before[name] != after[name]} == {name for name in before if "this cat" in name}
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("measure.samples=6", {"measure"}),
+        ("variants.infusion.overrides=[learning_rate=0.5]", {"train", "measure"}),
+        ("masks.model_weight=pocket", {"photos", "train", "measure"}),
+        ("cores=2", set()),
+        ("seeds=[0,1]", set()),
+    ],
+)
+def test_what_changes_is_repeated(graph, override, changed):
+    before = keys(graph())
+    more = "masks: {model_weight: other}" if override.startswith("masks") else ""
+    after = keys(graph(more, override))
+    assert {name.split(":")[0] for name in before if before[name] != after[name]} == changed
+
+
+def test_the_weights_count(graph, tiny):
+    before, content = keys(graph()), tiny.with_suffix(".safetensors").read_bytes()
+    try:
+        tiny.with_suffix(".safetensors").write_bytes(content[:-1] + b"x")
+        after = keys(graph())
+    finally:
+        tiny.with_suffix(".safetensors").write_bytes(content)
+    unchanged = {name for name in before if before[name] == after[name]}
+    assert unchanged == {"photos: this cat", "photos: that dog"}
+
+
+def test_methods_share_the_images_of_a_superclass(graph, tiny):
+    recipe = "variants.custom.config=[TINY,configs/method/custom_diffusion.yaml]".replace("TINY", str(tiny))
+    found = graph("", recipe)
+    images = {task for task in found.tasks if task.kind == "class images"}
+    assert len(images) == 2 and sum(bool(images & {*task.needs}) for task in found.tasks if task.kind == "train") == 4
+
+
+def test_rows_from_elsewhere_are_measured_only(graph, tmp_path):
+    file = tmp_path / "this cat.safetensors"
+    file.write_bytes(b"1")
+    (tmp_path / "that dog.safetensors").write_bytes(b"2")
+    found = graph("", f"variants.mine={{file: '{tmp_path}/{{subject}}.safetensors'}}")
+    assert len(found.measures) == len(found.rows) == 6
+    task = found.measures[-2]
+    assert task.needs == (found.rows[-2].photos,)
+    flags = metrics.parse(list(task.command[2:]))
+    assert flags.personalized_ckpt == [str(file)] and flags.labels == ["mine · this cat"]
+    before = keys(found)
+    file.write_bytes(b"3")
+    after = keys(graph("", f"variants.mine={{file: '{tmp_path}/{{subject}}.safetensors'}}"))
+    assert {name for name in before if before[name] != after[name]} == {"measure: mine this cat"}
+
+
+def test_the_report_gathers_the_rows_that_are_there(graph):
+    found = graph()
+    flags = metrics.parse(list(found.report(found.rows[1:]).command[2:]))
+    columns = (flags.personalized_ckpt, flags.labels, flags.groups, flags.images)
+    rows = list(zip(*columns, strict=True))
+    assert len(rows) == 3 and rows[0][1:3] == ("infusion · that dog · 0", "infusion")
+    assert flags.cache == metrics.parse(list(found.measures[0].command[2:])).cache and flags.samples == 4
+    assert found.report(found.rows).key != found.report(found.rows[1:]).key
+
+
+def test_words_and_pictures_are_flags_of_the_measurement(graph, tmp_path, monkeypatch):
+    """As the command takes them: `--described` once for each concept, `--pictures` after the concepts."""
+    monkeypatch.setattr(metrics, "parse", lambda words: None)
+    (tmp_path / "drawn").mkdir()
+    found = graph(
+        "", f"variants.other={{pictures: {tmp_path}/drawn}}", "subjects.this cat.words=a striped cat", "measure.x=1"
+    )
+    words = found.report(found.rows).command
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--described"] == ["a striped cat"]
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--pictures"] == [
+        f"other · {name}={tmp_path}/drawn" for name in ("this cat", "that dog")
+    ]
+    assert len(words[words.index("--images") + 1].split(",")) == 6
