@@ -9,9 +9,10 @@ BIN := .venv/bin
 demo: .venv
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/demo.py
 
-# hours; goes on where it was killed
+# hours; the same command resumes it
 compare: .venv
-	HF_HUB_OFFLINE=1 $(BIN)/python -m scripts.pocket.compare
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/experiment.py configs/experiment/pocket.yaml --out outputs/compare
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/experiment.py configs/experiment/pocket_ablations.yaml --out outputs/compare
 
 # trains the pocket model, part by part: about a day; resumes what was interrupted
 pocket: .venv

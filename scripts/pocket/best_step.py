@@ -1,10 +1,10 @@
 """Is the step that a training marks as its best as good as the best of a full sweep? (docs/best-step.md)
 
-    python -m scripts.pocket.best_step        # about an hour; a killed one goes on where it was
+    python -m scripts.pocket.best_step        # about an hour; the same command resumes it
 
-Each training has `configs/with/best.yaml` and a concept file every 50 steps. Afterwards every file is measured with
-twice the samples, of other seeds, and the pick is compared with the best of these. That best is a maximum of
-estimates, so it is somewhat too good, and the comparison is hard on the pick.
+The trainings of `configs/experiment/best_step.yaml` have `configs/with/best.yaml` and a concept file every 50 steps.
+Afterwards every file is measured with twice the samples, of other seeds, and the pick is compared with the best of
+these. That best is a maximum of estimates, so it is somewhat too good, and the comparison is hard on the pick.
 """
 
 import json
@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.dataset import ConceptImages
-from data.pocket.concepts import CONCEPTS
 from data.prompts import TEMPLATES
 from infusion.metrics.measures.balance import Balance, Trial, balance
 from infusion.metrics.measures.estimate import bootstrap
@@ -30,31 +29,22 @@ from ldm.pipeline import StableDiffusion
 from ldm.util.cli import Parser, count, report, words
 from ldm.util.config import find
 from ldm.util.files import write
-from scripts.pocket.compare import Run, mask, train
+from scripts import experiment
+from scripts.experiments.config import read_experiment
+from scripts.experiments.graph import Graph, Row
 
-METHODS, CONCEPTS_SWEPT = ("infusion", "lora"), ("blue_striped_dog", "zigzag_hat", "other_horse")
-STEPS, EVERY, SCALE, PATIENCE = 400, 50, 5.0, 2
-
-
-def train_one(run: Run, work: Path) -> Path:
-    """The folder of a training with trials and files every `EVERY` steps."""
-    base, config, *options = run.start(work)
-    options += [f"trainer.max_steps={STEPS}", f"callbacks.concept.params.every={EVERY}", "clip=pocket"]
-    options += ["clipseg=pocket", f"callbacks.best.params.every={EVERY}", f"callbacks.best.params.scale={SCALE}"]
-    folder = work / "best" / run.variant / run.concept
-    train(folder, [base, config, str(find("configs/with/best.yaml")), *options], run.label)
-    return folder
+CONFIG, SCALE, PATIENCE = "configs/experiment/best_step.yaml", 5.0, 2
 
 
-def sweep(run: Run, folder: Path, work: Path, sd: StableDiffusion, tools: Networks, samples: int) -> list[Trial]:
+def sweep(row: Row, cache: Path, sd: StableDiffusion, tools: Networks, samples: int) -> list[Trial]:
     """Every concept file of a training, measured."""
     options = Options(("lfd", "w2", "clip_i"), samples=samples, scale=SCALE, seed=5000)
-    noun = CONCEPTS[run.concept].noun
-    photos = (ConceptImages(work / "photos" / run.concept, sd.image_size, noun, mask="none").images + 1) / 2
+    noun = row.subject.superclass
+    photos = (ConceptImages(row.photos.result, sd.image_size, noun, mask="none").images + 1) / 2
     prompts = tuple(Protocol.of(sd.architecture).prompts(CONTEXT, noun))
-    weighed = Balance(Stages(sd, options, tools, Cache(work / "cache")), prompts, noun, photos)
-    (subject,) = load_subjects([str(folder)])
-    return [weighed.measure(checkpoint) for checkpoint in tqdm(subject.checkpoints, run.label)]
+    weighed = Balance(Stages(sd, options, tools, Cache(cache)), prompts, noun, photos)
+    (subject,) = load_subjects([row.path])
+    return [weighed.measure(checkpoint) for checkpoint in tqdm(subject.checkpoints, row.label)]
 
 
 def compare(pick: Trial, best: Trial) -> dict[str, float]:
@@ -74,7 +64,7 @@ def stops_at(trials: Sequence[dict]) -> int:
     return trials[next(ends, -1)]["step"]
 
 
-def result(run: Run, folder: Path, swept: Sequence[Trial]) -> dict:
+def result(method: str, concept: str, folder: Path, swept: Sequence[Trial]) -> dict:
     """What one training says."""
     said = json.loads((folder / "models" / "best.json").read_text())
     best = max(swept, key=lambda trial: trial.balance)
@@ -82,8 +72,8 @@ def result(run: Run, folder: Path, swept: Sequence[Trial]) -> dict:
     stop = stops_at(said["trials"])
     stopped = max((trial for trial in said["trials"] if trial["step"] <= stop), key=lambda trial: trial["balance"])
     return {
-        "method": run.variant,
-        "concept": run.concept,
+        "method": method,
+        "concept": concept,
         "pick": pick.as_dict(),
         "best": best.as_dict(),
         "last": swept[-1].as_dict(),
@@ -116,21 +106,21 @@ def table(results: Sequence[dict]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--methods", metavar="M[,M]", type=words, help="to train", default=METHODS)
-    add("--concepts", metavar="C[,C]", type=words, help="of the world", default=CONCEPTS_SWEPT)
+    add("--only", metavar="N[,N]", type=words, help="methods and concepts; None: all that are trained", default=())
     add("--samples", type=count, help="for each concept file", default=32)
-    add("--work", metavar="DIR", help="trainings and what was measured; kept", default="outputs/compare")
+    add("--work", metavar="DIR", help="trainings and what was measured; kept", default="outputs/best_step")
     add("--out", metavar="FILE", help="gets the figures", default="results/best_step.json")
     flags = parser.parse_args(arguments)
     work = Path(flags.work)
-    mask(flags.concepts, work)
-    runs = [Run(method, concept, 0) for method in flags.methods for concept in flags.concepts]
+    only = ["--only", ",".join(flags.only)] if flags.only else []
+    experiment.main([CONFIG, "--out", flags.work, *only])
+    rows = Graph(read_experiment(CONFIG, [], work).only(flags.only), work).rows
     sd = StableDiffusion.from_checkpoint(find("configs/backbone/pocket.yaml"))
     tools = Tools(**vars(Networks("pocket", "pocket", "cpu")) | {"mask_prompts": TEMPLATES})
     results = []
-    for run in runs:
-        folder = train_one(run, work)
-        results.append(result(run, folder, sweep(run, folder, work, sd, tools, flags.samples)))
+    for row in rows:
+        swept = sweep(row, work / "cache", sd, tools, flags.samples)
+        results.append(result(row.variant.name, row.subject.name, Path(row.path), swept))
         write(Path(flags.out), (json.dumps(results, indent=1) + "\n").encode())
     print(table(results))
 

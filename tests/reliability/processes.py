@@ -12,7 +12,7 @@ from typing import Any
 PRELOADED = (
     *("torch", "pytorch_lightning", "tensorboard", "main", "scripts.metrics", "data.masks", "clipseg.weights"),
     *("infusion.training.trainer", "infusion.training.callbacks", "infusion.metrics.run.evaluate"),
-    *("data.latents", "scripts.pocket.compare"),
+    "data.latents",
 )
 DATE = "1700000000"
 

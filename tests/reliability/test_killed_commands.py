@@ -1,10 +1,7 @@
-"""Masks, measurements and comparisons that are killed and started again give the bytes of those that are not."""
+"""Masks and measurements that are killed and started again give the bytes of those that are not."""
 
 import random
 import shutil
-import subprocess
-import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,46 +79,3 @@ def measured(launch, tiny, whole, tmp_path_factory) -> dict[str, bytes]:
 def test_measurements(launch, tiny, whole, measured, tmp_path, places):
     kill_and_finish(launch, measuring(tiny, whole[0], tmp_path / "out"), places)
     assert figures(tmp_path / "out") == measured
-
-
-def shortened(entry: Path) -> None:
-    """A comparison of trainings of a few steps, one of which measures little."""
-    import scripts.pocket.compare as compare
-
-    start, run = compare.Run.start, subprocess.run
-
-    def few(self: compare.Run, work: Path) -> list[str]:
-        return [*start(self, work), "trainer.max_steps=4", "save_every=1", "trainer.accelerator=cpu"]
-
-    def little(command: list[str], **options: object) -> subprocess.CompletedProcess:
-        quick = ["--steps", "1", "--strata", "1", "--resamples", "2", "--metrics", "lfd"]
-        return run([*command, *(quick if "metrics.py" in command[1] else [])], **options)
-
-    compare.Run.start, compare.subprocess.run = few, little
-
-
-def comparing(entry: Path, folder: Path) -> list[object]:
-    flags = ["--methods", "infusion", "--ablations", "hard gate", "--concepts", "zigzag_hat", "--seeds", "0"]
-    return ["scripts.pocket.compare", *flags, "--samples", "4", "--work", folder / "work", "--out", folder / "out"]
-
-
-@pytest.mark.slow
-def test_a_comparison(launch, entry, tmp_path):
-    """Killed while it masks, trains (the training goes on alone, and is waited for) and measures."""
-    prepare = partial(shortened, entry)
-    whole, halted = tmp_path / "whole", tmp_path / "halted"
-    ended = launch(*comparing(entry, whole), prepare=prepare)
-    assert ended.status == 0, ended.said
-    for share in (0.2, 0.6):
-        launch(*comparing(entry, halted), prepare=prepare, kill_after=share * ended.seconds)
-    again = launch(*comparing(entry, halted), prepare=prepare)
-    while "another process is at work" in again.said:  # what the killed one had started
-        time.sleep(1)
-        again = launch(*comparing(entry, halted), prepare=prepare)
-    assert again.status == 0, again.said
-    found, wanted = contents(halted), contents(whole)
-    assert found.keys() == wanted.keys()
-    for name, data in wanted.items():
-        if name.endswith((".safetensors", ".png")):
-            assert found[name] == data, name
-    assert figures(halted / "out") == figures(whole / "out")

@@ -5,7 +5,6 @@ import torch
 
 from infusion.metrics.measures.balance import Trial
 from scripts.pocket.best_step import compare, result, stops_at, table
-from scripts.pocket.compare import Run
 
 
 def trial(step, likeness, lfd=0.02, noise=0.0):
@@ -37,7 +36,7 @@ def test_a_training_s_pick_is_read_from_its_run_and_held_against_the_sweep(tmp_p
     trials = [{"step": 50, "balance": 0.3}, {"step": 100, "balance": 0.2}]
     (tmp_path / "models/best.json").write_text(json.dumps({"best": 50, "trials": trials}))
     swept = [trial(50, 0.4), trial(100, 0.5), trial(150, 0.3)]
-    found = result(Run("lora", "zigzag_hat", 0), tmp_path, swept)
+    found = result("lora", "zigzag_hat", tmp_path, swept)
     assert (found["pick"]["step"], found["best"]["step"], found["last"]["step"]) == (50, 100, 150)
     assert found["lower"]["value"] == pytest.approx(swept[1].balance - swept[0].balance)
     row = table([found]).splitlines()[2]
