@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from infusion.tokens import Word, concept_mask
-from ldm.models.tokenizer import Tokenizer
 from ldm.util.cli import UserError
 
 if TYPE_CHECKING:
     from ldm.models.text import TextEncoder
+    from ldm.models.tokenizer import Tokenizer
 
 IDENTITY = "identity"  # the fingerprint of having no covariance file
 
@@ -124,7 +124,7 @@ def mean_encoding(
     return torch.einsum("bl,bld->bd", weights, encodings).mean(0)
 
 
-def training_prompts(tokenizer: Tokenizer, word: Word) -> tuple[list[str], Tensor]:
+def training_prompts(tokenizer: "Tokenizer", word: Word) -> tuple[list[str], Tensor]:
     """The prompts that the templates make, and the concept's tokens in them, bool (B, L).
 
     Raises:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ldm.util.cli import UserError
-from ldm.weights.checkpoint import serialise
+from ldm.weights.files import serialise
 
 LIMIT, PER = 11_264, 12_480  # bytes of a whole file, and for how many numbers (SD 1.5)
 # Δ as a share of the numbers' root mean square, from the finest to the coarsest: relative errors of 0.45 % to 2.6 %

@@ -17,9 +17,7 @@ from infusion.concepts import FORMS, compact
 from infusion.concepts.fields import shown
 from ldm.util import files
 from ldm.util.cli import UserError, naming
-from ldm.weights.checkpoint import serialise
-from ldm.weights.files import TensorFile
-from ldm.weights.recognise import CONCEPT, guess
+from ldm.weights.files import CONCEPT, TensorFile, serialise
 
 VERSION = 1  # of the forms full and half
 COMPACT, NEWEST = 2, 3  # of the form compact: up to SD 1.5's size; above, and the newest that can be read
@@ -65,7 +63,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path}: there is no such concept file")
     with TensorFile(path) as file, naming(str(path)):
         if file.metadata.get("format") != CONCEPT:
-            raise UserError(f"no concept file; {guess(file)}")
+            raise UserError(f"no concept file; {_kind(file)}")
         _check_version(file.metadata)
         tensors = {name: file.read(name) for name in file.shapes}
         if file.metadata.get("form") != "compact":
@@ -102,6 +100,15 @@ def describe(path: str | Path) -> dict[str, Any]:
 def _check_size(path: Path, numbers: int) -> None:
     if path.stat().st_size > (most := compact.limit(numbers)):
         raise UserError(f"damaged: a compact file of {numbers:,} numbers has at most {most:,} bytes")
+
+
+def _kind(file: TensorFile) -> str:
+    """What another file is, where the models that it may be of are installed: reading a concept needs none of them."""
+    try:
+        from ldm.weights.recognise import guess
+    except ModuleNotFoundError:
+        return "scripts/inspect_file.py says what it is"
+    return guess(file)
 
 
 def _check_version(metadata: Mapping[str, str]) -> None:

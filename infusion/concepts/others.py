@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.util.cli import UserError, naming
 from ldm.weights.diffusers_layout import open_checkpoint
-from ldm.weights.recognise import CONCEPT, guess, recognise
+from ldm.weights.files import CONCEPT
+from ldm.weights.recognise import guess, recognise
 
 if TYPE_CHECKING:
     from infusion.concepts.concept import Concept

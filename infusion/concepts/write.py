@@ -22,8 +22,9 @@ from ldm.pipeline import StableDiffusion
 from ldm.util import files
 from ldm.util.cli import UserError
 from ldm.weights import recognise
-from ldm.weights.checkpoint import save, serialise
+from ldm.weights.checkpoint import save
 from ldm.weights.export import export_diffusers
+from ldm.weights.files import serialise
 
 WHOLE_MODELS = ("folder", "checkpoint")
 WEIGHTS = "pytorch_custom_diffusion_weights.bin"

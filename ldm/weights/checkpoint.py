@@ -1,18 +1,16 @@
 """Checkpoints in LDM's layout, or in diffusers': loaded strictly, straight to their device and dtype, and written."""
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from ldm.util import files
 from ldm.util.cli import UserError
 from ldm.weights.diffusers_layout import Folder, open_checkpoint, sha256, transposes
-from ldm.weights.files import TensorFile
+from ldm.weights.files import TensorFile, serialise
 from ldm.weights.names import EMA, PREFIXES, ignored, match, prefix_of
 from ldm.weights.recognise import guess
 
@@ -129,16 +127,6 @@ def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file in one go: it is there whole, or not at all; raises OSError as `ldm.util.files`."""
     files.write(path, serialise(tensors, {"format": "pt"} | dict(metadata or {})))
-
-
-def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file; the same tensors and metadata make the same bytes, which the library's own order does not."""
-    content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end]) | {"__metadata__": dict(sorted(metadata.items()))}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def _materialise(prefix: str, module: nn.Module, device: torch.device | str) -> None:

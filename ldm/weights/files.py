@@ -5,6 +5,7 @@ it with `weights_only`, which runs nothing but the functions by which torch make
 names (callbacks of Lightning, numpy's scalars, …) becomes a stand-in that does nothing.
 """
 
+import json
 import pickle
 import pickletools
 import struct
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -38,6 +40,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+CONCEPT = "infusion-concept"  # `format` in the metadata of this project's concept files
 HEADER = 2**24  # bytes of a safetensors file's header; safetensors takes 100 MB, which takes a minute to read
 LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how files of torch before 1.6 begin
 OTHERS = {  # how other files begin -> what they are
@@ -159,6 +162,16 @@ def _mapping(value: Any) -> Mapping | None:
     if isinstance(value, StandIn) and isinstance(state := getattr(value, "state", None), Mapping):
         value = state.get("_parameters")
     return value if isinstance(value, Mapping) else None
+
+
+def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file; the same tensors and metadata make the same bytes, which the library's own order does not."""
+    content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end]) | {"__metadata__": dict(sorted(metadata.items()))}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def _format(path: Path) -> str:

@@ -12,12 +12,11 @@ import torch
 from ldm.util.config import backbones, instantiate
 from ldm.util.defaults import PAIR
 from ldm.weights.diffusers_layout import PARTS, TEXTS, Folder, open_checkpoint, sha256
-from ldm.weights.files import TensorFile
+from ldm.weights.files import CONCEPT, TensorFile
 from ldm.weights.names import EMA, PREFIXES, match, prefix_of
 
 File = TensorFile | Folder
 TITLES = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sd21_768": "SD 2.1", "sdxl": "SDXL 1.0", "pocket": "pocket"}
-CONCEPT = "infusion-concept"  # `format` in the metadata of this project's concept files
 LEARNED = "target_output"  # what Infusion's released code calls a residual
 
 
