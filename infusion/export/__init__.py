@@ -1,0 +1,1 @@
+"""Concepts in other programs: pipelines of diffusers, and nodes for ComfyUI."""
