@@ -19,6 +19,7 @@ FORBIDDEN = {
 }
 WANTED = {"torch.load": ("weights_only", True)}  # call -> keyword that it must have
 NEVER = {"shell": True, "trust_remote_code": True, "allow_pickle": True, "weights_only": False}
+HOSTS = {"comfy", "comfy_api", "folder_paths"}  # modules of the program that a source is a part of
 SAVES = "trainer.save_checkpoint"  # whose weights_only is about what is written
 DYNAMIC = {  # import by a name out of a list, or from a few packages
     "ldm/util/config.py",
@@ -36,7 +37,7 @@ def third_party(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found.add(node.module.split(".")[0])
     ours = {source.relative_to(ROOT).parts[0].removesuffix(".py") for source in SOURCES}
-    return found - ours - sys.stdlib_module_names
+    return found - ours - HOSTS - sys.stdlib_module_names
 
 
 def plain(distribution: str) -> str:

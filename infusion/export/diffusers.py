@@ -16,6 +16,7 @@ width, C = H·D, N image tokens.
 """
 
 import copy
+import inspect
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,7 @@ BASES = {  # architecture -> width of its text encodings, and what its UNet pred
 }
 BITS, TAIL = 16, 32  # components of the first and the last token's encoding that make a marked row's key
 MARKS = 100_000  # keys that are kept, about 13 for each prompt
-PLACED = ("sample", "timestep", "encoder_hidden_states")  # which pipelines give by place
+PLACED = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]  # which may be given by place
 APPENDED = ("sample", "timestep", "class_labels", "timestep_cond", "attention_mask", "added_cond_kwargs",
             "down_block_additional_residuals", "mid_block_additional_residual",
             "down_intrablock_additional_residuals")  # fmt: skip
@@ -250,8 +251,7 @@ class Adapter:
 
     def put_nouns(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before a text encoder: nouns in place of tokens, and what follows them moved on."""
-        kwargs = dict(zip(("input_ids",), args, strict=False)) | kwargs
-        ids, end = kwargs["input_ids"], self.tokenizers[index][0].eos_token_id
+        ids, end = ids_of(args, kwargs), self.tokenizers[index][0].eos_token_id
         rows, tokens = [], []
         for row in ids.tolist():
             pairs = fill_ids(row, self.nouns[index])[: len(row)]
@@ -259,16 +259,17 @@ class Adapter:
                 pairs[-1] = end, None
             rows.append([id for id, _ in pairs])
             tokens.append([token for _, token in pairs])
-        if any(map(any, tokens)):
-            kwargs["input_ids"] = torch.tensor(rows, dtype=ids.dtype, device=ids.device)
-            self.texts[kwargs["input_ids"]] = tokens
-        return args[1:], kwargs
+        if not any(map(any, tokens)):
+            return args, kwargs
+        filled = torch.tensor(rows, dtype=ids.dtype, device=ids.device)
+        self.texts[filled] = tokens
+        return ((filled, *args[1:]), kwargs) if args else (args, kwargs | {"input_ids": filled})
 
     def mark_texts(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Behind the first text encoder: marks on all states of the rows with concepts, in place."""
         parts = [part if isinstance(part, tuple) else (part,) for part in output.to_tuple()]
         states = [state for state in chain(*parts) if state.dim() == 3]
-        for row, tokens in enumerate(self.texts.pop(kwargs["input_ids"], ())):
+        for row, tokens in enumerate(self.texts.pop(ids_of(args, kwargs), ())):
             self.mark(tokens, [state[row] for state in states])
 
     @torch.no_grad()
@@ -346,7 +347,7 @@ class Adapter:
         call = kwargs["encoder_hidden_states"] = self.call_of(kwargs["encoder_hidden_states"])
         if isinstance(call, Call):
             kwargs |= {name: call.append(kwargs[name]) for name in APPENDED if name in kwargs}
-        return args[len(PLACED) :], kwargs
+        return (), kwargs
 
     def leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         call = kwargs["encoder_hidden_states"]
@@ -401,6 +402,11 @@ class Edited:
         project = attention.to_out[0]
         basis = project(parts) - project(torch.zeros_like(parts[:1]))  # (K·H, C): linear, but for the bias
         return mass.permute(0, 2, 3, 1).flatten(2) @ basis
+
+
+def ids_of(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """What a text encoder is called with."""
+    return args[0] if args else kwargs["input_ids"]
 
 
 def fill_ids(ids: Sequence[int], nouns: Mapping[int, tuple[str, list[int]]]) -> list[tuple[int, str | None]]:
