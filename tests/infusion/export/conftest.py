@@ -41,16 +41,16 @@ def lively(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def tiny(layout: str) -> StableDiffusion:
+def tiny(layout: str, words: int | None = WORDS) -> StableDiffusion:
     torch.manual_seed(0)
     common = dict(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
                   context_dim=32)  # fmt: skip
     if layout == "sd15":
         unet = UNet(num_heads=2, **common)
-        text = ClipText(Tokenizer(WORDS), hidden_size=32, intermediate_size=64, layers=2, heads=2)
+        text = ClipText(Tokenizer(words), hidden_size=32, intermediate_size=64, layers=2, heads=2)
     else:
         unet = UNet(num_head_channels=16, use_linear=True, **common)
-        text = OpenClipText(Tokenizer(WORDS, pad="zero"), hidden_size=32, layers=3, heads=2)
+        text = OpenClipText(Tokenizer(words, pad="zero"), hidden_size=32, layers=3, heads=2)
     vae = OurAutoencoder(ch=32, ch_mult=(1, 2), num_res_blocks=1)
     return lively(StableDiffusion(unet, vae, text, Schedule(), name="tiny", image_size=16))
 
