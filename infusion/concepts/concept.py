@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from infusion.concepts import fields, file, others
+from infusion.concepts import fields, file
 from infusion.gate import IDENTITY, Gate
 from infusion.tokens import Word
 from ldm.util.cli import UserError, naming
@@ -199,8 +199,13 @@ class Concept:
             ValueError: the file is missing, damaged, nothing that is read as a concept, of a newer version, or has
                 unusable contents; the message names the file.
         """
-        if (other := others.load(path, said)) is not None:
-            return other
+        path = Path(path)
+        if path.is_dir() or (path.is_file() and not file.is_concept(path)):
+            try:  # it knows all models, which a machine that only reads concepts need not have
+                from infusion.concepts import others
+            except ModuleNotFoundError as error:
+                raise UserError(f"{path}: no concept file; {file.UNKNOWN}") from error
+            return others.load(path, said)
         tensors, metadata = file.read(path)
         with naming(str(path)):
             if said:

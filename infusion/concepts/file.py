@@ -19,6 +19,7 @@ from ldm.util import files
 from ldm.util.cli import UserError, naming
 from ldm.weights.files import CONCEPT, TensorFile, serialise
 
+UNKNOWN = "scripts/inspect_file.py says what it is"
 VERSION = 1  # of the forms full and half
 COMPACT, NEWEST = 2, 3  # of the form compact: up to SD 1.5's size; above, and the newest that can be read
 
@@ -63,7 +64,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path}: there is no such concept file")
     with TensorFile(path) as file, naming(str(path)):
         if file.metadata.get("format") != CONCEPT:
-            raise UserError(f"no concept file; {_kind(file)}")
+            raise UserError(f"no concept file; {UNKNOWN}")
         _check_version(file.metadata)
         tensors = {name: file.read(name) for name in file.shapes}
         if file.metadata.get("form") != "compact":
@@ -102,13 +103,10 @@ def _check_size(path: Path, numbers: int) -> None:
         raise UserError(f"damaged: a compact file of {numbers:,} numbers has at most {most:,} bytes")
 
 
-def _kind(file: TensorFile) -> str:
-    """What another file is, where the models that it may be of are installed: reading a concept needs none of them."""
-    try:
-        from ldm.weights.recognise import guess
-    except ModuleNotFoundError:
-        return "scripts/inspect_file.py says what it is"
-    return guess(file)
+def is_concept(path: Path) -> bool:
+    """Whether a file is one of this project's own; raises ValueError where it cannot be read."""
+    with TensorFile(path) as file:
+        return file.metadata.get("format") == CONCEPT
 
 
 def _check_version(metadata: Mapping[str, str]) -> None:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.util.cli import UserError, naming
 from ldm.weights.diffusers_layout import open_checkpoint
-from ldm.weights.files import CONCEPT
 from ldm.weights.recognise import guess, recognise
 
 if TYPE_CHECKING:
@@ -20,8 +19,11 @@ IN_FOLDERS = [
 ]
 
 
-def load(path: str | Path, said: Mapping[str, Any]) -> "Concept | None":
-    """None for one of this project's own files, and where there is none.
+def load(path: str | Path, said: Mapping[str, Any]) -> "Concept":
+    """The concept in a file or a folder of another tool.
+
+    Args:
+        said: what the file does not say or says otherwise, see `Concept.load`.
 
     Raises:
         ValueError: the file cannot be read, no family reads it, or it has something that is not read; the message names
@@ -31,11 +33,7 @@ def load(path: str | Path, said: Mapping[str, Any]) -> "Concept | None":
 
     path = Path(path)
     path = next((path / name for name in IN_FOLDERS if (path / name).is_file()), path)
-    if not path.is_dir() and not path.is_file():
-        return None
     with open_checkpoint(path) as file, naming(str(path)):
-        if file.metadata.get("format") == CONCEPT:
-            return None
         if recognise(file).name == RELEASED:
             raise UserError(f"no concept file; {guess(file)}")
         for family in (custom_diffusion, lora, embeddings, checkpoints):  # the first that fits reads it
