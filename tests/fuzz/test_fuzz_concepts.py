@@ -30,9 +30,20 @@ def whole(folder: Path, method: str, form: str) -> bytes:
     torch.manual_seed(0)
     names = (f"{LAYER}.to_q.weight.down", f"{LAYER}.to_q.weight.up") if method == "lora" else (LAYER, "tokens")
     concept = Concept(
-        {name: torch.randn(2, 6) for name in names},
-        *("cat", ("a photo of a {}", "{}"), "pocket", "ab" * 32, Gate(), "cd" * 32, method, "own"),
-        **{"options": OPTIONS.get(method, {}), "steps": 7, "learning_rate": 0.1, "seed": 3, "date": "2024-05-01"},
+        tensors={name: torch.randn(2, 6) for name in names},
+        superclass="cat",
+        templates=("a photo of a {}", "{}"),
+        architecture="pocket",
+        base_hash="ab" * 32,
+        gate=Gate(),
+        covariance="cd" * 32,
+        method=method,
+        attention="own",
+        options=OPTIONS.get(method, {}),
+        steps=7,
+        learning_rate=0.1,
+        seed=3,
+        date="2024-05-01",
     )
     concept.save(folder / "whole.safetensors", form)
     return (folder / "whole.safetensors").read_bytes()
