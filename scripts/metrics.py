@@ -110,7 +110,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if unknown := [name for name in flags.curve if name not in GROUPS]:
         parser.error(f"--curve: there is no group `{unknown[0]}`; there are {', '.join(GROUPS)}")
     if not flags.personalized_ckpt and not flags.pictures:
-        parser.error("--personalized_ckpt: name concept files or run folders, or pictures by --pictures")
+        parser.error("the following arguments are required: --personalized_ckpt, or --pictures")
     if flags.prompts and not flags.pictures:
         parser.error("--prompts: these are of --pictures; those of concepts are in --protocol")
     return flags

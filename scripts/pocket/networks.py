@@ -14,6 +14,7 @@ from ldm.util.defaults import CLIPSEG, POCKET
 if TYPE_CHECKING:
     import torch
 
+    from clipseg.model import ClipSeg
     from scripts.pocket.exact import Exact
 
 BACKBONES = ("clip", "dino", "dinov2")  # of features, which a folder holds
@@ -48,7 +49,6 @@ class PocketWorld:
 
     def load(self, tool: str, device: "torch.device") -> object:
         """A tool of `infusion.metrics.run.options.Tools`."""
-        from clipseg.weights import load as load_clipseg
         from data.pocket_two.identity import IdentityFeatures
         from infusion.metrics.run.features import PocketBackbone, load_pocket_clip
 
@@ -56,10 +56,21 @@ class PocketWorld:
         if tool == "clip":
             return PocketBackbone(load_pocket_clip(self.configs["clip"], file).to(device), self.name)
         if tool == "clipseg":
-            return load_clipseg(file, config=self.configs["clipseg"]).to(device)
+            return self.load_clipseg(file).to(device)
         if tool == "identity":
             return IdentityFeatures.load(file, device)
         return self.load_classifier()
+
+    def load_clipseg(self, file: str) -> "ClipSeg":
+        """A decoder's file on the world's CLIP."""
+        import torch
+
+        from clipseg.weights import fill, read, read_clip
+        from ldm.util.config import instantiate, load_config
+
+        with torch.device("meta"):
+            model = instantiate(load_config(find(self.configs["clipseg"])).clipseg, "clipseg")
+        return fill(model, read_clip(self.files["clip"]) | read(find(file)), file)
 
     def load_classifier(self) -> object:
         """What reads the world's scenes, on the CPU."""
@@ -87,7 +98,7 @@ WORLDS = {
     POCKET_TWO: PocketWorld(
         POCKET_TWO,
         _files(POCKET_TWO, "clip", "clipseg", "classifier", "identity"),
-        {"clip": "configs/pocket_two/clip.yaml", "clipseg": "configs/pocket_two/masks.yaml"},
+        {"clip": "configs/pocket_two/clip.yaml", "clipseg": "configs/pocket_two/clipseg.yaml"},
     ),
 }
 
@@ -99,7 +110,7 @@ class Sources:
         self.world = world
         named = {name: getattr(flags, name) for name in (*BACKBONES, "identity", "lpips", "clipseg")}
         self.named = {name: file for name, file in named.items() if file and not (world and file == POCKET)}
-        self.own = (world.there if world else set()) - set(self.named)
+        self.own, self.given = (world.there if world else set()) - set(self.named), set(self.named)
         if not world and "clipseg" not in self.named:
             self.named["clipseg"] = CLIPSEG
 
@@ -122,11 +133,11 @@ class Sources:
         return Tools(**loaded, mask_prompts=TEMPLATES, inverse_covariance=inverse.matrix, hashes=files)
 
     def needed(self, options: Options) -> list[str]:
-        """Those that some metric may take, sorted."""
+        """Those that some metric may take and those that flags name, sorted."""
         masks = {"clipseg"} if options.wants("lfd", "exact") or options.crop else set()
         reads = {"classifier"} if options.wants("exact", "noun") else set()
         tools = {tool for name in options.metrics for tool in METRICS[name].tools}
-        return sorted((tools | masks | reads) & self.there)
+        return sorted(self.given | (tools | masks | reads) & self.there)
 
     def file_of(self, name: str) -> Path | str:
         return WORLDS[POCKET].files[name] if self.named[name] == POCKET else find(self.named[name])
@@ -145,5 +156,5 @@ class Sources:
             return IdentityFeatures.load(file, device)
         if find(file).is_file() and self.world is None:
             raise UserError(f"{file} is a file; name a folder with the files of CIDAS/clipseg-rd64-refined")
-        config = self.world.configs["clipseg"] if self.world and find(file).is_file() else None
-        return load_clipseg(file, config=config).to(device)
+        own = self.world is not None and find(file).is_file()
+        return (self.world.load_clipseg(file) if own else load_clipseg(file)).to(device)

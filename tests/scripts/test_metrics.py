@@ -199,9 +199,6 @@ def second_world(wide, tmp_path, monkeypatch):
     config = tmp_path / "second.yaml"
     config.write_text(wide.read_text().replace("name: pocket", "name: pocket_two"))
     world = WORLDS["pocket_two"]
-    (tmp_path / "masks.yaml").write_text(
-        f"include: ['{ROOT / 'configs/pocket_two/clipseg.yaml'}']\nclip: {tmp_path / 'clip.safetensors'}\n"
-    )
     clip = instantiate(load_config(ROOT / world.configs["clip"]).clip, "clip")
     clipseg = instantiate(load_config(ROOT / world.configs["clipseg"]).clipseg, "clipseg")
     decoder = {f"decoder.{name}": tensor for name, tensor in clipseg.network.decoder.state_dict().items()}
@@ -210,8 +207,7 @@ def second_world(wide, tmp_path, monkeypatch):
     for name, tensors in weights.items():
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / f"{name}.safetensors")
     files = {name: str(tmp_path / f"{name}.safetensors") for name in weights}
-    configs = world.configs | {"clipseg": str(tmp_path / "masks.yaml")}
-    monkeypatch.setitem(WORLDS, "pocket_two", replace(world, files=files, configs=configs))
+    monkeypatch.setitem(WORLDS, "pocket_two", replace(world, files=files))
     return config
 
 
