@@ -1,12 +1,15 @@
 """Pipelines of diffusers with concepts: exactly the base model without their tokens, and what the paper says with."""
 
 import math
+import re
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compel import Compel
 from diffusers import (
     ControlNetModel,
     StableDiffusionControlNetPipeline,
@@ -229,6 +232,36 @@ def test_a_prompt_in_chunks_has_its_concept_where_it_stands(pipeline, concept):
     with TwoStreams(pipe.unet, rex, target, lambda text: places):
         wanted = pipe.unet(encoder_hidden_states=torch.cat(texts[:2], 1), **step)[0]
     assert distance(long, wanted) < 1e-5
+
+
+def test_words_weighted_by_compel(pipeline, concept):
+    pipe = pipeline("sd15")
+    rex = concept(pipe.unet)
+    weigh = Compel(tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder)
+    plain = weigh("a photo of a (cat)1.3 on (grass)0.8")
+    place = pipe.tokenizer(NOUN).input_ids.index(pipe.tokenizer("cat").input_ids[1])
+    load_concept(pipe, rex, token="<rex>")
+    step = dict(sample=noise(pipe, [1]), timestep=500, return_dict=False)
+    marked = mark(pipe, weigh("a photo of a (<rex>)1.3 on (grass)0.8"), [TOKEN])
+    drawn = pipe.unet(encoder_hidden_states=marked, **step)[0]
+    unload(pipe)
+    places = torch.arange(77)[None] == place
+    with TwoStreams(pipe.unet, rex, reference(pipe, rex).target, lambda text: places):
+        assert distance(drawn, pipe.unet(encoder_hidden_states=plain, **step)[0]) < 1e-5
+
+
+def test_the_page_shows_what_runs(models, pipeline, concept, tmp_path, monkeypatch):
+    """The five lines, and those about several concepts, on a tiny model."""
+    concept(pipeline("sd15").unet).save(tmp_path / "cat.safetensors")
+    concept(pipeline("sd15").unet, "dog", 2).save(tmp_path / "dog.safetensors")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[3] / "docs" / "diffusers.md").read_text()
+    lines, more = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    shown: dict = {}
+    exec(lines.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(models("sd15")[1])), shown)
+    assert shown["image"].size == (16, 16)
+    exec(more, shown)
+    unload(shown["pipe"])
 
 
 def test_half_precision(pipeline, new_pipeline, concept):
