@@ -14,6 +14,7 @@ from infusion.gate import Gate
 from infusion.inject import cross_attention_layers
 from infusion.sampling.customised import Customised
 from infusion.sampling.settings import Settings
+from ldm.models.attention import Context
 from tests.infusion.export import comfy
 from tests.infusion.export.conftest import tiny
 
@@ -142,7 +143,7 @@ def test_weights_long_prompts_and_what_lies_beside(nodes, sd, folder, patcher):
         denoiser = custom(["a photo of a {} on grass"] * 2)
         for name, value in (("text", encodings), ("gates", gates[None])):
             setattr(denoiser, name, value.expand(2, *value.shape[1:]))
-        denoiser.stacked = encodings.expand(4, -1, -1)
+        denoiser.stacked = Context(encodings.expand(4, -1, -1))
         wanted = denoiser(X, torch.tensor(STEP))
     long = [[clip.encode_from_tokens(clip.tokenize("a dog " * 50)), {}]]
     assert long[0][0].shape[1] == 2 * encodings.shape[1]
