@@ -1,7 +1,8 @@
-"""Which samples a report shows: those that a measurement puts first and last, each beside the base model's."""
+"""Which samples a report shows: some chosen at random, and those that a measurement puts first and last."""
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from infusion.metrics.measures import fidelity
@@ -9,11 +10,12 @@ from infusion.metrics.run.cache import Rows
 from infusion.metrics.run.stages import Group, Stages
 from infusion.sampling.pictures import shrunk
 
-SHOWN = 4  # best and worst samples each
+SHOWN = 4  # samples of each kind
+NETWORKS = ("identity", "dino", "clip")  # the first that there is ranks the samples
 
 
 def gallery(stages: Stages, group: Group, base: Rows, ours: Rows, photos: Tensor | None) -> dict[str, object]:
-    """Best and worst samples, by likeness to the photos, or without photos by the change from the base model's.
+    """Samples at random, the same of every concept that has as many, and by likeness the best and the worst.
 
     Args:
         stages: decodes and measures.
@@ -21,22 +23,20 @@ def gallery(stages: Stages, group: Group, base: Rows, ours: Rows, photos: Tensor
         photos: (P, 3, H, W) in [0, 1].
 
     Returns:
-        `ranked_by`: "clip_i", "change", or "" where there is no CLIP and samples come as they are; `photos`; `best` and
-        `worst`: cards with prompt, seed, score and the pictures `base` and `ours`, (3, h, w) in [0, 1]. Pictures are
+        `ranked_by`: a network, or "" where there is none or no photos; `photos`; `random`, `best` and `worst`: cards
+        with prompt (template), seed, score and the pictures `base` and `ours`, (3, h, w) in [0, 1]. Pictures are
         `shrunk`: those of many results are kept.
     """
-    clip, ranked_by, scores = stages.tools.clip, "", None
-    if clip is not None and photos is not None:
-        ranked_by, scores = "clip_i", fidelity.pairwise(stages.features(ours, "clip"), clip(photos).cpu())
-    elif clip is not None:
-        ranked_by, scores = "change", fidelity.drift(*(stages.features(rows, "clip") for rows in (base, ours)))
-    if scores is None:
-        best, worst = list(range(len(ours)))[: 2 * SHOWN], []
-    else:
-        order = scores.argsort(descending=ranked_by == "clip_i", stable=True).tolist()
-        count = min(SHOWN, max(len(order) // 2, 1))
-        best, worst = order[:count], order[count:][::-1][:count]
-    shown = {name: cards(stages, group, rows, base, ours, scores) for name, rows in (("best", best), ("worst", worst))}
+    network = next((name for name in NETWORKS if getattr(stages.tools, name, None) is not None), "")
+    rows = {"random": torch.randperm(len(ours), generator=torch.Generator().manual_seed(0))[:SHOWN].tolist()}
+    scores, ranked_by = None, network if photos is not None else ""
+    if ranked_by:
+        features = stages.tools.backbone(network)(photos).cpu()
+        scores = fidelity.pairwise(stages.features(ours, network), features)
+        order = scores.argsort(descending=True, stable=True).tolist()
+        half = min(SHOWN, -(-len(order) // 2))
+        rows |= {"best": order[:half], "worst": order[half:][::-1][:SHOWN]}
+    shown = {name: cards(stages, group, own, base, ours, scores) for name, own in rows.items()}
     return {"ranked_by": ranked_by, "photos": None if photos is None else shrunk(photos), **shown}
 
 

@@ -14,6 +14,7 @@ from infusion.metrics.report.page import page
 from infusion.metrics.report.plots import plots
 from infusion.metrics.run.options import CACHE
 from ldm.util.cli import UserError
+from ldm.util.config import find
 from ldm.util.files import holds_work
 from ldm.util.files import write as write_file
 
@@ -80,14 +81,27 @@ def write(out: str | Path, measured: Measured) -> Path:
         UserError: the folder cannot be written.
     """
     out, drawn = Path(out), plots(measured.groups)
-    text = json.dumps({"date": now()} | measured.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_file(out / JSON, text.encode())
+    write_file(out / JSON, dump({"date": now()} | measured.as_dict()))
     for name, svg in drawn.items():
         write_file(out / PLOTS / f"{name}.svg", svg.encode())
     write_file(out / CSV, measured.as_csv().encode())
     html = page(measured.groups, drawn, measured.settings, measured.files, measured.command)
     write_file(out / REPORT, html.encode())
     return out / REPORT
+
+
+def dump(said: Mapping[str, object]) -> bytes:
+    """JSON as `metrics.json` has it."""
+    return (json.dumps(said, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read(path: str | Path) -> list[Result]:
+    """The results in a `metrics.json`, without pictures; raises UserError for another file."""
+    try:
+        methods = json.loads(find(path).read_text(encoding="utf-8"))["methods"]
+        return [{"label": label, **about, "figures": about["figures"]} for label, about in methods.items()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: is no metrics.json ({error})") from error
 
 
 def check_folder(out: Path, subjects: Mapping[str, str], settings: Mapping[str, object]) -> None:

@@ -1,18 +1,21 @@
 """The plots of an evaluation as SVG: trade-offs, LFD over training and over the noise."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from infusion.methods import method_names
-from infusion.metrics.report.aggregate import Figure, Group, Result, concept_of, figures_of, gather
-from infusion.metrics.report.words import METRICS
+from infusion.metrics.report.aggregate import Group, concept_of, errors_over, figures_of, gather, likeness_of
+from infusion.metrics.report.words import CHANGE, metric_of
 from infusion.metrics.run.protocol import CONTEXT
 
-GREY = "#7a828f"  # of the base model
+GREY = "#7a828f"  # of the base model and of words
+MARKERS = "osD^vP*Xph<>"
 STYLE = {
     "text.parse_math": False,  # names come from anyone
     "svg.fonttype": "none",
@@ -26,99 +29,116 @@ STYLE = {
     "figure.figsize": (5.6, 4.4),  # inches; a page shows two side by side, or one across a phone
     "font.size": 10,
 }
-FIDELITY = ("dino", "clip_i", "clip_t")  # the first that there is goes on the plane
 DISTANCES = ("w2_clip", "w2_latent")
-NOISE = "Left is the end of drawing (details), right its beginning (layout)."
 PLOTS = {  # name -> heading and caption
-    "tradeoff_lfd": (
-        "Fidelity against change around the concept",
-        "Up: the concept is drawn more faithfully. Right: more has changed outside it.",
+    "tradeoff_lfd": ("Likeness against change around the concept", "Best is the upper left."),
+    "tradeoff_w2": ("Likeness against distance from the untouched model’s samples", "Best is the upper left."),
+    "training_context": (
+        "Change around the concept while it was learned",
+        "Stars: steps marked as the best.",
     ),
-    "tradeoff_w2": (
-        "Fidelity against distance from the untouched model’s samples",
-        "The base model stands at the floor: two batches of its own samples are that far apart.",
+    "training_superclass": (
+        "Change of the plain noun while it was learned",
+        "Stars: steps marked as the best.",
     ),
-    "training_context": ("Change around the concept while it was learned", "LFD of every concept file of the run."),
-    "training_superclass": ("Change of the plain noun while it was learned", "LFD of every concept file of the run."),
-    "timesteps_context": ("Where in the noise: around the concept", NOISE),
-    "timesteps_superclass": ("Where in the noise: plain noun", NOISE),
 }
 
 
 def plots(groups: Sequence[Group]) -> dict[str, str]:
     """SVG files by name, those of `PLOTS` for which something has been measured."""
     results, drawn = [result for group in groups for result in group.results], {}
-    y = first_of(results, FIDELITY)
-    for name, metrics in (("tradeoff_lfd", ["lfd_context"]), ("tradeoff_w2", DISTANCES)):
-        if y and (x := first_of(results, metrics)):
+    y = likeness_of({name for result in results for name in result["figures"]})
+    for name, metrics in (("tradeoff_lfd", [CHANGE]), ("tradeoff_w2", DISTANCES)):
+        x = next((x for x in metrics if any({x, y} <= group.figures.keys() for group in groups)), None)
+        if x:
             drawn[name] = tradeoff(groups, x, y)
-    for kind, place in (("training", "step"), ("timesteps", "timestep")):
-        for prompts in (CONTEXT, "superclass"):
-            if any(result[kind].get(prompts) for result in results):
-                drawn[f"{kind}_{prompts}"] = curves(groups, kind, prompts, place)
+    for prompts in (CONTEXT, "superclass"):
+        if any(result["training"].get(prompts) for result in results):
+            drawn[f"training_{prompts}"] = curves(groups, prompts)
     return drawn
 
 
-def first_of(results: Sequence[Result], names: Sequence[str]) -> str | None:
-    """The first metric that every result has."""
-    return next((name for name in names if all(name in result["figures"] for result in results)), None)
-
-
-def colours(names: Iterable[str]) -> dict[str, object]:
-    """A colour for each name: a method has the same in every plot, others one that no other of 20 names has."""
-    palette, methods, names = matplotlib.colormaps["tab20"].colors, method_names(), list(names)
-    order = [*range(0, len(palette), 2), *range(1, len(palette), 2)]  # the strong ones first
-    own = {name: order[methods.index(name)] for name in names if name in methods}
-    free = [place for place in order if place not in own.values()] or order
-    others = {name: free[i % len(free)] for i, name in enumerate(name for name in names if name not in methods)}
-    return {name: palette[(own | others)[name]] for name in names}
+def looks(groups: Sequence[Group]) -> dict[str, dict[str, object]]:
+    """Colour and marker of each group, the same in every plot of a report; words are grey."""
+    palette, found = matplotlib.colormaps["tab20"].colors, {}
+    for i, group in enumerate(groups):
+        place = (2 * i % 20 + i // 10) % 20  # the strong colours first
+        found[group.name] = {"color": palette[place], "marker": MARKERS[i % len(MARKERS)]}
+        if group.kind == "words":
+            found[group.name]["color"] = GREY
+    return found
 
 
 def tradeoff(groups: Sequence[Group], x: str, y: str) -> str:
-    """The plane of two metrics: groups with bars of two standard errors, their runs, the base model, the ceiling."""
+    """The plane of two metrics: groups with bars of one standard error; a line for what has no x."""
     with matplotlib.rc_context(STYLE):
-        canvas, axes = _canvas(METRICS[x].family + METRICS[x].title, METRICS[y].title)
-        hues = colours(group.name for group in groups)
+        canvas, axes = _canvas(_axis(x), _axis(y))
         for group in groups:
-            hue, at = hues[group.name], [group.figures[name]["value"] for name in (x, y)]
-            bars = [2 * (group.figures[name]["stderr"] or 0) for name in (x, y)]
-            axes.errorbar(*at, xerr=bars[0], yerr=bars[1], fmt="o", color=hue, label=_text(group.label))
-            if len(group.results) > 1:
-                runs = [[result["figures"][name]["value"] for result in group.results] for name in (x, y)]
-                axes.plot(*runs, "o", color=hue, alpha=0.35, markersize=4)
-        everything = figures_of([result for group in groups for result in group.results])
-        if base := everything[y].get("base"):
-            floor: Figure = everything[x].get("floor", {"value": 0.0})
-            axes.plot(floor["value"], base["value"], "D", color=GREY, label="base model")
-        if ceiling := everything[y].get("ceiling"):
-            axes.axhline(ceiling["value"], color=GREY, linestyle="--", linewidth=1, label=METRICS[y].ceiling)
-        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+            look, found = looks(groups)[group.name], [group.figures.get(name) for name in (x, y)]
+            if all(found):
+                (px, ex), (py, ey) = ((one["value"], one["stderr"] or 0) for one in found)
+                style = {"markersize": 9 if group is groups[0] else 6, "capsize": 2, "linestyle": "none"}
+                axes.errorbar(px, py, xerr=ex, yerr=ey, label=_text(group.label), **look, **style)
+            elif found[1]:
+                axes.axhline(found[1]["value"], color=look["color"], linestyle="--", label=_text(group.label))
+        every = [result for group in groups for result in group.results]
+        if base := figures_of(every, errors_over(every)).get(y, {}).get("base"):
+            axes.axhline(base["value"], color=GREY, linestyle=":", label="base model")
+        _log(axes.set_xscale, axes.xaxis, [group.figures[x]["value"] for group in groups if x in group.figures])
         return _svg(canvas)
 
 
-def curves(groups: Sequence[Group], kind: str, prompts: str, place: str) -> str:
-    """LFD of each group over `place`, with bands of two standard errors; the axis reaches 0.
+def curves(groups: Sequence[Group], prompts: str) -> str:
+    """LFD of each group while it was trained, with bands of one standard error.
+
+    They run over the samples of the concept that were seen, or where some result does not know these, over steps.
 
     Args:
-        kind: "training" or "timesteps", the curve in a result. prompts: the group of prompts. place: what it runs over.
+        prompts: the group of prompts.
     """
+    results = [result for group in groups for result in group.results if result["training"].get(prompts)]
+    seen, over = all(result.get("training_samples") for result in results), errors_over(results)
     with matplotlib.rc_context(STYLE):
-        canvas, axes = _canvas({"step": "training step"}.get(place, place), "LFD")
-        hues = colours(group.name for group in groups)
+        canvas, axes = _canvas("samples seen in training" if seen else "training step", "LFD, lower is better")
+        heights = []
         for group in groups:
             known: dict[float, list] = {}
+            bests, look = [], looks(groups)[group.name]
             for result in group.results:
-                for one in result[kind].get(prompts, ()):
-                    known.setdefault(one[place], []).append((concept_of(result), one))
-            found = [(at, gather(known[at])) for at in sorted(known)]
-            if found:
-                xs, ys = [at for at, _ in found], [one["value"] for _, one in found]
-                reach = [2 * (one["stderr"] or 0) for _, one in found]
-                axes.plot(xs, ys, "o-", color=hues[group.name], markersize=4, label=_text(group.label))
-                ends = [[y + sign * r for y, r in zip(ys, reach, strict=True)] for sign in (-1, 1)]
-                axes.fill_between(xs, ends[0], ends[1], color=hues[group.name], alpha=0.16, linewidth=0)
-        axes.set_ylim(bottom=min(0, *(min(line.get_ydata()) for line in axes.lines)))
+                curve = result["training"].get(prompts, ())
+                size = result["training_samples"] / result["training_steps"] if seen and curve else 1
+                bests += [size * result["best_step"]] if curve and result.get("best_step") else []
+                for one in curve:
+                    known.setdefault(size * one["step"], []).append((concept_of(result), one))
+            if known:
+                xs = sorted(known)
+                found = [gather(known[at], over) for at in xs]
+                ys, reach = (np.array([one[key] or 0 for one in found]) for key in ("value", "stderr"))
+                axes.plot(xs, ys, markersize=4, label=_text(group.label), **look)
+                axes.fill_between(xs, ys - reach, ys + reach, color=look["color"], alpha=0.16, linewidth=0)
+                axes.plot(bests, np.interp(bests, xs, ys), "*", color=look["color"], markersize=13)
+                heights += ys.tolist()
+        _log(axes.set_yscale, axes.yaxis, heights)
         return _svg(canvas)
+
+
+def _log(scale: Callable[..., None], axis: Axis, values: Sequence[float]) -> None:
+    """Make an axis logarithmic, linear near 0 where there are zeros: rivals stay apart beside one that is far off."""
+    positive = [value for value in values if value > 0]
+    if not positive or max(positive) < 2 * min(positive):
+        return
+    if len(positive) < len(values):
+        scale("symlog", linthresh=min(positive) / 2)
+        return
+    scale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _axis(name: str) -> str:
+    metric = metric_of(name)
+    return f"{metric.title}, {metric.better}" if metric.better else metric.title
 
 
 def _canvas(x_label: str, y_label: str) -> tuple[Canvas, Axes]:
@@ -135,7 +155,7 @@ def _text(label: str) -> str:
 
 
 def _svg(canvas: Canvas) -> str:
-    canvas.legend(loc="outside lower center", ncols=2, fontsize=9)
+    canvas.legend(loc="outside lower center", ncols=3, fontsize=9)
     file = io.StringIO()
     canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return file.getvalue()

@@ -1,54 +1,52 @@
-from math import sqrt
+from math import exp, log, sqrt
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from infusion.metrics.report.aggregate import concept_of, difference, figures_of, gather, groups_of
-
-
-def figure(value, stderr=0.02, **more):
-    return {"value": value, "stderr": stderr, "n": 4} | more
-
-
-def run(value, concept="cat", seed=0, group="lora", **more):
-    """A result of one metric."""
-    figures = {} if value is None else {"drift": value if isinstance(value, dict) else figure(value)}
-    said = {"label": f"{group} {concept} {seed} {more}", "group": group, "world_concept": concept, "photos": ""}
-    return said | {"superclass": "thing", "training_seed": seed, "anchored": False, "figures": figures} | more
+from infusion.metrics.report.aggregate import (
+    CONCEPTS,
+    SAMPLES,
+    beyond,
+    concept_of,
+    difference,
+    errors_over,
+    figures_of,
+    gather,
+    groups_of,
+    holm,
+)
+from scripts.coverage import CASES, coverage
+from tests.infusion.metrics.report.conftest import figure, run, study
 
 
 def test_a_concept_counts_once_however_many_runs_it_has():
     cats, dogs, owls = [run(1.0), run(2.0, seed=1), run(3.0, seed=2)], [run(4.0, "dog")], [run(9.0, "owl")]
-    found = figures_of([*cats, *dogs, *owls])["drift"]  # means 2, 4, 9
+    found = figures_of([*cats, *dogs, *owls], CONCEPTS)["drift"]  # means 2, 4, 9
     assert found == pytest.approx({"value": 5.0, "stderr": sqrt((9 + 1 + 16) / 2 / 3), "n": 5, "concepts": 3})
 
 
-def test_one_concept_has_its_error_over_runs_and_one_run_its_own():
-    found = figures_of([run(0.5), run(0.7, seed=1)])["drift"]
-    assert found == pytest.approx({"value": 0.6, "stderr": 0.1, "n": 2, "concepts": 1})
-    assert figures_of([run(0.5)])["drift"] == {"value": 0.5, "stderr": 0.02, "n": 1, "concepts": 1}
-    assert figures_of([run(figure(0.5, None))])["drift"]["stderr"] is None
+def test_one_meaning_of_an_error_in_a_report():
+    one, many = [run(0.5), run(0.7, seed=1)], [run(0.5), run(0.6, "dog"), run(0.5, group="b")]
+    assert errors_over(one) == SAMPLES and errors_over(many) == CONCEPTS
+    assert groups_of(one)[0].figures["drift"] == pytest.approx({"value": 0.6, "stderr": 0.02, "n": 2, "concepts": 1})
+    several, single = (group.figures["drift"]["stderr"] for group in groups_of(many))
+    assert several == pytest.approx(0.05) and single is None  # one concept of a report over concepts tells no error
+    assert gather([("cat", figure(0.5, None))], SAMPLES)["stderr"] is None
 
 
-def test_the_same_figure_of_all_runs_keeps_its_own_error():
-    runs = [run(figure(0.5, 0.03)), run(figure(0.5, 0.03), seed=1)]
-    assert figures_of(runs)["drift"] == {"value": 0.5, "stderr": 0.03, "n": 2, "concepts": 1}
-    rates = [("cat", figure(1.0, 0.3)), ("cat", figure(1.0, 0.3)), ("dog", figure(1.0, 0.4))]
-    assert gather(rates) == pytest.approx({"value": 1.0, "stderr": 0.25, "n": 3, "concepts": 2})  # √(0.3² + 0.4²) / 2
-    assert gather([("cat", figure(0.0, 0.0)), ("dog", figure(0.0, 0.0))])["stderr"] == 0
-    assert gather([("cat", figure(0.5, None)), ("dog", figure(0.5))])["stderr"] is None
+def test_no_error_where_nothing_varies_between_concepts():
+    """A group of which every run is right does not look less certain than one with failures."""
+    perfect = [("cat", figure(1.0, 0.3)), ("dog", figure(1.0, 0.4))]
+    assert gather(perfect, CONCEPTS) == {"value": 1.0, "stderr": None, "n": 2, "concepts": 2}
 
 
 def test_what_a_figure_is_read_against_is_gathered_alike():
     runs = [run(figure(0.5, base=figure(0.1, 0.05), floor=figure(0.2))) for _ in range(3)]
-    runs.append(run(figure(0.5, base=figure(0.3, 0.05)), "dog"))
-    found = figures_of(runs)["drift"]
+    runs.append(run(figure(0.5, base=figure(0.3, 0.05), ceiling_decoded=figure(0.8)), "dog"))
+    found = figures_of(runs, CONCEPTS)["drift"]
     assert found["base"] == pytest.approx({"value": 0.2, "stderr": 0.1, "n": 4, "concepts": 2})
-    assert found["floor"] == {"value": 0.2, "stderr": 0.02, "n": 3, "concepts": 1} and "ceiling" not in found
-
-
-def test_a_metric_that_some_lack_is_of_the_others():
-    assert figures_of([run(None), run(0.5, "dog")])["drift"]["concepts"] == 1
-    assert figures_of([run(None)]) == {}
+    assert found["ceiling_decoded"]["value"] == 0.8 and "ceiling" not in found
 
 
 def test_concepts_are_told_by_what_is_known():
@@ -62,45 +60,73 @@ def test_a_difference_is_of_pairs_of_one_concept_and_seed():
     theirs = [run(1.0), run(1.0, seed=1), run(1.0, "dog"), run(0.0, "owl", seed=3), run(0.0, "bee")]
     found = difference(ours, theirs, "drift")  # cat: 0.5 and 0.7, dog: 1.0
     reach = 12.7062 * 0.2  # Student's t of one degree of freedom
-    expected = {"value": 0.8, "stderr": 0.2, "low": 0.8 - reach, "high": 0.8 + reach, "n": 3, "concepts": 2}
-    assert found == pytest.approx(expected, rel=1e-4)
-    back = difference(theirs, ours, "drift")
-    assert (back["value"], back["low"]) == pytest.approx((-found["value"], -found["high"]))
+    assert (found["value"], found["low"], found["high"]) == pytest.approx((0.8, 0.8 - reach, 0.8 + reach), rel=1e-4)
+    assert found["p"] == pytest.approx(stats.ttest_rel([1.6, 2.0], [1.0, 1.0]).pvalue) and found["concepts"] == 2
 
 
-def test_a_difference_of_one_concept_is_over_its_pairs():
-    found = difference([run(2.0), run(3.0, seed=1), run(4.0, seed=2)], [run(1.0, seed=s) for s in range(3)], "drift")
-    reach = 4.30265 * sqrt(1 / 3)  # two degrees of freedom
-    assert (found["value"], found["low"], found["high"]) == pytest.approx((2.0, 2 - reach, 2 + reach), rel=1e-4)
-    assert (found["n"], found["concepts"]) == (3, 1)
+def test_words_pair_with_every_seed_of_their_concept():
+    words = [run(0.2, seed=None), run(0.4, "dog", seed=None)]
+    ours = [run(0.5), run(0.7, seed=1), run(0.4, "dog", seed=5), run(9.0, "owl")]
+    assert difference(ours, words, "drift")["value"] == pytest.approx((0.4 + 0.0) / 2)
 
 
-def test_runs_of_one_concept_and_seed_count_as_their_mean():
-    found = difference([run(2.0), run(4.0)], [run(1.0), run(2.0), run(3.0)], "drift")
-    assert found == {"value": 1.0, "stderr": None, "low": None, "high": None, "n": 1, "concepts": 1}
+def test_an_lfd_is_compared_by_its_ratio():
+    ours, theirs = ([run(v, c, metric="lfd_context") for v, c in zip(row, "abc", strict=True)]
+                    for row in ([0.02, 0.03, 0.16], [0.01, 0.01, 0.02]))  # fmt: skip
+    found, logs = difference(ours, theirs, "lfd_context"), [log(2), log(3), log(8)]
+    low, high = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
+    assert (found["scale"], found["value"]) == ("ratio", pytest.approx(exp(np.mean(logs))))
+    assert (found["low"], found["high"]) == pytest.approx((exp(low), exp(high)))
+    zero = [run(0.0, name, metric="lfd_context") for name in "abc"]
+    assert difference(ours, zero, "lfd_context")["scale"] == "difference"
 
 
-def test_what_tells_no_error_has_no_interval():
+def test_what_tells_no_error_is_not_tested():
     assert difference([run(1.0)], [run(2.0, "dog")], "drift") is None
     assert difference([run(1.0)], [run(None)], "drift") is None
-    steps = [run(1 - 0.1, "cat"), run(0.7 - 0.1, "dog")], [run(1.0, "cat"), run(0.7, "dog")]
-    found = difference(*steps, "drift")  # both by one sample in ten
-    assert found["value"] == pytest.approx(-0.1) and found["stderr"] is found["low"] is None
-    zeros = difference([run(0.0), run(0.0, "dog")], [run(0.0), run(0.0, "dog")], "drift")
-    assert (zeros["value"], zeros["stderr"], zeros["low"], zeros["high"]) == (0, 0, 0, 0)
+    one = difference([run(2.0), run(3.0, seed=1)], [run(1.0), run(1.0, seed=1)], "drift")  # a single concept
+    same = difference([run(0.9), run(0.6, "dog")], [run(1.0), run(0.7, "dog")], "drift")  # by the very same
+    zero = difference([run(0.0), run(0.0, "dog")], [run(0.0), run(0.0, "dog")], "drift")
+    assert [found["value"] for found in (one, same, zero)] == pytest.approx([1.5, -0.1, 0.0])
+    assert {found[name] for found in (one, same, zero) for name in ("low", "high", "p")} == {None}
+    edge = [[run(v, c, metric="noun") for v, c in zip(row, "abc", strict=True)] for row in ([1, 1, 0.97], [1, 0.98, 1])]
+    assert difference(*edge, "noun")["p"] is None and not beyond(difference(*edge, "noun"))
 
 
-def test_groups_are_in_the_order_of_their_first_and_held_against_the_first():
+def test_holm_s_step_down():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # Holm 1979
+    assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_the_primary_endpoints_are_corrected_together_and_the_rest_is_not():
+    first, words, lora = groups_of(study(infusion=0.4, words=0.3, lora=0.41))
+    assert not any("difference" in one for one in first.figures.values())
+    tested = [words.figures["clip_i"], lora.figures["clip_i"], lora.figures["lfd_context"]]
+    ps = [one["difference"]["p"] for one in tested]
+    assert [one["difference"]["p_holm"] for one in tested] == pytest.approx(holm(ps)) and max(ps) < 0.01
+    assert all(one["difference"]["primary"] for one in tested)
+    other = lora.figures["drift"]["difference"]
+    assert not other["primary"] and "p_holm" not in other
+    assert lora.figures["clip_i"]["words"]["value"] == pytest.approx(0.11)
+    assert first.figures["clip_i"]["words"]["low"] > 0 and "words" not in words.figures["clip_i"]
+
+
+def test_groups_are_in_the_order_of_their_first():
     runs = [run(0.1, group="b"), run(0.4, group="lora"), run(0.2, "dog", group="b"), run(0.8, "dog", group="lora")]
     first, second = groups_of(runs)
     assert (first.name, second.name) == ("b", "lora") and first.concepts == ["cat", "dog"]
-    assert "difference" not in first.figures["drift"]
-    assert second.figures["drift"]["difference"]["value"] == pytest.approx(0.45)
-    assert first.label == "b"
-    assert groups_of(runs[:1])[0].label == runs[0]["label"]  # no group of more than one
-    assert groups_of([]) == []
-
-
-def test_a_group_is_anchored_where_all_its_runs_are():
+    assert first.label == "b" and groups_of(runs[:1])[0].label == runs[0]["label"]  # no group of more than one
+    assert groups_of([]) == [] and first.kind == "concept"
     mixed = groups_of([run(0.0, anchored=True), run(0.0, "dog"), run(0.0, group="b", anchored=True)])
     assert [group.anchored for group in mixed] == [False, True]
+
+
+@pytest.mark.parametrize("title", ["likeness", "LFD", "LFD, gamma", "shares of 95 % and 80 %"])
+def test_intervals_hold_the_truth_as_often_as_they_say(title):
+    """800 experiments know a share of 95 % to 0.8 points; the whole simulation is `python -m scripts.coverage`."""
+    found = coverage(*CASES[title], concepts=5, experiments=800)
+    assert 0.93 <= found["covered"] <= 0.97 and found["given"] > 0.99
+
+
+def test_a_difference_of_lfds_would_hold_it_too_seldom():
+    assert coverage(*CASES["LFD, not as a ratio"], concepts=5, experiments=800)["covered"] < 0.93

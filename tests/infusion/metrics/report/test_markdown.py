@@ -2,37 +2,46 @@ import json
 
 import pytest
 
-from infusion.metrics.report.markdown import main, markdown
-from tests.infusion.metrics.report.test_aggregate import figure, run
-
-BASE = {"base": figure(0.5, 0.01)}
-
-
-def results(*of_lora):
-    """Infusion on three concepts, and LoRA with these values on the same."""
-    concepts = ("cat", "dog", "owl")
-    ours = [run(figure(0.1 + i / 100, **BASE), name, group="infusion") for i, name in enumerate(concepts)]
-    return ours + [run(figure(value, **BASE), name) for value, name in zip(of_lora, concepts, strict=True)]
+from infusion.metrics.report.aggregate import groups_of
+from infusion.metrics.report.markdown import main
+from infusion.metrics.report.tables import markdown, notes, table
+from ldm.util.config import ROOT
+from tests.infusion.metrics.report.conftest import study
 
 
-def test_a_row_for_each_group_and_what_it_is_read_against():
-    lines = markdown(results(0.2, 0.3, 0.7), ["drift"]).splitlines()
-    assert lines[0] == "|  | drift ↓ |" and lines[1] == "| --- | --- |"
-    assert lines[2] == "| *base model* | 0.5000 ± 0.0058 |"
-    assert lines[3:] == ["| infusion | 0.1100 ± 0.0058 |", "| lora | 0.40 ± 0.15 |"]
-
-
-def test_an_asterisk_where_the_difference_from_the_first_group_is_beyond_chance():
-    assert markdown(results(0.20, 0.21, 0.23), ["drift"]).splitlines()[-1].endswith("* |")
-    assert "*" not in markdown(results(0.01, 0.1, 0.3), ["drift"]).splitlines()[-1]
-
-
-def test_the_command_prints_a_file_s_table(tmp_path, capsys):
+@pytest.fixture
+def file(tmp_path):
+    methods = {one["label"]: {key: value for key, value in one.items() if key not in ("label", "pictures")}
+               for one in study(infusion=0.4, lora=0.3)}  # fmt: skip
     path = tmp_path / "metrics.json"
-    methods = {one["label"]: {key: value for key, value in one.items() if key != "label"} for one in results(1, 2, 3)}
-    path.write_text(json.dumps({"methods": methods}))
-    main([str(path), "--metrics", "drift"])
-    assert capsys.readouterr().out.strip() == markdown(results(1, 2, 3), ["drift"])
+    path.write_text(json.dumps({"command": "x", "methods": methods}))
+    return path
+
+
+def test_the_command_prints_a_table_and_what_its_marks_mean(file, capsys):
+    main([str(file), "--metrics", "clip_i,drift"])
+    groups = groups_of(study(infusion=0.4, lora=0.3))
+    assert capsys.readouterr().out.strip() == f"{markdown(table(groups, ['clip_i', 'drift']))}\n\n{notes(groups)}"
+
+
+def test_statistics_and_plots_are_written_anew_and_what_was_measured_is_kept(file, capsys):
+    before = json.loads(file.read_text())
+    main([str(file), "--metrics", "clip_i", "--rewrite"])
+    after = json.loads(file.read_text())
+    assert after["groups"]["lora"]["clip_i"]["difference"]["p_holm"] < 0.01
+    assert after.pop("groups") and after == before and (file.parent / "plots/tradeoff_lfd.svg").is_file()
+
+
+def test_the_shipped_results_have_the_statistics_of_today():
+    for name in ("results/pocket/metrics.json", "results/pocket/ablations/metrics.json"):
+        said = json.loads((ROOT / name).read_text())
+        groups = groups_of([{"label": label, **about} for label, about in said["methods"].items()])
+        for group in groups:
+            for metric, figure in group.figures.items():
+                shipped = said["groups"][group.name][metric]
+                assert shipped["value"] == pytest.approx(figure["value"])
+                if "p_holm" in figure.get("difference", {}):
+                    assert shipped["difference"]["p_holm"] == pytest.approx(figure["difference"]["p_holm"])
 
 
 @pytest.mark.parametrize(

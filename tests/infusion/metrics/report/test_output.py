@@ -7,7 +7,7 @@ import pytest
 from infusion.metrics.report.output import Measured, check_folder, write
 from ldm.util.cli import UserError
 from ldm.util.files import locked
-from tests.infusion.metrics.report.test_page import figure, result
+from tests.infusion.metrics.report.conftest import figure, result
 
 SETTINGS = {"metrics": ["lfd"], "samples": 4}
 
@@ -41,7 +41,7 @@ def test_groups_have_figures_of_their_own_beside_the_runs():
     assert first["clip_i"] == pytest.approx({"value": 0.4, "stderr": 0.1, "n": 2, "concepts": 2})
     assert against["base"] == pytest.approx({"value": 0.15, "stderr": 0.05, "n": 2, "concepts": 2})
     assert second["clip_i"]["difference"] == pytest.approx(
-        {"value": -0.2, "stderr": None, "low": None, "high": None, "n": 1, "concepts": 1}
+        {"scale": "difference", "value": -0.2, "low": None, "high": None, "p": None, "concepts": 1, "primary": True}
     )
     json.dumps(said["groups"], allow_nan=False)
 
