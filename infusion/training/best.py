@@ -1,82 +1,66 @@
-"""Marks the best step of a training, and stops it early: likeness against overfitting.
+"""Marks the best step of a training by likeness, and stops it early.
 
-`infusion.metrics.measures.balance` weighs the two.
+A trial draws samples of the concept. Its gain is their likeness to the photos above that of the base model's samples
+from the same prompts and seeds. A later step is better only where its gain is a tenth greater than that of the best so
+far: what learning for longer brings has to be worth what it changes elsewhere. The rule is this project's own.
 """
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
 
-from clipseg.weights import POCKET, POCKET_WEIGHTS
-from clipseg.weights import load as load_clipseg
 from infusion.inject import unedited
-from infusion.metrics.measures.balance import Balance
-from infusion.metrics.run.cache import Cache
-from infusion.metrics.run.features import load_backbone
-from infusion.metrics.run.options import Options, Tools, identity
+from infusion.metrics.measures import fidelity
+from infusion.metrics.run.features import Backbone, load_backbone
 from infusion.metrics.run.protocol import CONTEXT, Protocol
-from infusion.metrics.run.stages import Stages
-from infusion.metrics.run.subject import Checkpoint
+from infusion.sampling.pictures import png
+from infusion.sampling.sample import sample
+from infusion.tokens import fill
 from infusion.training.trainer import ConceptTrainer
 from ldm.util.cli import UserError, find_device
 from ldm.util.files import write
 
 BEST = "best.safetensors"
+MORE = 1.1  # times the best gain so far is better
 logger = logging.getLogger(__name__)
 
 
-class Networks(Tools):
-    """CLIP and CLIPSeg by name, for configs.
-
-    Args:
-        clip: "pocket", or a folder, as for `infusion.metrics.run.features.load_backbone`.
-        clipseg: "pocket", or a folder or file, as for `clipseg.weights.load`.
-        device: where they run; "auto" is CUDA where there is some.
-
-    Raises:
-        ValueError: one is missing, or something else.
-    """
-
-    def __init__(self, clip: str, clipseg: str, device: str = "auto") -> None:
-        where = find_device(device)
-        networks = {"clip": load_backbone(clip, where), "clipseg": load_clipseg(clipseg).to(where)}
-        hashes = {"clip": identity(clip), "clipseg": identity(POCKET_WEIGHTS if clipseg == POCKET else clipseg)}
-        super().__init__(**networks, hashes=hashes)
-
-
-def exhausted(balances: Sequence[float], patience: int) -> bool:
-    """Whether the last `patience` trials, at least 1, brought nothing better than one before them."""
-    return len(balances) > patience and max(balances[:-patience]) >= max(balances[-patience:])
+def best_of(trials: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The best of trials in the order of their steps; None where nothing was gained."""
+    best, most = None, 0.0
+    for trial in trials:
+        if trial["likeness"] - trial["base_likeness"] > MORE * most:
+            best, most = trial, trial["likeness"] - trial["base_likeness"]
+    return best
 
 
 class BestConcept(pl.Callback):
-    """Weighs the concept every so many optimiser steps and when training ends.
+    """Tries the concept every so many optimiser steps and when training ends.
 
-    `models/best.safetensors` is the concept of the highest balance so far, the first of equals; `models/best.json` has
-    every trial, and the logger gets them as `best/…`. Prompts, seeds and noise are the same each time.
+    `models/best.safetensors` is the best concept so far, `images/best.png` its samples below the base model's;
+    `models/best.json` has every trial, and the logger gets them as `best/…`.
 
     Args:
-        tools: a CLIP and a CLIPSeg.
+        network: tells likeness: a backbone, or what names one, as for `infusion.metrics.run.features.load_backbone`.
         prompts: with {} for the concept; () takes the protocol's of the architecture.
         every: optimiser steps between two trials.
-        early_stop: stop after so many trials in a row without a higher balance; 0 never does.
-        samples: of each trial, at least 2. batch_size: how many at a time.
-        steps, scale, seed: as in `StableDiffusion.sample`.
-        strata: of LFD, see `infusion.metrics.measures.fisher`.
+        early_stop: stop after so many trials in a row without a better one; 0 never does.
+        samples: of each trial. batch_size: how many at a time.
+        steps, scale, seed: as in `infusion.sample`; the seeds are neither training's nor measured ones.
 
     Raises:
-        ValueError: a number out of range, or a prompt without {}.
+        ValueError: a number out of range, a prompt without {}, or no such network.
     """
 
     def __init__(
         self,
-        tools: Tools,
+        network: Backbone | str,
         prompts: tuple[str, ...] = (),
         every: int = 50,
         early_stop: int = 0,
@@ -84,32 +68,25 @@ class BestConcept(pl.Callback):
         batch_size: int = 8,
         steps: int = 15,
         scale: float = 7.5,
-        seed: int = 0,
-        strata: int = 5,
+        seed: int = 3_000_000,
     ) -> None:
-        if every < 1:
-            raise UserError(f"every: must be at least 1, not {every}")
-        if early_stop < 0:
-            raise UserError(f"early_stop: must be at least 0, not {early_stop}")
+        least = {"every": (every, 1), "early_stop": (early_stop, 0), "samples": (samples, 1), "steps": (steps, 1)}
+        for name, (value, bound) in least.items():
+            if value < bound:
+                raise UserError(f"{name}: must be at least {bound}, not {value}")
         if odd := [prompt for prompt in prompts if "{}" not in prompt]:
             raise UserError(f"prompts: {odd[0]!r} has no {{}} for the concept")
-        how = {"samples": samples, "batch_size": batch_size, "steps": steps, "scale": scale, "seed": seed}
-        self.options = Options(("lfd", "w2", "clip_i"), strata=strata, **how)
-        tools.check(self.options)
-        self.tools, self.prompts, self.every, self.early_stop = tools, tuple(prompts), every, early_stop
+        self.network = load_backbone(network, find_device("auto")) if isinstance(network, str) else network
+        self.prompts, self.every, self.early_stop = tuple(prompts), every, early_stop
+        self.samples, self.seed = samples, seed
+        self.settings = {"steps": steps, "scale": scale, "batch_size": batch_size}
         self.trials: list[dict[str, Any]] = []
-        self._balance: Balance | None = None
-
-    @property
-    def best(self) -> dict[str, Any] | None:
-        """The trial of the highest balance, the first of equals; None where nothing was gained."""
-        found = max(self.trials, key=lambda trial: trial["balance"], default=None)
-        return found if found and found["balance"] > 0 else None
+        self._base: Tensor | None = None  # samples of the base model (N, 3, H, W): the same throughout
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raises ValueError for a training of anything else than one concept."""
         if not isinstance(pl_module, ConceptTrainer):
-            raise UserError("callbacks.best: it weighs the training of one concept: leave it out of this one")
+            raise UserError("callbacks.best: it judges the training of one concept: leave it out of this one")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._judge(trainer)  # of a run that is done already
@@ -124,8 +101,8 @@ class BestConcept(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: ConceptTrainer) -> None:
         self._try(trainer, pl_module)
         if trainer.is_global_zero:
-            found = f"step {self.best['step']}, {self._folder(trainer) / BEST}" if self.best else "none: nothing gained"
-            logger.info("best by likeness against overfitting: %s", found)
+            best, folder = best_of(self.trials), Path(trainer.default_root_dir)
+            logger.info("best by likeness: %s", f"step {best['step']}, {folder / 'models' / BEST}" if best else "none")
 
     def state_dict(self) -> dict[str, Any]:
         return {"trials": self.trials}
@@ -135,36 +112,35 @@ class BestConcept(pl.Callback):
 
     def _judge(self, trainer: pl.Trainer) -> None:
         """Stops a training whose last trials brought nothing better."""
-        if self.early_stop:
-            balances = [trial["balance"] for trial in self.trials]
-            trainer.should_stop |= trainer.strategy.broadcast(exhausted(balances, self.early_stop))
+        if self.early_stop and len(self.trials) > self.early_stop:
+            stop = best_of(self.trials) is best_of(self.trials[: -self.early_stop])
+            trainer.should_stop |= trainer.strategy.broadcast(stop)
 
     @rank_zero_only
     def _try(self, trainer: pl.Trainer, module: ConceptTrainer) -> None:
-        step = trainer.global_step
+        step, folder = trainer.global_step, Path(trainer.default_root_dir)
         if step == 0 or step in (trial["step"] for trial in self.trials):  # between micro-batches, or resumed there
             return
-        concept = module.concept()
-        with unedited(module.sd.unet):
-            if self._balance is None:
-                self._balance = self._weigher(trainer, module)
-            trial = self._balance.measure(Checkpoint.of(concept)).as_dict()
-        self.trials.append(trial)
-        if self.best is trial:
-            concept.save(self._folder(trainer) / BEST)
+        usual = Protocol.of(module.sd.architecture).prompts(CONTEXT, module.word.superclass)
+        prompts = [(self.prompts or usual)[i % len(self.prompts or usual)] for i in range(self.samples)]
+        if self._base is None:
+            with unedited(module.sd.unet):
+                plain = [fill(prompt, [module.word.superclass]) for prompt in prompts]
+                self._base = sample(module.sd, plain, seed=self.seed, **self.settings)
+        concept, inverse = module.concept(), module.inverse_covariance
+        how = {"inverse_covariance": inverse, "seed": self.seed, **self.settings}
+        drawn = sample(module.sd, prompts, [concept], **how)
+        photos = self.network((trainer.datamodule.images.images + 1) / 2)
+        likeness = {name: fidelity.pairwise(self.network(images), photos).mean().item()
+                    for name, images in (("likeness", drawn), ("base_likeness", self._base))}  # fmt: skip
+        self.trials.append({"step": step} | likeness)
+        best = best_of(self.trials)
+        if best is self.trials[-1]:
+            concept.save(folder / "models" / BEST)
+            rows = [torch.cat(list(images[:8]), 2) for images in (self._base, drawn)]
+            write(folder / "images" / "best.png", png(torch.cat(rows, 1), {"step": step}))
         for one in trainer.loggers:
-            one.log_metrics({f"best/{name}": value for name, value in trial.items() if name != "step"}, step)
-        said = {"best": self.best and self.best["step"], "trials": self.trials}
-        write(self._folder(trainer) / "best.json", (json.dumps(said, indent=2) + "\n").encode())
-
-    def _weigher(self, trainer: pl.Trainer, module: ConceptTrainer) -> Balance:
-        photos = (trainer.datamodule.images.images + 1) / 2
-        prompts = self.prompts or tuple(Protocol.of(module.sd.architecture).prompts(CONTEXT, module.word.superclass))
-        own = {"inverse_covariance": module.inverse_covariance, "mask_prompts": module.word.templates}
-        tools = Tools(**vars(self.tools) | own)
-        options = replace(self.options, precision="autocast" if "mixed" in str(trainer.precision) else "full")
-        return Balance(Stages(module.sd, options, tools, Cache()), prompts, module.word.superclass, photos)
-
-    @staticmethod
-    def _folder(trainer: pl.Trainer) -> Path:
-        return Path(trainer.default_root_dir) / "models"
+            one.log_metrics({f"best/{name}": value for name, value in likeness.items()}, step)
+            one.log_metrics({"best/step": best["step"] if best else 0}, step)
+        said = {"best": best and best["step"], "trials": self.trials}
+        write(folder / "models" / "best.json", (json.dumps(said, indent=2) + "\n").encode())

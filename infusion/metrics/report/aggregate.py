@@ -163,7 +163,7 @@ def difference(results: Sequence[Result], reference: Sequence[Result], metric: s
 
 def paired_t(steps: np.ndarray) -> dict[str, float | None]:
     """`low`, `high` and `p` of the mean of differences (n,) by Student's t; None where they tell no error."""
-    if len(steps) < 2 or np.std(steps) <= EQUAL * abs(np.mean(steps)):
+    if len(steps) < 2 or np.std(steps) <= max(EQUAL, EQUAL * abs(np.mean(steps))):
         return {"low": None, "high": None, "p": None}
     found = stats.ttest_1samp(steps, 0.0)
     interval = found.confidence_interval(LEVEL)

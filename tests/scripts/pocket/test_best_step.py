@@ -1,43 +1,31 @@
 import json
 
 import pytest
-import torch
 
-from infusion.metrics.measures.balance import Trial
-from scripts.pocket.best_step import compare, result, stops_at, table
+from scripts.pocket.best_step import judge, main, table
 
 
-def trial(step, likeness, lfd=0.02, noise=0.0):
-    """32 samples; the ceiling is 0.9, the base model has 0.1, and `kept` is ½ where LFD is 0.02."""
-    rows = torch.tensor([[likeness, 0.1, lfd, 0.02]] * 32, dtype=torch.float64)
-    rows[:, 0] += noise * torch.randn(32, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-    return Trial(step, rows, ceiling=0.9, w2=1.0, floor=1.0)
+def trials(*likenesses, base=0.1):
+    return [{"step": 50 * i, "likeness": one, "base_likeness": base, "lfd": i / 100}
+            for i, one in enumerate(likenesses, 1)]  # fmt: skip
 
 
-def test_the_pick_is_as_much_lower_as_its_balance_is():
-    same = compare(trial(100, 0.5), trial(100, 0.5))
-    assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
-    worse = compare(trial(50, 0.3), trial(100, 0.5))  # gained ¼ and ½, kept ½ both
-    assert worse["value"] == pytest.approx(0.5 - 2 * 0.25 * 0.5 / 0.75)
-    noisy = compare(trial(50, 0.48, noise=0.3), trial(100, 0.5, noise=0.3))
-    assert noisy["low"] < 0 < noisy["high"]  # too close to tell
+RESULT = {"method": "lora", "concept": "zigzag_hat", "trials": trials(0.3, 0.6, 0.62, 0.5),
+          "sweep": trials(0.35, 0.55, 0.6, 0.4)}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("balances", "step"),
-    [([0.1, 0.4, 0.3, 0.2, 0.5], 200), ([0.1, 0.2, 0.3, 0.4, 0.5], 250), ([0.1, 0.4, 0.3, 0.5, 0.2], 250)],
-)
-def test_early_stop_ends_after_two_trials_without_a_better_one(balances, step):
-    assert stops_at([{"step": 50 * i, "balance": one} for i, one in enumerate(balances, 1)]) == step
+def test_the_trials_choose_and_the_sweep_judges():
+    row = judge(RESULT)
+    assert (row["pick"], row["gains most"]) == (100, 150)
+    gains = [row[f"gain of the {name}"] for name in ("pick", "most", "last")]
+    assert gains == pytest.approx([0.45, 0.5, 0.3]) and (row["LFD of the pick"], row["of the last"]) == (0.02, 0.04)
 
 
-def test_a_training_s_pick_is_read_from_its_run_and_held_against_the_sweep(tmp_path):
-    (tmp_path / "models").mkdir()
-    trials = [{"step": 50, "balance": 0.3}, {"step": 100, "balance": 0.2}]
-    (tmp_path / "models/best.json").write_text(json.dumps({"best": 50, "trials": trials}))
-    swept = [trial(50, 0.4), trial(100, 0.5), trial(150, 0.3)]
-    found = result("lora", "zigzag_hat", tmp_path, swept)
-    assert (found["pick"]["step"], found["best"]["step"], found["last"]["step"]) == (50, 100, 150)
-    assert found["lower"]["value"] == pytest.approx(swept[1].balance - swept[0].balance)
-    row = table([found]).splitlines()[2]
-    assert row.startswith("| lora, zigzag hat | 50 | 100 | 0.43 | 0.50 | 0.07 ") and row.endswith("| 100 |")
+def test_the_command_reads_what_was_measured_before(tmp_path, capsys):
+    path = tmp_path / "best_step.json"
+    path.write_text(json.dumps([RESULT, RESULT | {"method": "infusion"}]))
+    main(["--read", str(path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == table([RESULT, RESULT | {"method": "infusion"}]).splitlines() and len(lines) == 5
+    assert lines[2] == "| lora, zigzag hat | 100 | 150 | 0.450 | 0.500 | 0.300 | 0.0200 | 0.0400 |"
+    assert lines[-1].startswith("| mean | 100 | 150 | 0.450 |")
