@@ -5,7 +5,7 @@ that concept's runs. There are two primary endpoints, likeness and LFD around th
 first group, all together, are corrected by Holm (1979). Everything else is exploratory.
 
 Intervals are paired Student's t over concepts. LFDs, which are skewed, are compared by their ratio (t of its
-logarithm): `python -m scripts.coverage` shows that the plain difference holds the truth in 90 % only.
+logarithm): `python -m scripts.coverage` shows that the plain difference holds the truth in 91 % only.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

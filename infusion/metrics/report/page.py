@@ -52,7 +52,7 @@ def page(
         extremes={titled(group): found for group in groups if (found := extremes(group))},
         few=len(groups) <= FEW,
         families=families(groups),
-        anchored=[titled(group) for group in groups if group.anchored],
+        anchored=[titled(group) for group in groups if group.anchored and group.kind == "concept"],
         about={titled(group): about(group) for group in groups},
         settings=shown,
         protocols=protocols,

@@ -175,6 +175,7 @@ class Subject:
             "training_steps": concept.steps,
             "training_samples": concept.steps * concept.batch_size if concept.batch_size else None,
             "learning_rate": concept.learning_rate,
+            "best_step": best_step(self.last.file),
             "training_seed": concept.seed,
             "numbers": concept.numbers,
             "file": self.last.file,
@@ -207,6 +208,17 @@ def in_words(subjects: Sequence[Subject], described: Sequence[str]) -> list[Subj
             label = f"words {name}: {words}"
         rows.append(replace(subject, label=label, group="", checkpoints=(), pictures=None, described=words))
     return rows
+
+
+def best_step(file: str) -> int | None:
+    """The step that a run marked as its best, by the `best.json` beside its concept file; None where there is none."""
+    path = Path(file).with_name("best.json") if file else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["best"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is no best.json of a training ({error}); remove it") from error
 
 
 def concept_files(path: str | Path) -> list[Path]:

@@ -21,7 +21,7 @@ def html(*results, drawn=DRAWN):
 
 
 def test_page_needs_nothing_else_and_escapes_what_it_is_given():
-    said = html(result(), result("hat", "infusion", anchored=True), described())
+    said = html(result(), result("hat", "infusion", anchored=True), described(anchored=True))
     assert "http" not in said and "<script" not in said and "@import" not in said and "href" not in said
     assert set(re.findall(r'src="(data:image/[^;]*|[^"]{0,22})', said)) == {"data:image/png", "data:image/svg+xml"}
     assert said.count("<img") == said.count("alt=") == 4 + 5 + 3 * 2  # plots; photo, base and three; best and worst

@@ -6,7 +6,8 @@ import torch
 
 from infusion.concepts.concept import Concept
 from infusion.gate import Gate
-from infusion.metrics.run.subject import Checkpoint, Subject, concept_files, load_subjects
+from infusion.metrics.run.subject import Checkpoint, Subject, best_step, concept_files, load_subjects
+from ldm.util.cli import UserError
 from ldm.weights.checkpoint import sha256
 from scripts.metrics import main
 
@@ -102,3 +103,13 @@ def test_a_file_whose_name_is_no_text(tmp_path):
     CONCEPT.save(path)
     with pytest.raises(ValueError, match="--personalized_ckpt: a report cannot show the name"):
         load_subjects([path], ["c"])
+
+
+def test_the_step_that_a_run_marked_as_its_best_is_told(tmp_path):
+    file = str(tmp_path / "step=000400.safetensors")
+    assert best_step(file) is None and best_step("") is None
+    (tmp_path / "best.json").write_text('{"best": 150, "trials": []}')
+    assert best_step(file) == 150
+    (tmp_path / "best.json").write_text("[]")
+    with pytest.raises(UserError, match="remove it"):
+        best_step(file)
