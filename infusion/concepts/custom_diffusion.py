@@ -54,8 +54,8 @@ def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
         token, tensors[TOKENS] = stacked(words)
     facts = history(file.metadata, said, file.path, re.sub(r"[<>]", "", token))
     if words:
-        superclass = said.get("superclass", "")
-        facts["noun"] = f"{PLACEHOLDER * len(tensors[TOKENS])}{superclass}".strip()
+        words_of_it = f"{PLACEHOLDER * len(tensors[TOKENS])}{said.get('superclass', '')}".strip()
+        facts["noun"] = said.get("noun") or words_of_it
     return Concept(tensors, architecture=architecture, method="custom_diffusion", options={"identifier": ""}, **facts)
 
 

@@ -26,7 +26,7 @@ def fits(file: TensorFile) -> bool:
         return True
     if any(set(pair) & file.shapes.keys() for pair in PAIRS):
         return True
-    widths = {1280, *(node["params"]["unet"]["params"]["context_dim"] for node in recognise.backbones().values())}
+    widths = {768, 1280, *(node["params"]["unet"]["params"]["context_dim"] for node in recognise.backbones().values())}
     shapes = [shape for name, shape in file.shapes.items() if "." not in name]
     return 0 < len(shapes) == len(file.shapes) and all(1 <= len(s) <= 2 and s[-1] in widths for s in shapes)
 
@@ -37,9 +37,11 @@ def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
     token = ""
     if "string_to_param" in file.content:
         token = file.content.get("name")
-        words = {":": next(iter(tensors_of(_mapping(file.content["string_to_param"])).values()), torch.empty(0))}
-    elif "emb_params" in words:
-        words = {":": words.pop("emb_params")}
+        words |= tensors_of(_mapping(file.content["string_to_param"]))
+    if "string_to_param" in file.content or "emb_params" in words:
+        if len(words) != 1:
+            raise UserError(f"a learned word is one tensor, this file has {len(words)}: {', '.join(words)[:100]}")
+        words = {":": next(iter(words.values()))}
     elif pair := next((pair for pair in PAIRS if set(pair) & words.keys()), None):
         if words.keys() != set(pair):
             raise UserError(f"a learned word of SDXL has {' and '.join(pair)}, this file {', '.join(words)[:100]}")
@@ -48,15 +50,14 @@ def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
         words = {f"{name}:": vectors for name, vectors in words.items()}
         if (second := file.path.with_name(f"{file.path.stem}_2{file.path.suffix}")).is_file():
             with TensorFile(second) as other:  # SDXL's second encoder, by diffusers
-                both = words.keys() == {f"{name}:" for name in other.shapes}
-                if both:
+                if words.keys() == {f"{name}:" for name in other.shapes}:
                     words = {f"{name}clip_l": vectors for name, vectors in words.items()}
                     words |= {f"{name}:clip_g": other.read(name) for name in other.shapes}
     found, vectors = stacked(words)
     token = token if isinstance(token, str) and token else found or file.path.stem
     architecture = find_architecture(file.metadata, said, vectors.shape[1])
     facts = history(file.metadata, said, file.path, re.sub(r"[<>]", "", token))
-    facts["noun"] = (PLACEHOLDER * len(vectors)).strip()
+    facts["noun"] = said.get("noun") or (PLACEHOLDER * len(vectors)).strip()
     return Concept({TOKENS: vectors}, architecture=architecture, method="textual_inversion", **facts)
 
 
@@ -79,5 +80,4 @@ def stacked(words: Mapping[str, Tensor]) -> tuple[str, Tensor]:
 def _mapping(value: Any) -> Mapping[str, Any]:
     """What a dict holds, or an old `ParameterDict`, which a safe reader leaves as its state."""
     state = getattr(value, "state", value)
-    state = state.get("_parameters", state) if isinstance(state, Mapping) else {}
-    return state
+    return state.get("_parameters", state) if isinstance(state, Mapping) else {}

@@ -41,7 +41,6 @@ ROLE = re.compile(rf"(.+)\.(?:{FACTORS}|(alpha|dora_scale|diff|diff_b|hada_\w+|l
 PEFT = {"A": "down", "B": "up"}
 WORDS = re.compile(r"bundle_emb\.(.+)\.(clip_[lg]|string_to_param\.\*)|(<.+>)")
 NUMBERED = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
-ADAPTERS = ("pytorch_lora_weights", "adapter_model")  # files of folders
 
 Module = dict[str, Tensor]  # role, such as "down" -> tensor
 
@@ -67,7 +66,7 @@ def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
     if any(":" in module for module in modules):
         modules = _in_order(sd, modules)
     weights, biases = places(sd), places(sd, ".bias")
-    adapter = as_mapping(file.metadata.get("lora_adapter_metadata"))
+    adapter = _settings(file)
     parts: dict[str, dict[Place, Module]] = {}
     tensors: dict[str, Tensor] = {}
     for module, roles in modules.items():
@@ -89,7 +88,7 @@ def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(ALPHA)}
     facts = history(file.metadata, said, file.path, token)
     if words:
-        facts["noun"] = (PLACEHOLDER * len(tensors[TOKENS])).strip()
+        facts["noun"] = said.get("noun") or (PLACEHOLDER * len(tensors[TOKENS])).strip()
     options = {"rank": max(ranks), "alpha": max(alphas, default=1.0), "identifier": ""}
     return Concept(tensors, architecture=architecture, method="lora", options=options, **facts)
 
@@ -136,6 +135,24 @@ def _place(known: Mapping[str, Place], module: str, architecture: str) -> Place:
     if (place := find_place(known, module)) is None:
         raise UserError(f"changes {module[:100]!r}, which {architecture} does not have")
     return place
+
+
+def _settings(file: TensorFile) -> dict[str, Any]:
+    """PEFT's settings: diffusers has them in the metadata, PEFT itself in a file beside, without which α is unknown.
+
+    Raises:
+        ValueError: that file is missing, or the scale is more than α / r.
+    """
+    adapter = as_mapping(file.metadata.get("lora_adapter_metadata"))
+    if any(name.startswith("base_model.model.") for name in file.shapes):
+        beside = file.path.with_name("adapter_config.json")
+        if not beside.is_file():
+            raise UserError("a file of PEFT, whose α is in adapter_config.json: put that beside it")
+        adapter = as_mapping(beside.read_text(encoding="utf-8", errors="replace"))
+    for name, value in adapter.items():
+        if value and name.endswith(("alpha_pattern", "use_rslora", "use_dora")):
+            raise UserError(f"its {name} is not read: merge it into a checkpoint with its own tool")
+    return adapter
 
 
 def _default_alpha(adapter: Mapping[str, Any], module: str) -> float | None:

@@ -28,6 +28,8 @@ from ldm.weights.files import serialise
 
 WHOLE_MODELS = ("folder", "checkpoint")
 WEIGHTS = "pytorch_custom_diffusion_weights.bin"
+PARTS = {"unet": "unet", "te": "text_encoder", "te2": "text_encoder_2"}  # as diffusers calls them
+BUNDLED = {"emb_params": "string_to_param.*"}  # what a learned word is called beside a LoRA
 DOCS = "docs/files.md says what opens where"
 CARD = """---
 {front}---
@@ -177,7 +179,8 @@ def _low_rank(concept: Concept, layout: str) -> dict[str, Tensor]:
             alpha = torch.tensor(edit.scale * len(down))
             found |= {f"{start}.lora_down.weight": down, f"{start}.lora_up.weight": up, f"{start}.alpha": alpha}
     if TOKENS in concept.tensors:
-        found[f"bundle_emb.{_token(concept)[1:-1]}.string_to_param.*"] = concept.tensors[TOKENS]
+        for name, vectors in _words(concept, layout).items():
+            found[f"bundle_emb.{_token(concept)[1:-1]}.{BUNDLED.get(name, name)}"] = vectors
     return found
 
 
@@ -205,7 +208,7 @@ def _start(part: str, theirs: str, ours: str, diffusers: bool, two: bool) -> str
     """How the names of a module's change begin."""
     theirs = theirs if part == "unet" else f"text_model.{theirs}"
     if diffusers:
-        return f"{ {'unet': 'unet', 'te': 'text_encoder', 'te2': 'text_encoder_2'}[part] }.{theirs}"
+        return f"{PARTS[part]}.{theirs}"
     path = ours if two and part == "unet" else theirs  # of SDXL's UNet sd-scripts has LDM's names
     kind = "te1" if two and part == "te" else part
     return f"lora_{kind}_{path.replace('.', '_')}"

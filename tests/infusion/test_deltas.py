@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from infusion.deltas import Difference, LowRank, attach, detach, weights_edited
+from infusion.deltas import Difference, LowRank, Whole, as_edits, attach, detach, merge, weights_edited
 
 
 @pytest.fixture
@@ -60,3 +60,67 @@ def test_what_has_no_place_is_refused_and_changes_nothing(model, name, shape, me
     with pytest.raises(ValueError, match=message):
         attach(model, {"0.bias": [Difference(torch.ones(3))], name: [Difference(torch.ones(shape))]})
     assert detach(model) == {}
+
+
+def test_another_weight_takes_the_place_beside_other_changes(model):
+    """W' and a difference add up from W, in any order; strength is the way from W to W'."""
+    base, other, more = model[0].weight.clone(), torch.randn(3, 4), torch.randn(3, 4)
+    for edits in ([Whole(other, 0.5), Difference(more)], [Difference(more), Whole(other, 0.5)]):
+        with weights_edited(model, {"0.weight": edits}):
+            torch.testing.assert_close(model[0].weight, base + 0.5 * (other - base) + more)
+    assert torch.equal(model[0].weight, base)
+
+
+def test_a_convolutions_low_rank_change_is_two_convolutions():
+    torch.manual_seed(0)
+    layer, down, up = nn.Conv2d(4, 6, 3, bias=False), torch.randn(2, 4, 3, 3), torch.randn(6, 2, 1, 1)
+    x = torch.randn(1, 4, 8, 8)
+    expected = layer(x) + 1.5 * nn.functional.conv2d(nn.functional.conv2d(x, down), up)
+    with weights_edited(layer, {"weight": [LowRank(down, up, alpha=3.0)]}):
+        torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_merged_changes_stay(model):
+    difference = torch.randn(3, 4)
+    expected = model[0].weight + difference
+    merge(model, {"0.weight": [Difference(difference)]})
+    assert torch.equal(model[0].weight, expected) and detach(model) == {}
+    assert model.state_dict().keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def test_a_concepts_names_say_what_changes():
+    down, up = torch.ones(2, 4), torch.ones(3, 2)
+    tensors = {
+        "a": up,
+        "b.whole": up,
+        "c.down": down,
+        "c.up": up,
+        "d.up": up,
+        "d.down": down,
+        "d.alpha": torch.tensor(6.0),
+    }
+    found = as_edits(tensors, 0.5, alpha=1.0)
+    assert {name: type(edit) for name, edit in found.items()} == {
+        "a": Difference,
+        "b": Whole,
+        "c": LowRank,
+        "d": LowRank,
+    }
+    assert (found["c"].scale, found["d"].scale) == (0.25, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"a.up": (3, 2)}, "lacks 'a.down'"),
+        ({"a.alpha": ()}, "lacks 'a.down'"),
+        ({"a.down": (2, 4), "a.up": (3, 5)}, "no low-rank change"),
+        ({"a.down": (2,), "a.up": (3, 2)}, "no low-rank change"),
+        ({"a.down": (2, 4), "a.up": (3, 2), "a.alpha": (2,)}, "no low-rank change"),
+        ({"a": (3, 4), "a.whole": (3, 4)}, "two ways"),
+        ({"a.down": (2, 4), "a.up": (3, 2), "a": (3, 4)}, "two ways"),
+    ],
+)
+def test_names_that_say_no_change_are_refused(tensors, message):
+    with pytest.raises(ValueError, match=message):
+        as_edits({name: torch.ones(shape) for name, shape in tensors.items()})

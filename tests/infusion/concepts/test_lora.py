@@ -298,6 +298,20 @@ def test_alphas_of_the_metadata(known, models, tmp_path):
     torch.testing.assert_close(change, up @ down / 2)
 
 
+def test_pefts_own_files_need_their_settings(known, models, tmp_path):
+    start = "base_model.model.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    down, up = torch.randn(2, 48), torch.randn(64, 2)
+    save_file({f"{start}.lora_A.weight": down, f"{start}.lora_B.weight": up}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="adapter_config.json"):
+        Concept.load(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "r": 2, "alpha_pattern": {}}))
+    (change,) = changed(Concept.load(tmp_path), models["tiny2"]).values()
+    torch.testing.assert_close(change, 4 * up @ down)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "use_rslora": True}))
+    with pytest.raises(ValueError, match="use_rslora"):
+        Concept.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("said", "word"),
     [
