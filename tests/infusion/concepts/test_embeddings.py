@@ -77,7 +77,7 @@ def test_both_encoders_vectors_lie_side_by_side(monkeypatch, tmp_path, names):
         ({"emb_params": torch.ones(2, 2, 32)}, "vectors"),
         ({"emb_params": torch.full((2, 32), torch.nan)}, "not finite"),
         ({"emb_params": torch.ones(80, 32)}, "no learned word"),
-        ({"<a>": torch.ones(32), "<b>": torch.ones(31)}, "no learned word"),
+        ({"<a>": torch.ones(32), "<b>": torch.ones(48)}, "no learned word"),
         ({"emb_params": torch.ones(2, 32), "more": torch.ones(2, 32)}, "this file has 2"),
         ({"clip_l": torch.ones(2, 768)}, "clip_g"),
         ({"clip_l": torch.ones(2, 768), "clip_g": torch.ones(3, 1280)}, "vectors"),
