@@ -145,7 +145,7 @@ def test_truncated_files_are_errors(concept, tmp_path, keep):
     [
         ({"format": None}, "no concept file"),
         ({"format": "pt"}, "no concept file"),
-        ({"format_version": "3"}, "newer version"),
+        ({"format_version": "4"}, "newer version"),
         ({"format_version": "one"}, "no number"),
         ({"form": "tiny"}, "none of full, half, compact"),
         ({"form": "compact"}, "two tensors"),

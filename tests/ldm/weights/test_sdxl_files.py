@@ -13,6 +13,7 @@ from ldm.pipeline import StableDiffusion
 from ldm.weights.checkpoint import save
 from ldm.weights.export import export_diffusers
 from ldm.weights.names import ema_name
+from ldm.weights.recognise import inspect
 
 FIRST, SECOND = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 PROJECTION = SECOND + "text_projection"
@@ -123,6 +124,18 @@ def test_a_part_of_its_own_is_checked_too(config, tensors, tmp_path):
         config, tmp_path / "a.safetensors", parts={"text": tmp_path / "text.safetensors"}
     )
     assert torch.equal(sd.text.embedders[1].model.text_projection, tensors[PROJECTION] + 1)
+
+
+def test_a_file_and_a_folder_are_inspected_alike(sd, tensors, tmp_path):
+    save_file(tensors, tmp_path / "a.safetensors")
+    export_diffusers(sd, tmp_path / "a")
+    file, folder = inspect(tmp_path / "a.safetensors"), inspect(tmp_path / "a")
+    for facts in (file, folder):
+        assert (facts["kind"], facts["architecture"]) == ("base checkpoint", "pocket_xl")
+        assert facts["missing"] == facts["wrong_shapes"] == facts["unexpected"] == []
+    numbers = {name: sum(t.numel() for t in getattr(sd, name).parameters()) for name in ("unet", "vae", "text")}
+    assert file["components"] == numbers
+    assert folder["components"] == numbers | {"text": numbers["text"] - 1}  # without logit_scale
 
 
 def scheduler(folder: Path, **settings: object) -> None:
