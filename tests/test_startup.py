@@ -70,7 +70,7 @@ MISTAKES = {  # command -> flags and what is said of them
         (["--caption", "nowhere", "--save_path", "C.pt"], "C.pt must end in .safetensors"),
     ],
     "scripts/convert_concept.py": [
-        (["nowhere"], "required: OUT"),
+        ([], "required: IN"),
         ([*NEEDED["scripts/convert_concept.py"], "--form", "tiny"], "--form: invalid choice: 'tiny'"),
         ([*NEEDED["scripts/convert_concept.py"], "--architecture", "sd9"], "--architecture: invalid choice: 'sd9'"),
     ],
