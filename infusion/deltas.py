@@ -1,10 +1,13 @@
 """Edits of weights: a base tensor W is read as W + s·ΔW, and is itself never touched.
 
 They are torch's parametrizations, which any module takes; taking them off leaves the very same base tensor behind.
+What depends on the call, such as its timesteps, is no edit of a weight: it changes a layer's output
+(`outputs_changed`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +19,17 @@ from ldm.util.cli import UserError
 # has no ending.
 DOWN, UP, ALPHA, WHOLE = ".down", ".up", ".alpha", ".whole"
 
-OTHERS = ("text.", "vae.")  # how tensors of a concept begin that are of another part of the model than the UNet
+TEXT, VAE = "text.", "vae."  # how tensors of a concept begin that are of another part of the model than the UNet
 
 
 def in_model(name: str) -> str:
     """A concept's name of a tensor as the whole model has it."""
-    return name if name.startswith(OTHERS) else f"unet.{name}"
+    return name if name.startswith((TEXT, VAE)) else f"unet.{name}"
+
+
+def is_of_text(name: str) -> bool:
+    """Whether a tensor, by either name, is of the text encoder."""
+    return name.startswith(TEXT)
 
 
 def as_parameter(tensor: Tensor) -> nn.Parameter:
@@ -175,3 +183,35 @@ def weights_edited(module: nn.Module, edits: Mapping[str, Sequence[Edit]]) -> It
     finally:
         detach(module)
         attach(module, previous)
+
+
+@contextmanager
+def outputs_changed(unet: nn.Module, changes: Sequence[tuple[str, nn.Module]], timesteps: Tensor) -> Iterator[None]:
+    """Inside the `with`, for one call of the UNet, layers give other outputs.
+
+    Args:
+        changes: a linear layer's name in the UNet -> a module that is given the layer's input (B, N, in), its output
+            (B, N, out) and the timesteps, and returns what takes the output's place. It may have a `shape` (out, in).
+        timesteps: of the call, (B,).
+
+    Raises:
+        ValueError: no such layer, or one of another shape.
+    """
+    hooks = []
+    try:
+        for name, change in changes:
+            try:
+                layer = unet.get_submodule(name)
+            except AttributeError as error:
+                raise UserError(f"the model has no layer {name!r} to change") from error
+            if (shape := getattr(change, "shape", layer.weight.shape)) != layer.weight.shape:
+                raise UserError(f"{name} is {tuple(layer.weight.shape)}, its change is {tuple(shape)}")
+            hooks.append(layer.register_forward_hook(partial(_changed, change, timesteps)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _changed(change: nn.Module, timesteps: Tensor, layer: nn.Module, given: tuple[Tensor], output: Tensor) -> Tensor:
+    return change(given[0], output, timesteps)

@@ -1,7 +1,8 @@
 """What a customisation method decides. Trainer, sampler, concept file and metrics know methods by this alone.
 
-Up to three kinds of edit make a method: learned input embeddings of the words that stand for the concept (`tokens`),
-changes of the UNet's weights (`differences`), and gated rank-one terms in its cross-attentions (`terms`, `gates`).
+Up to four kinds of edit make a method: learned input embeddings of the words that stand for the concept (`tokens`),
+changes of weights (`differences`) and of layers' outputs (`outputs`), and gated rank-one terms in the UNet's
+cross-attentions (`terms`, `gates`). What is added to the loss of any method is in `infusion.regularisers`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -65,6 +66,10 @@ class Method:
         """
         return as_edits({name: tensor for name, tensor in tensors.items() if name != TOKENS}, strength)
 
+    def outputs(self, tensors: Tensors, strength: float = 1.0) -> dict[str, nn.Module]:
+        """The UNet's layer -> what changes its output, see `infusion.deltas.outputs_changed`. Parameters are kept."""
+        return {}
+
     def terms(self, sd: StableDiffusion, tensors: Tensors, word: Word) -> list[dict[str, nn.Module]]:
         """R rank-one terms, each with a `ResidualValue` for every cross-attention layer. Parameters are kept."""
         return []
@@ -84,20 +89,6 @@ class Method:
 
     def observe(self, tensors: Tensors, encodings: Tensor, mask: Tensor) -> None:
         """Sees encodings (B, L, D) and the concept's tokens (B, L) whenever prompts are encoded for training."""
-
-    def regularise(
-        self, sd: StableDiffusion, tensors: Tensors, prompts: Sequence[str], text: Tensor, step: int
-    ) -> Tensor | None:
-        """A term of the loss beside the denoising loss, a scalar with its weight; None adds nothing.
-
-        Args:
-            sd: the base model with this method's edits.
-            tensors: the learned ones, with their gradients' graph.
-            prompts: the batch's B prompts, with `noun` in place of {}.
-            text: their encodings as the UNet reads them, (B, L, D), with gradients where the word itself is learned.
-            step: optimiser steps done so far.
-        """
-        return None
 
     def groups(self, tensors: Tensors) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser; a group may have a learning rate of its own, `lr`."""
@@ -120,19 +111,6 @@ class Method:
             strengths = torch.ones(gates.shape[1], device=latents.device)
             context = context.becomes(OwnPass, gates=gates, tape=tape, strengths=strengths)
         return unet(latents, timesteps, context)
-
-
-class Wrapper(Method):
-    """A method around another one: what a subclass does not say itself, such as `regularise`, is as in the inner one.
-
-    A concept that is learned with it is one of the inner method's.
-    """
-
-    def __init__(self, method: Method) -> None:
-        self.method, self.name = method, method.name
-        for name, default in vars(Method).items():
-            if not name.startswith("_") and getattr(type(self), name) is default:
-                setattr(self, name, getattr(method, name))
 
 
 class RareWord(Method):

@@ -4,20 +4,29 @@ Its regularisation images are the node `prior` of `data.latents.ConceptData`.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from infusion.inject import cross_attention_layers
-from infusion.methods.base import TOKENS, RareWord
+from infusion.methods.base import TOKENS, RareWord, Tensors
 from infusion.sampling.encode import own_embeddings
 from infusion.tokens import Word
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 
 
+class WithoutBegin(nn.Module):
+    """Keys or values (B, L, C) through which the begin token, the first of L, gives no gradient."""
+
+    def forward(self, text: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
+        return torch.cat([output[:, :1].detach(), output[:, 1:]], 1)
+
+
 class CustomDiffusion(RareWord):
     """A change of W_K and W_V in every cross-attention, and the input embedding of a rare word before the superclass.
 
-    The learned embedding starts from the identifier's own, so there must be one: without it, `start` raises ValueError.
+    The begin token gives no gradient to them: that is in the authors' code and in diffusers' processor, not in the
+    paper. The learned embedding starts from the identifier's own, so there must be one: without it, `start` raises
+    ValueError.
     """
 
     name = "custom_diffusion"
@@ -31,3 +40,6 @@ class CustomDiffusion(RareWord):
                 weight = getattr(layer, part).weight
                 learned[f"{name}.{part}.weight"] = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
         return learned
+
+    def outputs(self, tensors: Tensors, strength: float = 1.0) -> dict[str, nn.Module]:
+        return {name.removesuffix(".weight"): WithoutBegin() for name in tensors if name != TOKENS}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from infusion.attention import OwnPass, StackedPass, Tape
 from infusion.concepts.concept import Concept
-from infusion.deltas import in_model, weights_edited
+from infusion.deltas import in_model, outputs_changed, weights_edited
 from infusion.gate import IDENTITY, fingerprint
 from infusion.inject import edited
 from infusion.methods import method_of
@@ -65,6 +65,7 @@ class Customised:
         self.gates = [concept.gate.replace(*own) for concept, *own in zip(concepts, kinds, betas, taus, strict=True)]
         self.tokens, self.targets = [], []  # of each concept: its word's embeddings, and its gate's i*; either or none
         self.changes: dict[str, list[nn.Module]] = {}  # tensor of the model -> what changes it
+        self.outputs: list[tuple[str, nn.Module]] = []  # layer of the UNet, and what changes its output
         self.owners, terms = [], []  # of R terms: each one's concept, and its edits by layer
         for k, (concept, method) in enumerate(zip(concepts, self.methods, strict=True)):
             self.tokens.append(_blended(method.tokens(concept.tensors), sd, self.nouns[k], strengths[k]))
@@ -74,6 +75,8 @@ class Customised:
             terms += own
             for name, change in method.differences(concept.tensors, strengths[k]).items():
                 self.changes.setdefault(in_model(name), []).append(change)
+            outputs = method.outputs(concept.tensors, strengths[k])
+            self.outputs += [(name, change.to(sd.device)) for name, change in outputs.items()]
         self.own = _common_attention([concepts[k] for k in dict.fromkeys(self.owners)]) == "own"
         self.edits = by_layer(terms)
         for edits in self.edits.values():
@@ -171,8 +174,9 @@ class CustomisedDenoiser:
         copies = 2 if guided else 1
         rows = torch.cat([torch.arange(self.rows, device=latents.device).repeat(copies), self.customised])
         context = self._context(tape, latents.shape[2:])
-        unet = self.model.sd.unet
-        prediction = unet(latents.to(self.text.dtype)[rows], timestep.expand(self.rows)[rows], context)
+        unet, timesteps = self.model.sd.unet, timestep.expand(self.rows)[rows]
+        with outputs_changed(unet, self.model.outputs, timesteps):
+            prediction = unet(latents.to(self.text.dtype)[rows], timesteps, context)
         prediction, customised = prediction.to(latents.dtype).split([len(self.text), len(self.customised)])
         conditional = prediction[guided:].index_copy(0, self.customised, customised)
         self._record(tape, latents.shape[2:])

@@ -15,7 +15,6 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from infusion.inject import unedited
 from infusion.metrics.measures import fidelity
 from infusion.metrics.run.features import Backbone, load_backbone
 from infusion.metrics.run.protocol import CONTEXT, Protocol
@@ -124,7 +123,7 @@ class BestConcept(pl.Callback):
         usual = Protocol.of(module.sd.architecture).prompts(CONTEXT, module.word.superclass)
         prompts = [(self.prompts or usual)[i % len(self.prompts or usual)] for i in range(self.samples)]
         if self._base is None:
-            with unedited(module.sd.unet):
+            with module.unedited():
                 plain = [fill(prompt, [module.word.superclass]) for prompt in prompts]
                 self._base = sample(module.sd, plain, seed=self.seed, **self.settings)
         concept, inverse = module.concept(), module.inverse_covariance

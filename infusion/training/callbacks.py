@@ -8,7 +8,6 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
-from infusion.inject import unedited
 from infusion.sampling.sample import sample
 from infusion.tokens import fill
 from infusion.training.trainer import ConceptTrainer
@@ -48,7 +47,7 @@ class ConceptSamples(EverySteps):
 
     def act(self, trainer: pl.Trainer, module: ConceptTrainer) -> None:
         if self._base is None:
-            with unedited(module.sd.unet):
+            with module.unedited():
                 prompts = [fill(prompt, [module.word.superclass]) for prompt in self.prompts]
                 self._base = module.sd.sample(prompts, **self.settings)
         concepts, inverse = [module.concept()], module.inverse_covariance

@@ -1,8 +1,9 @@
 """Trains a concept by any method: the base model is frozen, and what is learned is edited into it."""
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,24 +11,25 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from infusion.attention import Tape, residual_share
 from infusion.concepts.concept import Concept
 from infusion.concepts.fields import check_words
 from infusion.covariance import InverseCovariance
-from infusion.deltas import attach
+from infusion.deltas import attach, in_model, is_of_text, outputs_changed, weights_edited
 from infusion.gate import Gate, fingerprint, training_prompts
 from infusion.inject import inject, unedited
 from infusion.loss import masked_loss
 from infusion.methods.base import Method, by_layer
+from infusion.regularisers.base import Regulariser, Step
 from infusion.sampling.encode import encode
-from infusion.tokens import Word, fill
+from infusion.tokens import Word
 from infusion.training.learner import Learner
 from ldm.models.attention import Context
 from ldm.pipeline import StableDiffusion
 from ldm.training.callbacks import EverySteps
-from ldm.util.cli import UserError
+from ldm.util.cli import UserError, naming
 from ldm.util.run import NonFinite
 
 
@@ -52,6 +54,7 @@ class ConceptTrainer(Learner):
         normalise_loss: divide each image's loss by its mask's area.
         seed: of timesteps and noise.
         covariance: of the gate; None is the identity.
+        regularisers: name in the logs -> a term of the loss, or None.
 
     Attributes:
         tensors: what the concept consists of, by name; those that require gradients are learned.
@@ -75,6 +78,7 @@ class ConceptTrainer(Learner):
         normalise_loss: bool = False,
         seed: int = 0,
         covariance: InverseCovariance | None = None,
+        regularisers: Mapping[str, Regulariser | None] | None = None,
     ) -> None:
         super().__init__()
         if not 0 < learning_rate <= 1000:
@@ -100,10 +104,18 @@ class ConceptTrainer(Learner):
         self.tensors = method.start(sd, self.word)
         self.tokens = method.tokens(self.tensors)
         terms = method.terms(sd, self.tensors, self.word)
-        attach(sd.unet, {name: [edit] for name, edit in method.differences(self.tensors).items()})
+        edits = {in_model(name): [edit] for name, edit in method.differences(self.tensors).items()}
+        attach(sd, edits)
+        self.reads = self.tokens is not None or any(map(is_of_text, edits))  # whether encodings change in training
+        outputs = method.outputs(self.tensors)
+        self.output_names, self.outputs = list(outputs), nn.ModuleList(outputs.values())
         self.edits = by_layer(terms)  # layer name -> terms; registered by inject() as parts of the UNet
         if self.edits:
             inject(sd.unet, self.edits)
+        self.regularisers = {name: term for name, term in (regularisers or {}).items() if term is not None}
+        for name, term in self.regularisers.items():
+            with naming(f"regularisers.{name}"):
+                term.start(sd, method, self.tensors, self.word)
         self._texts: dict[str, tuple[Context, Tensor]] = {}  # template -> one row, gates (1, R, L)
         self._target_input: Tensor | None = None
 
@@ -116,15 +128,33 @@ class ConceptTrainer(Learner):
             prior = self.denoising_loss(batch["prior"], self.generator(batch_idx, 1), {})
             self.log_dict({"train/concept": loss, "train/prior": prior}, batch_size=size)
             loss = loss + self.prior_weight * prior
-        prompts = [fill(template, [self.noun]) for template in batch["template"]]
-        term = self.method.regularise(self.sd, self.tensors, prompts, encoded[0].text, self.global_step)
-        if term is not None:
-            self.log("train/regularise", term, batch_size=size)
-            loss = loss + term
+        for name, term in self.regularisers.items():
+            if term.weight:
+                value = term.term(self.sd, self.method, self.tensors, self.step(name, batch, batch_idx, encoded[0]))
+                self.log(f"train/{name}", value, batch_size=size)
+                loss = loss + term.weight * value
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         if self.logs_now:
             self.log_dict({f"share/{name}": s for name, s in self.shares(tape).items()}, batch_size=size)
         return loss
+
+    def step(self, name: str, batch: Mapping[str, Any], batch_idx: int, context: Context) -> Step:
+        """What a regulariser sees of a batch with the rows `context` for the UNet, of B prompts."""
+        generator = self.generator(batch_idx, 2, zlib.crc32(name.encode()))
+
+        def predictions(others: Sequence[str]) -> tuple[Tensor, Tensor]:
+            timesteps, noise = self.draw(batch["latents"], generator)
+            noisy = self.sd.schedule.add_noise(batch["latents"], noise, timesteps).to(context.text.dtype)
+            with torch.no_grad(), self.unedited():
+                plain = self.sd.text.context(self.sd.text.tokenizer(others)).to(noisy.device, noisy.dtype)
+                base = self.sd.unet(noisy, timesteps, replace(plain, sizes=context.sizes))
+            rows, gates = self.encode(others)
+            return self.predict(noisy, timesteps, replace(rows, sizes=context.sizes), gates, {}), base
+
+        def log(part: str, value: Tensor) -> None:
+            self.log(f"train/{name}_{part}", value, batch_size=len(context.text))
+
+        return Step(batch["template"], context.text, generator, predictions, log)
 
     def generator(self, batch_idx: int, *which: int) -> torch.Generator:
         """What a batch's timesteps and noise are drawn by; `which` tells batches of one step apart."""
@@ -158,16 +188,22 @@ class ConceptTrainer(Learner):
         context, gates = self.encode(batch["template"]) if encoded is None else encoded
         context = replace(context, sizes=batch.get("sizes"))
         noisy = schedule.add_noise(latents, noise, timesteps).to(context.text.dtype)
-        prediction = self.method.predict(self.sd.unet, noisy, timesteps, context, gates, tape)
+        prediction = self.predict(noisy, timesteps, context, gates, tape)
         target = schedule.target(latents, noise, timesteps)
         return masked_loss(prediction, target, batch.get("mask"), self.normalise_loss)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, context: Context, gates: Tensor, tape: Tape) -> Tensor:
+        """The customised model's prediction; arguments and shapes as of `Method.predict`."""
+        outputs = list(zip(self.output_names, self.outputs, strict=True))
+        with outputs_changed(self.sd.unet, outputs, timesteps):
+            return self.method.predict(self.sd.unet, noisy, timesteps, context, gates, tape)
 
     def encode(self, templates: Sequence[str]) -> tuple[Context, Tensor]:
         """B rows for the UNet, and gates (B, R, L).
 
-        The text encoder runs once for each template, unless the concept's own word is learned.
+        The text encoder runs once for each template, unless the concept's own word or the encoder is learned.
         """
-        if self.tokens is not None:
+        if self.reads:
             context, gates = self._encode(templates)
             return context.to(self.device), gates.to(self.device)
         for template in templates:
@@ -191,13 +227,22 @@ class ConceptTrainer(Learner):
                 shares[name] = residual_share(*tape[name], residuals).mean()
         return shares
 
-    def unedited(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
         """Inside the `with`, `sd` is the base model without what is being trained."""
-        return unedited(self.sd.unet)
+        with unedited(self.sd.unet), weights_edited(self.sd.text, {}):
+            yield
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = self.method.groups(self.tensors)
-        return torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer.register_step_post_hook(self._settle)
+        return optimizer
+
+    @torch.no_grad()
+    def _settle(self, *_: object) -> None:
+        for term in self.regularisers.values():
+            term.settle(self.tensors)
 
     def concept(self) -> Concept:
         """What has been learned so far.

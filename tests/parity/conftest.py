@@ -17,6 +17,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.pipeline import StableDiffusion
 from ldm.weights.checkpoint import PREFIXES, load_into
+from tests.infusion.conftest import sd, tokenizer
+
+__all__ = ["sd", "tokenizer"]
 
 # what the published models say in LDM's configs, and what their text encoders say in transformers'
 UNET = dict(in_channels=4, out_channels=4, model_channels=320, attention_resolutions=[4, 2, 1], num_res_blocks=2,

@@ -151,7 +151,8 @@ class Subject:
 
         So it is where no weight changes and the gate is closed outside the concept's own tokens.
         """
-        changes = method_of(self.concept).differences(self.concept.tensors)
+        method, tensors = method_of(self.concept), self.concept.tensors
+        changes = method.differences(tensors) | method.outputs(tensors)
         return not changes and self.concept.gate.kind != "global"
 
     def about(self) -> dict[str, object]:
