@@ -8,10 +8,13 @@ import main
 from data.prompts import TEMPLATES
 from ldm.pipeline import StableDiffusion
 from ldm.training import setup
+from ldm.util.cli import UserError
 from ldm.util.config import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ENTRIES = sorted(CONFIGS.glob("*.yaml"))
+OF_WORDS = ("class_semantics", "diverse_context", "fixed_norm")  # which Infusion, without a word, refuses
+WITH_A_WORD = "infusion.methods.infusion_word.InfusionWord"
 ADDITIONS = sorted((CONFIGS / "with").glob("*.yaml"))
 BACKBONES = sorted((CONFIGS / "backbone").glob("*.yaml"))
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml") if path.stem != "concept")
@@ -35,7 +38,12 @@ def test_every_config_builds_on_the_meta_device(path: Path):
 def test_what_is_named_beside_an_entry_fits_it(path: Path, entry: str):
     arguments = ["--base", str(CONFIGS / f"{entry}.yaml"), str(path), "--summary"]
     config, alone = main.read_config(main.parse(arguments)), read(CONFIGS / f"{entry}.yaml")
-    assert set(config.callbacks) == {*alone.callbacks, {"best": "best", "small_card": "offload"}[path.stem]}
+    more = {"best": {"best"}, "small_card": {"offload"}}.get(path.stem, set())
+    assert set(config.callbacks) == {*alone.callbacks, *more}
+    if path.stem in OF_WORDS:
+        with pytest.raises(UserError, match=f"regularisers.{path.stem}.*infusion learns n"):
+            setup.build_model(config, meta=True)
+        config = main.read_config(main.parse([*arguments, f"model.params.method={{target: {WITH_A_WORD}}}"]))
     assert any(parameter.requires_grad for parameter in setup.build_model(config, meta=True).parameters())
 
 
@@ -61,7 +69,7 @@ def test_infusion_learns_12480_numbers_in_16_layers(name: str):
     ("method", "numbers"),
     [
         ("infusion", 12_480), ("textual_inversion", 768), ("dreambooth", 859_520_964), ("custom_diffusion", 19_170_048),
-        ("perfusion", 13_248), ("lora", 397_824),
+        ("perfusion", 13_248), ("lora", 797_184), ("t_lora", 12_763_136), ("infusion_word", 13_248),
     ],
 )  # fmt: skip
 def test_numbers_that_each_method_learns_on_sd15(method: str, numbers: int):
@@ -80,8 +88,8 @@ def test_a_methods_recipe_is_the_same_in_every_order_of_the_files(method: str):
     configs = [main.read_config(main.parse(["--base", *map(str, order), *given])) for order in orders]
     assert all(config == configs[0] for config in configs)
     assert configs[0].seed == configs[0].data.params.seed == configs[0].model.params.seed == main.Training.seed
-    assert configs[0].mask == ("auto" if method in ("infusion", "perfusion") else "none")
-    assert configs[0].batch_size == {"dreambooth": 1, "custom_diffusion": 8}.get(method, 4)
+    assert configs[0].mask == ("auto" if method in ("infusion", "infusion_word", "perfusion") else "none")
+    assert configs[0].batch_size == {"dreambooth": 1, "t_lora": 1, "custom_diffusion": 8}.get(method, 4)
 
 
 def test_residual_keys_double_the_numbers():

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from infusion.concepts.concept import Concept
-from infusion.deltas import detach
+from infusion.deltas import TEXT, detach
 from infusion.gate import Gate
 from infusion.inject import remove
 from infusion.methods import find_method, method_names
-from infusion.methods.base import Wrapper
 from infusion.methods.lora import LoRA
+from infusion.methods.t_lora import T, TLoRA
+from infusion.regularisers.base import Regulariser
 from infusion.sampling.customised import Customised
 from infusion.sampling.settings import Settings
 from infusion.tokens import fill
@@ -20,13 +21,19 @@ from infusion.training.trainer import ConceptTrainer
 METHODS = method_names()
 TEMPLATES = ["a photo of a {}", "the {} in a box"]
 STARTS_AS_BASE = [name for name in METHODS if name != "perfusion"]  # whose gate is not fully open
-ANCHORED = ["infusion", "perfusion", "textual_inversion"]  # which leave prompts without the concept alone
+SMALL = {"t_lora": {"rank": 8, "min_rank": 2}}  # options that fit the small model
+ANCHORED = [
+    "infusion",
+    "infusion_word",
+    "perfusion",
+    "textual_inversion",
+]  # which leave prompts without the concept alone
 
 every = pytest.mark.parametrize("name", METHODS)
 
 
 def make(sd, name, **options):
-    return ConceptTrainer(sd, find_method(name)(), "cat", TEMPLATES, **options)
+    return ConceptTrainer(sd, find_method(name)(**SMALL.get(name, {})), "cat", TEMPLATES, **options)
 
 
 @pytest.fixture
@@ -85,7 +92,7 @@ def test_an_untrained_concept_is_the_base_model(sd, name, latents):
     concept = module.concept()
     text, gates = module.encode(TEMPLATES)
     with torch.no_grad():
-        prediction = module.method.predict(sd.unet, latents, torch.tensor([400, 400]), text, gates, {})
+        prediction = module.predict(latents, torch.tensor([400, 400]), text, gates, {})
     release(sd)
     expected = base(sd, [fill(template, [concept.noun]) for template in TEMPLATES], latents)
     assert torch.equal(prediction, expected)
@@ -118,7 +125,7 @@ def test_training_and_sampling_are_the_same_model(sd, name, batch, latents):
         module.tensors["target_input"].data.copy_(concept.tensors["target_input"])
         gates = module.method.gates(module.gate, text.text, gates[:, 0] > 0, concept.tensors["target_input"], None)
     with torch.no_grad():
-        expected = module.method.predict(sd.unet, latents, torch.tensor([400, 400]), text, gates, {})
+        expected = module.predict(latents, torch.tensor([400, 400]), text, gates, {})
     torch.testing.assert_close(predict(sd, [concept], TEMPLATES, latents), expected, atol=1e-5, rtol=1e-5)
     release(sd)
     torch.testing.assert_close(predict(sd, [concept], TEMPLATES, latents), expected, atol=1e-5, rtol=1e-5)
@@ -214,18 +221,17 @@ def test_images_of_the_superclass_pull_towards_it(sd, name, batch):
     torch.testing.assert_close(whole, own + 0.5 * alone, atol=1e-4, rtol=1e-4)
 
 
-class Shrunk(Wrapper):
+class Shrunk(Regulariser):
     """Pulls what is learned to zero."""
 
-    def regularise(self, sd, tensors, prompts, text, step):
-        assert prompts == [fill(template, [self.noun("cat")]) for template in TEMPLATES] and step == 0
-        assert text.shape == (2, 77, sd.text.width)
-        return 3.0 * sum(tensor.square().sum() for tensor in tensors.values() if tensor.requires_grad)
+    def term(self, sd, method, tensors, step):
+        assert step.templates == TEMPLATES and step.text.shape == (2, 77, sd.text.width)
+        return sum(tensor.square().sum() for tensor in tensors.values() if tensor.requires_grad)
 
 
 @every
-def test_a_wrapper_may_add_a_term_to_the_loss(sd, name, batch):
-    module = ConceptTrainer(sd, Shrunk(find_method(name)()), "cat", TEMPLATES)
+def test_a_regulariser_adds_its_term_to_the_loss_and_none_with_a_weight_of_zero(sd, name, batch):
+    module = make(sd, name, regularisers={"shrunk": Shrunk(3.0), "none": None})
     module.log = module.log_dict = lambda *_, **__: None
     learned = [tensor for tensor in module.tensors.values() if tensor.requires_grad]
     with torch.no_grad():
@@ -233,18 +239,18 @@ def test_a_wrapper_may_add_a_term_to_the_loss(sd, name, batch):
             tensor.add_(0.01)
     whole = module.training_step(batch, 0)
     alone = module.denoising_loss(batch, module.generator(0), {})
-    term = 3.0 * sum(tensor.square().sum() for tensor in learned)
-    torch.testing.assert_close(whole, alone + term)
+    torch.testing.assert_close(whole, alone + 3.0 * sum(tensor.square().sum() for tensor in learned))
     (pulled,), (free,) = (torch.autograd.grad(loss, learned[-1:]) for loss in (whole, alone))
     torch.testing.assert_close(pulled - free, 6.0 * learned[-1], atol=1e-4, rtol=1e-3)
-    assert module.concept().method == name and module.concept().attention == find_method(name)().attention
+    module.regularisers = {"shrunk": Shrunk(0.0)}
+    assert torch.equal(module.training_step(batch, 0), alone)
 
 
 def test_weights_that_a_low_rank_reaches(sd, batch):
     concept = trained(sd, "lora", batch)
     method = LoRA(**concept.options)
     changes = method.differences(concept.tensors)
-    assert len(changes) == 4 * 7
+    assert len(changes) == 4 * 2 * 7  # self-attention and cross-attention
     for change in changes.values():
         assert torch.linalg.matrix_rank(change(torch.zeros(change.shape)), rtol=1e-4) <= 4
     with pytest.raises(ValueError, match="lacks"):
@@ -273,3 +279,82 @@ def test_a_file_with_options_that_will_not_do_is_refused(sd, options):
     release(sd)
     with pytest.raises(ValueError):
         Customised(sd, [replace(concept, options={**concept.options, **options})])
+
+
+def test_what_the_option_names_of_lora_choose(sd):
+    learned = {key: set(LoRA(**{key: value}).start(sd, None)) for key, value in
+               {"rank": 4, "self_attention": False, "train_text_encoder": True}.items()}  # fmt: skip
+    assert learned["self_attention"] == {name for name in learned["rank"] if ".attn2." in name}
+    of_text = learned["train_text_encoder"] - learned["rank"]
+    assert len(of_text) == 2 * 4 * 2 and all(name.startswith(TEXT) for name in of_text)  # two layers, A and B
+    downs = [LoRA(init_lora_weights=kind).start(sd, None) for kind in ("gaussian", "uniform")]
+    stds = [torch.cat([t.flatten() for n, t in down.items() if n.endswith(".down")]).std() for down in downs]
+    assert 0.24 < stds[0] < 0.26 and stds[1] < 0.15
+
+
+@pytest.mark.parametrize("name", ["lora", "dreambooth"])
+def test_the_text_encoder_is_learned_and_put_back(sd, name, batch, latents, tmp_path):
+    before = {key: value.clone() for key, value in sd.text.state_dict().items()}
+    module = ConceptTrainer(sd, find_method(name)(train_text_encoder=True), "cat", TEMPLATES, learning_rate=0.05)
+    train(module, batch)
+    text, gates = module.encode(TEMPLATES)
+    with torch.no_grad():
+        expected = module.predict(latents, torch.tensor([400, 400]), text, gates, {})
+    with module.unedited():
+        plain = sd.text([fill(template, [module.noun]) for template in TEMPLATES])
+    assert (text - plain).abs().max() > 1e-3
+    concept = module.concept()
+    release(sd)
+    detach(sd.text)
+    concept.save(tmp_path / "concept.safetensors")
+    again = Concept.load(tmp_path / "concept.safetensors")
+    torch.testing.assert_close(predict(sd, [again], TEMPLATES, latents), expected, atol=1e-5, rtol=1e-5)
+    silent = predict(sd, [again], TEMPLATES, latents, strength=0.0)
+    assert torch.equal(silent, base(sd, [fill(template, [concept.noun]) for template in TEMPLATES], latents))
+    assert all(torch.equal(before[key], value) for key, value in sd.text.state_dict().items())
+
+
+def test_the_rank_of_t_lora_falls_with_the_noise(sd, latents):
+    method = TLoRA(rank=8, min_rank=2)
+    assert method.ranks(torch.tensor([0, T // 2, T])).tolist() == [8, 5, 2]
+    module = ConceptTrainer(sd, method, "cat", TEMPLATES)
+    text, gates = module.encode(TEMPLATES)
+    module.predict(latents, torch.tensor([T - 1, T - 1]), text, gates, {}).square().sum().backward()
+    for name, tensor in module.tensors.items():
+        if tensor.requires_grad:
+            own = tensor.grad.mT if name.endswith(".up") else tensor.grad  # (r, …)
+            assert own[:2].any() and not own[2:].any(), name
+            module.tensors[name].data[2:] += 1.0 if not name.endswith(".up") else 0.0
+    with torch.no_grad():
+        quiet, noisy = (module.predict(latents, torch.tensor([t, t]), text, gates, {}) for t in (0, T - 1))
+        rows = module.predict(latents, torch.tensor([0, T - 1]), text, gates, {})
+        release(sd)
+        plain = sd.unet(latents, torch.tensor([T - 1, T - 1]), text)
+    torch.testing.assert_close(noisy, plain, atol=1e-5, rtol=1e-5)  # what was changed is masked there
+    assert (quiet - sd.unet(latents, torch.tensor([0, 0]), text)).abs().max() > 1e-3
+    torch.testing.assert_close(rows, torch.stack([quiet[0], noisy[1]]), atol=1e-5, rtol=1e-5)  # each row has its own
+
+
+def test_the_start_of_t_lora_is_orthogonal(sd):
+    start = TLoRA(rank=8, min_rank=2).start(sd, None)
+    for name, tensor in start.items():
+        if name.endswith((".down", ".up")):
+            rows = tensor if name.endswith(".down") else tensor.mT
+            torch.testing.assert_close(rows @ rows.mT, torch.eye(8), atol=1e-5, rtol=0)
+    assert all(torch.equal(tensor, start[name.replace(".start", "")]) for name, tensor in start.items())
+
+
+def test_the_begin_token_gives_custom_diffusion_no_gradient(sd, latents):
+    """Also where blocks are recomputed in the backward pass."""
+    gradients = []
+    for recompute in (False, True):
+        sd.unet.checkpoint = recompute
+        module = make(sd, "custom_diffusion")
+        text = torch.randn(2, 77, sd.text.width, generator=torch.Generator().manual_seed(0))
+        text.requires_grad_()
+        module.predict(latents, torch.tensor([400, 400]), text, torch.zeros(2, 0, 77), {}).square().sum().backward()
+        assert not text.grad[:, 0].any() and text.grad[:, 1:].any()
+        gradients.append({name: t.grad for name, t in module.tensors.items() if t.grad is not None})
+        release(sd)
+    assert len(gradients[0]) == 2 * 7
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
