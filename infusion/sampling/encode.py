@@ -31,12 +31,28 @@ def encode(
     Raises:
         ValueError: embeddings of another width, or a placeholder that is no word of its own or of no concept.
     """
+    tokens, rows, masks = token_ids(text, templates, nouns, learned)
+    return text.context(tokens, rows), masks
+
+
+def token_ids(
+    text: TextEncoder,
+    templates: Sequence[str],
+    nouns: Sequence[str],
+    learned: Sequence[Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What `encode` has the text encoder read, as `encode_tokens` takes it; arguments and errors as there.
+
+    Returns:
+        Ids (B, L) int64, of which those beyond the vocabulary's are of learned rows; these rows, (T, D), or None; and
+        the masks (B, K, L).
+    """
     prompts, places = zip(*(concept_places(text.tokenizer, template, nouns) for template in templates), strict=True)
     places = torch.stack(places)  # (B, K, L)
     given = [(k, rows) for k, rows in enumerate(learned or ()) if rows is not None]
     tokens, first = text.tokenizer(list(prompts)), text.vocab_size  # (B, L); the ids beyond the vocabulary's
     if not given:
-        return text.context(tokens), places >= 0
+        return tokens, None, places >= 0
     for k, rows in given:
         if rows.dim() != 2 or rows.shape[1] != text.width:
             raise UserError(f"a word learned as {tuple(rows.shape)} does not fit embeddings {text.width} wide")
@@ -44,7 +60,7 @@ def encode(
         tokens = torch.where(replaced, first + places[:, k], tokens)
         first += len(rows)
     device = next(text.parameters()).device
-    return text.context(tokens, torch.cat([rows.to(device) for _, rows in given])), places >= 0
+    return tokens, torch.cat([rows.to(device) for _, rows in given]), places >= 0
 
 
 def own_embeddings(text: TextEncoder, words: str) -> Tensor:

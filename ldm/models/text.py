@@ -6,7 +6,6 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.models.attention import Context
@@ -121,12 +120,18 @@ class ClipText(TextEncoder):
 
     def encode_tokens(self, tokens: Tensor, learned: Tensor | None = None) -> Tensor:
         tower = self.transformer["text_model"]
-        inputs = {"input_ids": tokens.to(tower.embeddings.position_ids.device), "output_hidden_states": self.skip > 0}
-        rows = {}
-        if learned is not None:
-            rows["embeddings.token_embedding.weight"] = torch.cat([self.embeddings, learned.to(self.embeddings)])
-        output = functional_call(tower, rows, kwargs=inputs)
-        return output.hidden_states[-1 - self.skip] if self.skip else output.last_hidden_state
+        tokens, skipped = tokens.to(tower.embeddings.position_ids.device), self.skip > 0
+        if learned is None:
+            output = tower(input_ids=tokens, output_hidden_states=skipped)
+        else:
+            rows = torch.cat([self.embeddings, learned.to(self.embeddings)])
+            table = tower.embeddings.token_embedding  # its weight may be parametrized: no other can be put in its place
+            hook = table.register_forward_hook(lambda *_: F.embedding(tokens, rows))
+            try:
+                output = tower(input_ids=tokens.clamp(max=len(self.embeddings) - 1), output_hidden_states=skipped)
+            finally:
+                hook.remove()
+        return output.hidden_states[-1 - self.skip] if skipped else output.last_hidden_state
 
 
 class OpenClipText(TextEncoder):
