@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import infusion.methods
+import infusion.regularisers
 from infusion.concepts.concept import Concept
 from infusion.inject import cross_attention_layers
 from infusion.sampling.sample import sample
+from infusion.training.trainer import ConceptTrainer
 from ldm.pipeline import StableDiffusion
 from ldm.util.config import ROOT
 
@@ -56,3 +58,23 @@ def test_the_sixth_method_is_one_file_and_one_config(tmp_path, monkeypatch, tiny
         and concept.numbers == sum(layer.to_out[0].bias.numel() for layer in cross_attention_layers(sd.unet).values())
     )
     assert not torch.equal(images, sd.sample(["a sks cat"], steps=2, seed=0))
+
+
+def test_another_regulariser_is_one_file_and_one_config(tmp_path, monkeypatch, tiny, photos, command):
+    page = (ROOT / "docs/regularisers.md").read_text()
+    (term,), (config,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("python", "yaml"))
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/centred.py").write_text(term)
+    package = infusion.regularisers
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / "package")])
+    (tmp_path / "centred.yaml").write_text(config)
+    bases = (tiny, ROOT / "configs/method/lora.yaml", ROOT / "configs/with/l2_to_start.yaml", tmp_path / "centred.yaml")
+    options = ("data_root=" + str(photos), "superclass=cat", "callbacks.samples=null", "trainer.max_steps=2")
+    logged = []
+    monkeypatch.setattr(ConceptTrainer, "log", lambda self, name, *_, **__: logged.append(name))
+    try:
+        command("--base", *bases, "-t", "--logdir", tmp_path / "run", *options, "trainer.precision=32-true")
+    finally:
+        sys.modules.pop("infusion.regularisers.centred", None)
+    assert Concept.load(tmp_path / "run/models/step=000002.safetensors").method == "lora"
+    assert {"train/centred", "train/l2_to_start", "train/loss"} <= set(logged)

@@ -106,6 +106,33 @@ def test_a_value_that_makes_no_sense_is_named(bench, method, key, value):
     bench.refuse("main.py", "--base", *files, *words, f"{key}={value}", says=key.rpartition(".")[2])
 
 
+REGULARISERS: dict[str, tuple[str, str, tuple[str, ...], str]] = {  # method, config beside it, overrides, what is said
+    "no word": ("infusion", "class_semantics", (), "regularisers.class_semantics: infusion learns neither a word"),
+    "no word of lora": ("lora", "fixed_norm", (), "regularisers.fixed_norm: lora learns no word"),
+    "negative weight": ("lora", "l2_to_start", ("l2_to_start.params.weight=-1",), "weight: must be at least 0"),
+    "share": ("lora", "output_preservation", ("output_preservation.params.empty=2",), "empty: must be from 0 to 1"),
+    "pooling": ("textual_inversion", "class_semantics", ("class_semantics.params.pooling=mean",), "pooling"),
+    "no contextualizer": ("textual_inversion", "diverse_context", (), "there is no such contextualizer"),
+    "prompts without the word": (
+        "textual_inversion",
+        "diverse_context",
+        ("diverse_context.params.prompts=FOLDER/work.txt",),
+        "'a photo of a cat' must have {} for the concept",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REGULARISERS)
+def test_a_regulariser_that_cannot_act_is_named(bench, case):
+    method, beside, overrides, says = REGULARISERS[case]
+    (bench.folder / "work.txt").write_text("a photo of a cat\n")
+    files = [ROOT / f"configs/{file}.yaml" for file in ("backbone/pocket", f"method/{method}", f"with/{beside}")]
+    overrides = [f"model.params.regularisers.{override}" for override in overrides]
+    bench.refuse(
+        "main.py", "--base", *files, *TRAIN, "superclass=dog", "trainer.precision=32-true", *overrides, says=says
+    )
+
+
 WORDS: dict[str, tuple[list[str], str]] = {  # flags and overrides -> what is said
     "no value": (["superclass="], "superclass"),
     "no key": (["=dog"], "override `=dog`"),
