@@ -2,7 +2,17 @@ import pytest
 import torch
 from torch import nn
 
-from infusion.deltas import Difference, LowRank, Whole, as_edits, attach, detach, merge, weights_edited
+from infusion.deltas import (
+    Difference,
+    LowRank,
+    Whole,
+    as_edits,
+    attach,
+    detach,
+    merge,
+    outputs_changed,
+    weights_edited,
+)
 
 
 @pytest.fixture
@@ -124,3 +134,29 @@ def test_a_concepts_names_say_what_changes():
 def test_names_that_say_no_change_are_refused(tensors, message):
     with pytest.raises(ValueError, match=message):
         as_edits({name: torch.ones(shape) for name, shape in tensors.items()})
+
+
+class Doubled(nn.Module):
+    """Twice the output, for rows of the first timestep."""
+
+    def forward(self, x, output, timesteps):
+        return output * (1 + (timesteps == 0))[:, None, None]
+
+
+def test_outputs_are_changed_inside_the_with_alone():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Identity())
+    x, timesteps = torch.randn(2, 4, 3), torch.tensor([0, 5])
+    plain = model(x)
+    with outputs_changed(model, [("0", Doubled())], timesteps):
+        changed = model(x)
+    assert torch.equal(changed[0], 2 * plain[0]) and torch.equal(changed[1], plain[1])
+    assert torch.equal(model(x), plain)
+
+
+def test_a_change_of_no_layer_is_refused_and_leaves_nothing():
+    model, odd = nn.Sequential(nn.Linear(3, 2)), Doubled()
+    odd.shape = torch.Size((2, 4))
+    for changes, says in (([("0", Doubled()), ("1", Doubled())], "no layer '1'"), ([("0", odd)], r"0 is \(2, 3\)")):
+        with pytest.raises(ValueError, match=says), outputs_changed(model, changes, torch.tensor([0])):
+            pass
+        assert not model[0]._forward_hooks
