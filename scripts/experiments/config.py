@@ -233,7 +233,10 @@ def check(experiment: Experiment) -> None:
                 raise ConfigError(f"{own[0]}: each row has its own; leave it out")
             flags = dict(experiment.measure)
             flags |= {"described": first.words} if first.words else {}
-            flags |= {"pictures": "a=b"} if any(variant.pictures for variant in experiment.variants) else {}
+            drawn = any(variant.pictures for variant in experiment.variants)
+            if drawn and ("config" not in flags or len({one.superclass for one in experiment.subjects}) > 1):
+                raise ConfigError("with pictures: name the base model by `config`, and take subjects of one superclass")
+            flags |= {"pictures": "a=b", "superclass": first.superclass} if drawn else {}
             metrics.parse(["--personalized_ckpt", "any", *as_flags(flags)])
             for name in NETWORKS:
                 check_there(name, None if flags.get(name) == POCKET else flags.get(name))

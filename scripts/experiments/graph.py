@@ -194,8 +194,9 @@ class Graph:
             del columns["protocol"]
         flags = dict(self.experiment.measure) | {key: values for key, values in columns.items() if values}
         words = as_flags(flags | {"cache": str(self.out / "cache")})
-        for row in rows:
-            words += ["--pictures", f"{row.label}={row.path}"] if row.variant.pictures else []
+        for row in rows[len(concepts) :]:
+            words += ["--pictures", f"{row.label}={row.path}"]
+        words += ["--superclass", rows[-1].subject.superclass] if rows[len(concepts) :] else []
         for subject in dict.fromkeys(row.subject for row in rows):
             words += ["--described", subject.words] if subject.words else []
         needs = tuple(dict.fromkeys(task for row in rows for task in (row.photos, row.made) if task))

@@ -122,7 +122,6 @@ class Driver:
         self.failed = {task: found for task in tasks if (found := failure(task))}
         waiting = [task for task in tasks if not task.is_done and task not in self.failed]
         running: dict[ray.ObjectRef, Task] = {}
-        self.say(tasks, running)
         while waiting or running:
             at_work = {*waiting, *running.values()}
             for task in list(waiting):
@@ -133,6 +132,7 @@ class Driver:
                 else:
                     continue
                 waiting.remove(task)
+            self.say(tasks, running)
             ended, _ = ray.wait(list(running), num_returns=1) if running else ([], [])
             for one in ended:
                 task = running.pop(one)
@@ -142,7 +142,7 @@ class Driver:
                     write(task.folder / FAILED, f"{str(error).strip().splitlines()[-1]}\n".encode())
                 if not task.is_done:
                     self.failed[task] = failure(task)
-            self.say(tasks, running)
+        self.say(tasks, running)
 
     def say(self, tasks: Sequence[Task], running: Mapping[object, Task]) -> None:
         """One line, and the state of every task in `state.txt`."""

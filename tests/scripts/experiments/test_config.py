@@ -35,6 +35,7 @@ ABSENT = {"pocket_two", "pocket_two_recipes", "dreambooth", "sd15"}  # whose wei
         (["measure.sampels=3"], "measure: unrecognized arguments: --sampels 3"),
         (["measure.dino=nowhere"], "measure: --dino: there is no file nowhere"),
         (["measure.out=x"], "measure: out: each row has its own; leave it out"),
+        (["variants.drawn.pictures=."], "measure: with pictures: name the base model by `config`, and take subjects"),
         (["cores=0"], "cores must be at least 1"),
         (["--only", "lora"], "--only: there is no variant or subject `lora`"),
     ],

@@ -123,16 +123,13 @@ def test_the_report_gathers_the_rows_that_are_there(graph):
     assert found.report(found.rows).key != found.report(found.rows[1:]).key
 
 
-def test_words_and_pictures_are_flags_of_the_measurement(graph, tmp_path, monkeypatch):
-    """As the command takes them: `--described` once for each concept, `--pictures` after the concepts."""
-    monkeypatch.setattr(metrics, "parse", lambda words: None)
+def test_words_and_pictures_are_flags_of_the_measurement(graph, tmp_path):
     (tmp_path / "drawn").mkdir()
-    found = graph(
-        "", f"variants.other={{pictures: {tmp_path}/drawn}}", "subjects.this cat.words=a striped cat", "measure.x=1"
-    )
-    words = found.report(found.rows).command
-    assert [words[i + 1] for i, word in enumerate(words) if word == "--described"] == ["a striped cat"]
-    assert [words[i + 1] for i, word in enumerate(words) if word == "--pictures"] == [
-        f"other · {name}={tmp_path}/drawn" for name in ("this cat", "that dog")
-    ]
-    assert len(words[words.index("--images") + 1].split(",")) == 6
+    words = [f"variants.other={{pictures: {tmp_path}/drawn}}", "subjects.that dog.superclass=cat"]
+    found = graph("", *words, "subjects.this cat.words=a striped cat", "subjects.that dog.words=a dog, spotted")
+    flags = metrics.parse(list(found.report(found.rows).command[2:]))
+    assert flags.described == ["a striped cat", "a dog, spotted"] and flags.superclass == "cat"
+    assert flags.pictures == [(f"other · {name}", f"{tmp_path}/drawn") for name in ("this cat", "that dog")]
+    assert len(flags.images) == len(flags.groups) == 6 and len(flags.labels) == 4
+    flags = metrics.parse(list(found.measures[-1].command[2:]))
+    assert flags.personalized_ckpt == [] and len(flags.images) == 1 and flags.described == ["a dog, spotted"]
