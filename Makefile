@@ -3,7 +3,7 @@ PYTHON = $(shell for python in python3.12 python3.11 python3; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
-.PHONY: demo compare pocket test lint
+.PHONY: demo compare sd15 pocket test lint
 .DEFAULT_GOAL := demo
 
 demo: .venv
@@ -13,6 +13,14 @@ demo: .venv
 compare: .venv
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/experiment.py configs/experiment/pocket.yaml --out outputs/compare
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/experiment.py configs/experiment/pocket_ablations.yaml --out outputs/compare
+
+# SD 1.5 on DreamBooth's photos: make sd15 PHOTOS=path/to/dreambooth/dataset
+sd15: EXPERIMENT = HF_HUB_OFFLINE=1 $(BIN)/python scripts/experiment.py configs/experiment/sd15.yaml subjects.from=$(PHOTOS)
+sd15: .venv
+	@test -n "$(PHOTOS)" || { echo "error: PHOTOS: name the folder dataset/ of github.com/google/dreambooth" >&2; exit 2; }
+	$(BIN)/python scripts/weights.py
+	$(EXPERIMENT) --plan
+	$(EXPERIMENT)
 
 # trains the pocket model, part by part: about a day; resumes what was interrupted
 pocket: .venv
