@@ -39,7 +39,9 @@ json.dump({"said": said, "modules": sorted({name.partition(".")[0] for name in s
 NEEDED = {  # flags that a command does not go without
     "data/soft_segment.py": ["--image_dir", "nowhere", "--super_class", "cat"],
     "data/estimate_C_inv.py": ["--caption", "nowhere", "--save_path", "nowhere.safetensors"],
+    "scripts/contributed.py": ["nowhere"],
     "scripts/convert_concept.py": ["nowhere", "nowhere.safetensors"],
+    "scripts/experiment.py": ["nowhere.yaml"],
     "scripts/inspect_file.py": ["nowhere"],
     "scripts/metrics.py": ["--personalized_ckpt", "nowhere"],
     "scripts/subjects.py": ["nowhere"],
@@ -77,6 +79,12 @@ MISTAKES = {  # command -> flags and what is said of them
     "scripts/demo.py": [
         (["--concepts", "zigzag_hut"], "did you mean `zigzag_hat`?"),
         (["--samples", "1"], "--samples: at least 2 are needed, not 1"),
+    ],
+    "scripts/experiment.py": [
+        ([], "required: CONFIG"),
+        (["nowhere.yaml", "--cores", "0"], "--cores: `0` is not a whole number from 1"),
+        (["nowhere.yaml", "--cores", "1", "--address", "auto"], "--cores: a cluster has its own"),
+        (["nowhere.yaml"], "nowhere.yaml: no such config file"),
     ],
     "scripts/infusion_txt2img.py": [
         (["--sampler", "heun"], "--sampler: invalid choice: 'heun'"),
