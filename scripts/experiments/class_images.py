@@ -1,8 +1,13 @@
 """Draws the images of a superclass that a training would draw, into `data.params.prior.params.root`.
 
-python -m scripts.experiments.class_images --base configs/backbone/sd15.yaml configs/method/dreambooth.yaml \
+python scripts/experiments/class_images.py --base configs/backbone/sd15.yaml configs/method/dreambooth.yaml \
   superclass=cat data_root=photos/cat data.params.prior.params.root=photos/class-cat
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import main as training
 from ldm.training.config import read_config

@@ -9,12 +9,13 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from math import ceil
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import main as training
 from data.photos import is_image
@@ -22,11 +23,13 @@ from infusion.metrics.run.options import Options
 from infusion.metrics.run.protocol import Protocol
 from ldm.training.config import INPUTS, read_config, texts, weight_files
 from ldm.util.config import ROOT, find
-from ldm.util.defaults import POCKET, POCKET_CLIP, POCKET_CLIPSEG
+from ldm.util.defaults import CLIPSEG, POCKET, POCKET_CLIP, POCKET_CLIPSEG
 from ldm.util.digests import sha256
 from ldm.util.folders import is_run
-from scripts.experiments.config import NETWORKS, Experiment, Subject, Variant, arguments, as_flags
+from scripts.experiments.config import Experiment, Subject, Variant, arguments, as_flags
 
+OWN = {"clip": POCKET_CLIP, "clipseg": POCKET_CLIPSEG, "model_weight": POCKET_CLIPSEG}  # where a flag says `pocket`
+RESULT = "\0"  # stands in commands for the path that a task makes
 KINDS = ("photos", "class images", "train", "measure", "report")
 
 
@@ -74,7 +77,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the report; `made` is its training, or None for what is from elsewhere."""
+    """A row of the report.
+
+    Attributes:
+        made: its training; None for what is from elsewhere. path: of the run folder, file or pictures.
+        networks: SHA-256 of those that measure it where no flag names others.
+    """
 
     variant: Variant
     subject: Subject
@@ -82,6 +90,7 @@ class Row:
     photos: Task
     made: Task | None
     path: str
+    networks: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def label(self) -> str:
@@ -111,21 +120,21 @@ class Graph:
         said = json.dumps([kind, what], sort_keys=True).replace(json.dumps(str(self.out))[1:-1], "OUT")
         key = hashlib.sha256(said.encode()).hexdigest()[:12]
         folder = self.out / kind.replace(" ", "_") / f"{name.replace(' ', '-')}-{key}"
-        words = tuple(str(word).replace("RESULT", str(folder / result)) for word in command)
+        words = tuple(str(word).replace(RESULT, str(folder / result)) for word in command)
         task = Task(kind, name, key, folder, (sys.executable, *words), folder / result, **more)
         return self._tasks.setdefault(key, task)
 
     def _photos(self, subject: Subject) -> Task:
         """A copy of the photos, with masks by CLIPSeg where these are wanted: nothing is written beside them."""
         masks = self.experiment.masks
-        own = as_flags(masks | {"super_class": subject.superclass}) if masks is not None else []
+        own = [] if masks is None else as_flags(masks | {"super_class": subject.superclass})
         folder = find(subject.folder)
-        network = [] if masks is None else [network_digest("clipseg", masks.get("model_weight", POCKET))]
-        read = sorted(path for path in folder.rglob("*") if path.is_file() and "overlay" not in path.parts)
+        read = [path for path in sorted(folder.rglob("*")) if path.is_file() and not is_left_out(path, folder)]
         if masks is not None:
-            read = [path for path in read if path.parent == folder and is_image(path)]
-        what = [subject.name, own, network, [(str(path.relative_to(folder)), digest(path)) for path in read]]
-        command = ["-m", "scripts.experiments.photos", folder, "RESULT", *own]
+            read = [path for path in read if path.parent == folder and (is_image(path) or path.suffix == ".txt")]
+        networks = {} if masks is None else digests({"model_weight": CLIPSEG} | masks)
+        what = [subject.name, own, networks, [(str(path.relative_to(folder)), digest(path)) for path in read]]
+        command = [ROOT / "scripts/experiments/photos.py", folder, RESULT, *own]
         return self._task("photos", subject.name, what, command, subject.name)
 
     def _row(self, variant: Variant, subject: Subject, seed: int | None, photos: Task) -> Row:
@@ -136,13 +145,13 @@ class Graph:
         files, nodes = files_of(config), OmegaConf.to_container(config)
         if prior := (nodes["data"]["params"].get("prior") or {}).get("params"):
             what = [nodes["model"]["params"]["sd"], {key: prior[key] for key in prior if key != "root"}, files]
-            command, root = ["-m", "scripts.experiments.class_images"], "data.params.prior.params.root"
+            command, root = ROOT / "scripts/experiments/class_images.py", "data.params.prior.params.root"
             needs.append(
                 self._task(
                     "class images",
                     subject.superclass,
                     what,
-                    [*command, *words, f"{root}=RESULT"],
+                    [command, *words, f"{root}={RESULT}"],
                     "images",
                     count=prior["count"],
                 )
@@ -151,7 +160,7 @@ class Graph:
             prior["root"] = ""  # among what is needed
         steps = nodes["trainer"].get("max_steps", 0)
         every = OmegaConf.select(config, "callbacks.concept.params.every", default=steps or 1)
-        command = [ROOT / "main.py", "-t", "--logdir", "RESULT", *words, "trainer.enable_progress_bar=false"]
+        command = [ROOT / "main.py", "-t", "--logdir", RESULT, *words, "trainer.enable_progress_bar=false"]
         made = self._task(
             "train",
             f"{variant.name} {subject.name} {seed}",
@@ -163,7 +172,7 @@ class Graph:
             count=steps,
             files=ceil(steps / every),
         )
-        return Row(variant, subject, seed, photos, made, str(made.result))
+        return Row(variant, subject, seed, photos, made, str(made.result), networks_of(config))
 
     def _measures(self) -> list[Task]:
         """A task for each row; the first of a noun and protocol makes what is the base model's before the others."""
@@ -200,32 +209,42 @@ class Graph:
         for subject in dict.fromkeys(row.subject for row in rows):
             words += ["--described", subject.words] if subject.words else []
         needs = tuple(dict.fromkeys(task for row in rows for task in (row.photos, row.made) if task))
-        read = {name: network_digest(name, file) for name, file in self.experiment.measure.items() if name in NETWORKS}
+        read = [digests(self.experiment.measure), *(row.networks for row in rows)]
         protocols = [Protocol.load(row.subject.protocol).as_dict() for row in rows if row.subject.protocol]
         others = [digest(find(row.path)) for row in rows if not row.made]
         what = [words, read, protocols, others, [task.key for task in needs]]
-        command = [ROOT / "scripts/metrics.py", *words, "--out", "RESULT"]
+        command = [ROOT / "scripts/metrics.py", *words, "--out", RESULT]
         single = kind == "measure"
         size = {"like": rows[0].variant.like if single else "", "count": single * self.samples}
         return self._task(kind, name, what, command, "report", needs=needs, after=after, **size)
 
 
-def files_of(config: Mapping) -> dict[str, str]:
+def files_of(config: DictConfig) -> dict[str, str]:
     """SHA-256 of what a training reads beside photos: weights, a covariance, networks that judge."""
     found = {key: digest(file) for key, file in weight_files(config).items()}
-    if str(OmegaConf.select(config, "sd.params.name")).startswith(POCKET):  # its networks lie beside it
-        found |= {file.name: digest(file) for file in sorted(find(config.ckpt).parent.glob("*.safetensors"))}
-    named = OmegaConf.to_container(config)
-    for key, name in texts({node: named[node] for node in ("data", "model", "callbacks") if node in named}):
-        if any(key.endswith(f".{end}") for end in INPUTS) and not key.endswith("data_root") and find(name).exists():
-            found[key] = digest(find(name))
+    nodes = OmegaConf.to_container(config)
+    for key, name in texts({node: nodes[node] for node in ("data", "model", "callbacks") if node in nodes}):
+        if any(key.endswith(f".{end}") for end in INPUTS) and not key.endswith("data_root"):
+            found |= digests({key.rpartition(".")[2]: name})
     return found
 
 
-def network_digest(flag: str, name: str) -> str:
-    """Of a network that a flag names."""
-    own = {"clip": POCKET_CLIP, "clipseg": POCKET_CLIPSEG}
-    return digest(find(own.get(flag, name) if name == POCKET else name))
+def networks_of(config: DictConfig) -> dict[str, str]:
+    """SHA-256 of a pocket world's own networks, which measure there and lie beside the base model."""
+    if not config.sd.params.name.startswith(POCKET):
+        return {}
+    return {file.name: digest(file) for file in sorted(find(config.ckpt).parent.glob("*.safetensors"))}
+
+
+def digests(flags: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of the files and folders that flags name."""
+    named = {flag: find(OWN.get(flag, value) if value == POCKET else str(value)) for flag, value in flags.items()}
+    return {flag: digest(path) for flag, path in named.items() if path.exists()}
+
+
+def is_left_out(path: Path, folder: Path) -> bool:
+    """Whether no training reads a file: previews of masks, and what is hidden."""
+    return any(part == "overlay" or part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 @cache

@@ -1,11 +1,13 @@
 """Copies a folder of photos, and masks the copies by CLIPSeg where flags of data/soft_segment.py say how.
 
-python -m scripts.experiments.photos photos/cat copies/cat --super_class cat
+python scripts/experiments/photos.py photos/cat copies/cat --super_class cat
 """
 
 import shutil
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import data.soft_segment as soft_segment
 from data.photos import is_image

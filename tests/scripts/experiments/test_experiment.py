@@ -37,12 +37,17 @@ def cluster(monkeypatch):
 
 
 def command_of(out: Path, script: str) -> psutil.Process | None:
-    """The process of a task of `out`."""
+    """The process of a task of `out` that Ray has started."""
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if any(word.endswith(script) for word in words[:2]) and str(out) in " ".join(words):
-            return process
+            return process if machine_of(process) else None
     return None
+
+
+def machine_of(process: psutil.Process) -> psutil.Process | None:
+    """The raylet above it."""
+    return next((one for one in process.parents() if one.name() == "raylet"), None)
 
 
 def found(what: Callable[[], object], seconds: float = 300.0) -> object:
@@ -54,10 +59,9 @@ def found(what: Callable[[], object], seconds: float = 300.0) -> object:
     return value
 
 
-def lose_machine(process: psutil.Process) -> None:
-    """Kills a command, the Ray worker that it belongs to, and all else of that machine."""
-    raylet = next(one for one in process.parents() if "raylet" in one.name())
-    for one in [raylet, *raylet.children(recursive=True)]:
+def lose(process: psutil.Process) -> None:
+    """Kills a process and all below it, as where a machine loses its power."""
+    for one in [process, *process.children(recursive=True)]:
         if one.is_running():
             one.kill()
 
@@ -80,7 +84,7 @@ def test_what_loses_its_driver_a_machine_and_a_worker_ends_as_what_does_not(clus
     environment = os.environ | {"RAY_ADDRESS": ""}
     driver = subprocess.Popen([*words, "--cores", "1"], env=environment, start_new_session=True)
     state = found(lambda: next(halted.glob("train/*/run/models/last.ckpt"), None))
-    driver.kill()
+    lose(psutil.Process(driver.pid))
     driver.wait()
     assert not list(halted.glob("train/*/done"))
     seen = []
@@ -89,7 +93,7 @@ def test_what_loses_its_driver_a_machine_and_a_worker_ends_as_what_does_not(clus
         before = state.stat().st_mtime_ns
         training = found(lambda: state.stat().st_mtime_ns > before and command_of(halted, "main.py"))
         seen.append(("machine", not list(halted.glob("train/*/done"))))
-        lose_machine(training)
+        lose(machine_of(training))
         measuring = found(lambda: list(halted.glob("cache/*")) and command_of(halted, "metrics.py"))
         seen.append(("worker", not list(halted.glob("measure/*/done"))))
         measuring.parent().kill()
