@@ -12,6 +12,7 @@ from infusion.methods.base import TOKENS, Tensors
 from infusion.methods.infusion import Infusion
 from infusion.sampling.encode import encode, own_embeddings
 from infusion.tokens import Word
+from ldm.models.attention import Context
 from ldm.pipeline import StableDiffusion
 
 
@@ -32,15 +33,17 @@ class InfusionWord(Infusion):
 
     @torch.no_grad()
     def target(self, sd: StableDiffusion, tensors: Tensors, word: Word) -> Tensor:
-        encodings, masks = encode(sd.text, word.templates, [word.superclass], [tensors[TOKENS]])
+        context, masks = encode(sd.text, word.templates, [word.superclass], [tensors[TOKENS]])
+        encodings = sd.text.comparable(context.text)  # (B, L, D)
         weights = masks[:, 0].to(encodings.device, torch.float32)  # (B, L)
         weights = weights / weights.sum(1, keepdim=True)
         return torch.einsum("bl,bld->bd", weights, encodings.float()).mean(0)
 
     def predict(
-        self, unet: nn.Module, latents: Tensor, timesteps: Tensor, text: Tensor, gates: Tensor, tape: Tape
+        self, unet: nn.Module, latents: Tensor, timesteps: Tensor, context: Context, gates: Tensor, tape: Tape
     ) -> Tensor:
         if self.attention == "own":
-            return super().predict(unet, latents, timesteps, text, gates, tape)
-        unet(latents, timesteps, FoundationPass(text, gates, tape))
-        return unet(latents, timesteps, CustomisedPass(text, tape, torch.ones(1, device=latents.device)))
+            return super().predict(unet, latents, timesteps, context, gates, tape)
+        unet(latents, timesteps, context.becomes(FoundationPass, gates=gates, tape=tape))
+        strengths = torch.ones(1, device=latents.device)
+        return unet(latents, timesteps, context.becomes(CustomisedPass, tape=tape, strengths=strengths))

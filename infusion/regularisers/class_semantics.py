@@ -48,10 +48,10 @@ class ClassSemantics(Regulariser):
 
     def pooled(self, sd: StableDiffusion, noun: str, learned: Tensor | None) -> Tensor:
         """The encoding (D,) that stands for the template's sentence with a noun."""
-        encodings, places = encode(sd.text, [self.template], [noun], [learned])  # (1, L, D), (1, 1, L)
+        context, places = encode(sd.text, [self.template], [noun], [learned])  # places (1, 1, L)
         if self.pooling == "argmax" and learned is not None:  # new words have the largest ids
             place = int(places[0, 0].nonzero()[: len(learned)].max())
         else:
             ids = sd.text.tokenizer([fill(self.template, [noun])])[0]
             place = int((ids == sd.text.tokenizer.eos).nonzero()[0])
-        return encodings[0, place].float()
+        return context.text[0, place].float()

@@ -147,9 +147,9 @@ class ConceptTrainer(Learner):
             noisy = self.sd.schedule.add_noise(batch["latents"], noise, timesteps).to(context.text.dtype)
             with torch.no_grad(), self.unedited():
                 plain = self.sd.text.context(self.sd.text.tokenizer(others)).to(noisy.device, noisy.dtype)
-                base = self.sd.unet(noisy, timesteps, replace(plain, sizes=context.sizes))
+                base = self.sd.unet(noisy, timesteps, replace(plain, sizes=batch.get("sizes")))
             rows, gates = self.encode(others)
-            return self.predict(noisy, timesteps, replace(rows, sizes=context.sizes), gates, {}), base
+            return self.predict(noisy, timesteps, replace(rows, sizes=batch.get("sizes")), gates, {}), base
 
         def log(part: str, value: Tensor) -> None:
             self.log(f"train/{name}_{part}", value, batch_size=len(context.text))

@@ -13,6 +13,7 @@ from infusion.regularisers.l2_to_start import L2ToStart
 from infusion.regularisers.output_preservation import OutputPreservation
 from infusion.sampling.encode import encode
 from infusion.training.trainer import ConceptTrainer
+from ldm.models.attention import Context
 from ldm.util.cli import UserError
 
 TEMPLATES = ["a photo of a {}", "the {} in a box"]
@@ -87,7 +88,7 @@ def test_preservation_compares_with_the_base_model(sd, batch):
     module = make(sd, "dreambooth", OutputPreservation(empty=1.0))
     move(module, 0.01)
     distance = value(module, batch)
-    generator = module.step("term", batch, 0, sd.text([""])).generator
+    generator = module.step("term", batch, 0, Context(sd.text([""]))).generator
     torch.rand(2, generator=generator)  # which rows have the empty caption
     timesteps, noise = module.draw(batch["latents"], generator)
     noisy, text = sd.schedule.add_noise(batch["latents"], noise, timesteps), sd.text(["", ""])
@@ -137,7 +138,7 @@ def test_class_semantics_compares_two_sentences(sd, batch, pooling):
     own, _ = encode(sd.text, ["a photo of a {}"], ["sks cat"], [tokens])
     plain = sd.text(["a photo of a cat"])
     place = {"end": 7, "argmax": 5}[pooling]  # begin, a, photo, of, a, sks, cat, end
-    expected = 1 - F.cosine_similarity(own[0, place], plain[0, 6], dim=0)
+    expected = 1 - F.cosine_similarity(own.text[0, place], plain[0, 6], dim=0)
     torch.testing.assert_close(value(module, batch), expected)
     optimizer = torch.optim.Adam([tokens], 0.1)
     for _ in range(20):
