@@ -29,7 +29,7 @@ def probe(experiment: Experiment, out: Path, driver: Driver) -> None:
     Raises:
         UserError: a task of the probe failed.
     """
-    trained = {variant.config: variant for variant in reversed(experiment.variants) if variant.config}
+    trained = {variant.like: variant for variant in reversed(experiment.variants) if variant.config}
     variants = tuple(shorter(variant, experiment) for variant in reversed(trained.values()))
     if not variants:
         raise UserError("--plan: nothing is trained here; measuring starts at once")

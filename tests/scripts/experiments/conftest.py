@@ -16,7 +16,9 @@ subjects:
   that dog: {folder: DOGS, superclass: dog}
 variants:
   infusion: {config: [TINY, ROOT/configs/method/infusion.yaml, RECIPE]}
-  dreambooth: [TINY, ROOT/configs/method/dreambooth.yaml, RECIPE]
+  dreambooth:
+    config: [TINY, ROOT/configs/method/dreambooth.yaml, RECIPE]
+    overrides: [data.params.prior.params.count=2, data.params.prior.params.steps=2]
 seeds: [0]
 measure: {config: TINY, samples: 4, steps: 2, strata: 2, resamples: 2, batch_size: 2, metrics: [lfd, w2],
           clip: pocket, clipseg: pocket, protocol: PROTOCOL}

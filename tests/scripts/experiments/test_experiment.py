@@ -127,12 +127,13 @@ def test_a_plan_is_near_what_then_happens(local, experiment, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_variant_that_fails_leaves_the_rest_complete(local, experiment, tiny, tmp_path, capsys):
     config, out = str(experiment(steps=3)), tmp_path / "out"
-    broken = f"{{config:[{tiny},configs/method/lora.yaml,{tmp_path}/recipe.yaml],overrides:[batch_size=5000]}}"
+    broken = f"{{config: [{tiny}, configs/method/lora.yaml, {tmp_path}/recipe.yaml], overrides: [batch_size=5000]}}"
     words = ["--out", str(out), f"variants.broken={broken}"]
     with pytest.raises(SystemExit) as stop:
         main([config, *words])
     said = capsys.readouterr()
-    assert stop.value.code == 1 and "failed: train: broken this cat 0: exit status 2: error: " in said.err
+    assert stop.value.code == 1, said.err
+    assert "failed: train: broken this cat 0: exit status 2: error: " in said.err
     assert "not started: train: broken that dog 0 failed" in said.err and "--retry-failed" in said.err
     assert set(figures(out)) == {f"{v} · {s} · 0" for v in ("infusion", "dreambooth") for s in ("this cat", "that dog")}
     assert f"open {next(out.glob('report/*/report/report.html'))}" in said.out
