@@ -146,32 +146,17 @@ class Graph:
         if prior := (nodes["data"]["params"].get("prior") or {}).get("params"):
             what = [nodes["model"]["params"]["sd"], {key: prior[key] for key in prior if key != "root"}, files]
             command, root = ROOT / "scripts/experiments/class_images.py", "data.params.prior.params.root"
-            needs.append(
-                self._task(
-                    "class images",
-                    subject.superclass,
-                    what,
-                    [command, *words, f"{root}={RESULT}"],
-                    "images",
-                    count=prior["count"],
-                )
-            )
-            words.append(f"{root}={needs[-1].result}")
+            drawn = [command, *words, f"{root}={RESULT}"]
+            images = self._task("class images", subject.superclass, what, drawn, "images", count=prior["count"])
+            needs.append(images)
+            words.append(f"{root}={images.result}")
             prior["root"] = ""  # among what is needed
         steps = nodes["trainer"].get("max_steps", 0)
         every = OmegaConf.select(config, "callbacks.concept.params.every", default=steps or 1)
+        name, what = f"{variant.name} {subject.name} {seed}", [nodes, files, [task.key for task in needs]]
         command = [ROOT / "main.py", "-t", "--logdir", RESULT, *words, "trainer.enable_progress_bar=false"]
-        made = self._task(
-            "train",
-            f"{variant.name} {subject.name} {seed}",
-            [nodes, files, [task.key for task in needs]],
-            command,
-            "run",
-            needs=tuple(needs),
-            like=variant.like,
-            count=steps,
-            files=ceil(steps / every),
-        )
+        size = {"like": variant.like, "count": steps, "files": ceil(steps / every)}
+        made = self._task("train", name, what, command, "run", needs=tuple(needs), **size)
         return Row(variant, subject, seed, photos, made, str(made.result), networks_of(config))
 
     def _measures(self) -> list[Task]:

@@ -20,7 +20,7 @@ from scripts.experiments.config import Experiment, Variant, arguments
 from scripts.experiments.graph import KINDS, Graph, Task
 from scripts.experiments.run import Driver, duration, seconds_of
 
-STEPS, FEW, MORE, IMAGES = 8, 2, 10, 8  # training steps, samples, more samples, class images of the probe
+STEPS, FEW, MORE, IMAGES = 8, 4, 14, 8  # training steps, samples, more samples, class images of the probe
 
 
 def probe(experiment: Experiment, out: Path, driver: Driver) -> None:
