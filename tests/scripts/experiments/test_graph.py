@@ -91,8 +91,8 @@ def test_the_weights_count(graph, tiny):
 
 
 def test_methods_share_the_images_of_a_superclass(graph, tiny):
-    recipe = "variants.custom.config=[TINY,configs/method/custom_diffusion.yaml]".replace("TINY", str(tiny))
-    found = graph("", recipe)
+    few = "overrides: [data.params.prior.params.count=2, data.params.prior.params.steps=2]"
+    found = graph("", f"variants.custom={{config: [{tiny}, configs/method/custom_diffusion.yaml], {few}}}")
     images = {task for task in found.tasks if task.kind == "class images"}
     assert len(images) == 2 and sum(bool(images & {*task.needs}) for task in found.tasks if task.kind == "train") == 4
 
