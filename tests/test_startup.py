@@ -15,7 +15,7 @@ COMMANDS = (  # as users type them
     *sorted(
         f"scripts/{path.name}"
         for path in (ROOT / "scripts").glob("*.py")
-        if path.stem not in ("benchmark", "compare_forms", "estimate_C_inv")
+        if path.stem not in ("benchmark", "compare_forms", "coverage", "estimate_C_inv")
     ),
 )
 SLOW = {

@@ -42,4 +42,5 @@ class CustomDiffusion(RareWord):
         return learned
 
     def outputs(self, tensors: Tensors, strength: float = 1.0) -> dict[str, nn.Module]:
-        return {name.removesuffix(".weight"): WithoutBegin() for name in tensors if name != TOKENS}
+        read_text = (name for name in self.differences(tensors) if name.endswith((".to_k.weight", ".to_v.weight")))
+        return {name.removesuffix(".weight"): WithoutBegin() for name in read_text}

@@ -37,7 +37,7 @@ def test_whole_images_need_no_masks(photos, tmp_path, vae):
     listing = listed(photos, tmp_path)
     shutil.rmtree(photos / "mask")
     loaders = attached(ManyConcepts(listing, 16, mask="none"), vae).train_dataloader()
-    assert all(set(next(iter(loader))) == {"latents", "names", "template"} for loader in loaders.values())
+    assert all(set(next(iter(loader))) == {"latents", "names", "sizes", "template"} for loader in loaders.values())
 
 
 def test_the_list_is_read():

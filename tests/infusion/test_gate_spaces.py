@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.pocket.world import NOUNS, caption, draw_scene
 from data.prompts import TEMPLATES
-from infusion.covariance import Covariance, invert, word_tokens
+from infusion.covariance import invert, word_tokens
 from infusion.gate import similarity
 from infusion.metrics.run.features import load_pocket_clip
 from infusion.tokens import concept_mask
@@ -38,11 +38,14 @@ def similarities(configs) -> dict[tuple[str, str], dict[str, Tensor]]:
     """(space, metric) -> s / E of the concept's own word in other prompts, of other nouns, and of other words."""
     both, rng = Both(configs), np.random.default_rng(0)
     captions = [caption(draw_scene(rng), rng) for _ in range(1600)]
-    covariances = {space: Covariance(256) for space in ("raw", "normed")}
+    covariances = {space: torch.zeros(256, 256, dtype=torch.float64) for space in ("raw", "normed")}
+    tokens = 0
     for start in range(0, 1200, 200):
         ids, encodings = both(captions[start : start + 200])
+        counted = word_tokens(both.tokenizer, ids)
+        tokens += int(counted.sum())
         for space, covariance in covariances.items():
-            covariance.update(encodings[space], word_tokens(both.tokenizer, ids))
+            covariance += encodings[space][counted].double().mT @ encodings[space][counted].double()
     ids, encodings = both(captions[1200:])
     words, noun_ids = word_tokens(both.tokenizer, ids), {noun: both.tokenizer.encode(noun) for noun in NOUNS}
     single = {noun: own[0] for noun, own in noun_ids.items() if len(own) == 1}
@@ -54,7 +57,7 @@ def similarities(configs) -> dict[tuple[str, str], dict[str, Tensor]]:
         places = {"own": ids == own, "other nouns": nouns & (ids != own), "other words": words & ~nouns}
         for space, covariance in covariances.items():
             target = training[space][torch.stack(masks)].mean(0)
-            inverse = invert(covariance.matrix, ridge=0.001)[0].float()
+            inverse = invert(covariance / tokens, ridge=0.001)[0].float()
             for metric, matrix in (("identity", None), ("covariance", inverse)):
                 values = similarity(encodings[space], target, matrix)
                 rows = found.setdefault((space, metric), {name: [] for name in places})

@@ -287,7 +287,7 @@ def test_prompts_of_each_concept_s_own(run, tmp_path):
         (["--pictures", f"peft={PHOTOS}", "--metrics", "clip_t"], "0.png has no prompt: give one in 0.txt"),
         (["--prompts", "README.md"], "--prompts: these are of --pictures"),
         (["--tau", "0"], "--tau: `0` is not above 0"),
-        (["--steps", "1000"], "--steps: `1000` is more than 999"),
+        (["--steps", "1000"], "--steps: `1000` is not a whole number from 1 to 999"),
         (["--dinov2", "nowhere"], "--dinov2: there is no folder nowhere"),
         (["--identity", "nowhere"], "--identity: there is no file nowhere"),
         (["--metrics", "identity", "--images", PHOTOS], "--identity: name the weights"),
