@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, Self
 
 import torch
@@ -199,21 +200,19 @@ class Concept:
             ValueError: the file is missing, damaged, nothing that is read as a concept, of a newer version, or has
                 unusable contents; the message names the file.
         """
-        path = Path(path)
-        if path.is_dir() or (path.is_file() and not file.is_concept(path)):
-            try:  # it knows all models, which a machine that only reads concepts need not have
-                from infusion.concepts import others
-            except ModuleNotFoundError as error:
-                raise UserError(f"{path}: no concept file; {file.UNKNOWN}") from error
-            return others.load(path, said)
-        tensors, metadata = file.read(path)
-        with naming(str(path)):
-            if said:
-                raise UserError(f"a concept file, which says itself what its {next(iter(said))} is")
-            try:
-                return cls._from_metadata(tensors, metadata)
-            except KeyError as error:
-                raise UserError(f"the metadata lacks {error}") from error
+        if Path(path).is_dir():
+            return _others(path).load(path, said)
+        with file.opened(path) as content:
+            if not file.is_concept(content):
+                return _others(path).read(content, said)
+            with naming(str(path)):
+                tensors, metadata = file.contents(content)
+                if said:
+                    raise UserError(f"a concept file, which says itself what its {next(iter(said))} is")
+                try:
+                    return cls._from_metadata(tensors, metadata)
+                except KeyError as error:
+                    raise UserError(f"the metadata lacks {error}") from error
 
     @classmethod
     def _from_metadata(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Self:
@@ -243,6 +242,15 @@ class Concept:
             batch_size=parsed("batch_size", int, "0"),
             date=metadata["date"],
         )
+
+
+def _others(path: str | Path) -> ModuleType:
+    """What reads other tools' files. It knows all models, which a machine that only reads concepts need not have."""
+    try:
+        from infusion.concepts import others
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path}: no concept file; {file.UNKNOWN}") from error
+    return others
 
 
 def _short(base_hash: str | None) -> str:

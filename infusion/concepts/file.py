@@ -59,20 +59,34 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: the file is missing, damaged, no concept file, or of a newer version; the message names the file.
     """
-    path = Path(path)
-    if not path.is_file():
+    with opened(path) as file, naming(str(path)):
+        return contents(file)
+
+
+def opened(path: str | Path) -> TensorFile:
+    """A file that may be a concept's; raises ValueError where it is missing or damaged."""
+    if not Path(path).is_file():
         raise UserError(f"{path}: there is no such concept file")
-    with TensorFile(path) as file, naming(str(path)):
-        if file.metadata.get("format") != CONCEPT:
-            raise UserError(f"no concept file; {UNKNOWN}")
-        _check_version(file.metadata)
-        tensors = {name: file.read(name) for name in file.shapes}
-        if file.metadata.get("form") != "compact":
-            return tensors, file.metadata
-        _check_size(path, compact.NUMBERS)  # before anything is decoded
-        tensors = compact.decode(tensors, file.metadata)
-        _check_size(path, sum(tensor.numel() for tensor in tensors.values()))
-        return tensors, file.metadata | {"layers": json.dumps(list(tensors))}
+    return TensorFile(path)
+
+
+def is_concept(file: TensorFile) -> bool:
+    """Whether a file is one of this project's own."""
+    return file.metadata.get("format") == CONCEPT
+
+
+def contents(file: TensorFile) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `read` gives, of an open file; the message of an error does not name the file."""
+    if not is_concept(file):
+        raise UserError(f"no concept file; {UNKNOWN}")
+    _check_version(file.metadata)
+    tensors = {name: file.read(name) for name in file.shapes}
+    if file.metadata.get("form") != "compact":
+        return tensors, file.metadata
+    _check_size(file.path, compact.NUMBERS)  # before anything is decoded
+    tensors = compact.decode(tensors, file.metadata)
+    _check_size(file.path, sum(tensor.numel() for tensor in tensors.values()))
+    return tensors, file.metadata | {"layers": json.dumps(list(tensors))}
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -101,12 +115,6 @@ def describe(path: str | Path) -> dict[str, Any]:
 def _check_size(path: Path, numbers: int) -> None:
     if path.stat().st_size > (most := compact.limit(numbers)):
         raise UserError(f"damaged: a compact file of {numbers:,} numbers has at most {most:,} bytes")
-
-
-def is_concept(path: Path) -> bool:
-    """Whether a file is one of this project's own; raises ValueError where it cannot be read."""
-    with TensorFile(path) as file:
-        return file.metadata.get("format") == CONCEPT
 
 
 def _check_version(metadata: Mapping[str, str]) -> None:

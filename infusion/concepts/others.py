@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.util.cli import UserError, naming
-from ldm.weights.diffusers_layout import open_checkpoint
+from ldm.weights.diffusers_layout import Folder, open_checkpoint
+from ldm.weights.files import TensorFile
 from ldm.weights.recognise import guess, recognise
 
 if TYPE_CHECKING:
@@ -26,14 +27,23 @@ def load(path: str | Path, said: Mapping[str, Any]) -> "Concept":
         said: what the file does not say or says otherwise, see `Concept.load`.
 
     Raises:
-        ValueError: the file cannot be read, no family reads it, or it has something that is not read; the message names
-            the file.
+        ValueError: the file cannot be read, or as `read`.
+    """
+    path = Path(path)
+    path = next((path / name for name in IN_FOLDERS if (path / name).is_file()), path)
+    with open_checkpoint(path) as file:
+        return read(file, said)
+
+
+def read(file: TensorFile | Folder, said: Mapping[str, Any]) -> "Concept":
+    """The same, of what is open already.
+
+    Raises:
+        ValueError: no family reads it, or it has something that is not read; the message names the file.
     """
     from infusion.concepts import checkpoints, custom_diffusion, embeddings, lora  # not above: they make concepts
 
-    path = Path(path)
-    path = next((path / name for name in IN_FOLDERS if (path / name).is_file()), path)
-    with open_checkpoint(path) as file, naming(str(path)):
+    with naming(str(file.path)):
         if recognise(file).name == RELEASED:
             raise UserError(f"no concept file; {guess(file)}")
         for family in (custom_diffusion, lora, embeddings, checkpoints):  # the first that fits reads it
