@@ -22,13 +22,12 @@ from torchvision.utils import make_grid, save_image
 from clipseg.model import ClipSeg
 from clipseg.weights import POCKET_CONFIG, POCKET_WEIGHTS, load
 from data.dataset import read_mask
-from data.masks import enlarge, load_photo, overlay
-from data.photos import fill_templates
+from data.masks import load_photo, overlay
 from data.pocket.concepts import CONCEPTS, FOLDER
 from data.pocket.world import NOUNS, World, draw_scene
-from data.prompts import TEMPLATES
 from ldm.util.cli import Parser, report
 from scripts.pocket.judge import Figure, rate
+from scripts.pocket_two.masks import masks_of
 
 
 def iou(mask: Tensor, true: Tensor) -> float:
@@ -46,12 +45,6 @@ def concept_photos(name: str, folder: Path = FOLDER) -> tuple[Tensor, Tensor]:
     paths = sorted((folder / name).glob("*.png"))
     masks = [torch.from_numpy(np.array(read_mask(path.parent / "mask" / path.name))) for path in paths]
     return torch.cat([load_photo(path) for path in paths]), torch.stack(masks)
-
-
-def masks_of(clipseg: ClipSeg, photos: Tensor, noun: str) -> Tensor:
-    """Masks (P, H, W) in [0, 1] of what a noun names in photos (P, 3, H, W)."""
-    small = clipseg.masks(photos, fill_templates(noun, TEMPLATES))
-    return torch.stack([enlarge(mask, photos.shape[2:]) for mask in small])
 
 
 def evaluate(clipseg: ClipSeg) -> tuple[dict, Tensor]:

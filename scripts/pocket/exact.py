@@ -18,8 +18,8 @@ from data.pocket.concepts import CONCEPTS, PocketConcept
 from data.pocket.leakage import leakage
 from data.pocket.world import PLACE_WORDS, STYLE_WORDS, Scene, World
 from ldm.util.cli import UserError, suggestion
-from scripts.pocket.evaluate_masks import masks_of
 from scripts.pocket.judge import Figure, mean, rate
+from scripts.pocket_two.masks import masks_of
 
 ASKED = ("background", "style", "place")
 WORDS = {  # part of a scene -> word of the world -> what a caption says

@@ -16,10 +16,11 @@ from torchvision.utils import make_grid, save_image
 
 from clipseg.model import ClipSeg
 from clipseg.weights import load
+from data.masks import enlarge, overlay
+from data.photos import fill_templates
 from data.pocket_two.concepts import CONCEPTS, draw
 from data.pocket_two.world import World, draw_scene
 from data.prompts import TEMPLATES
-from data.soft_segment import enlarge, fill_templates, overlay
 from ldm.util.cli import Parser, report
 from scripts.pocket_two.judges import FOLDER
 
