@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from infusion.concepts.concept import Concept
-from infusion.concepts.embeddings import PLACEHOLDER, stacked
+from infusion.concepts.embeddings import noun_of, stacked
 from infusion.concepts.places import Place, find_architecture, find_place, history, key, places, skeleton
 from infusion.deltas import DOWN, UP, WHOLE
 from infusion.methods.base import TOKENS
@@ -21,6 +21,7 @@ from ldm.weights.files import TensorFile, tensors_of
 THEIRS = re.compile(r"(?:unet\.)?(.+)\.processor\.(to_[kqv]|to_out)_custom_diffusion(\.0)?\.(weight|bias)")
 WEIGHT = re.compile(r"(.+\.attn2\.to_[kqv]|.+\.attn2\.to_out\.0)\.(weight|bias)")
 LDM = PREFIXES["unet"]
+ENDS = {1: ("",), 2: ("clip_l", "clip_g")}  # text encoders -> what `stacked` calls them
 
 
 def fits(file: TensorFile) -> bool:
@@ -54,8 +55,7 @@ def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
         token, tensors[TOKENS] = stacked(words)
     facts = history(file.metadata, said, file.path, re.sub(r"[<>]", "", token))
     if words:
-        words_of_it = f"{PLACEHOLDER * len(tensors[TOKENS])}{said.get('superclass', '')}".strip()
-        facts["noun"] = said.get("noun") or words_of_it
+        facts["noun"] = noun_of(said, tensors[TOKENS], behind=said.get("superclass", ""))
     return Concept(tensors, architecture=architecture, method="custom_diffusion", options={"identifier": ""}, **facts)
 
 
@@ -71,9 +71,12 @@ def _contents(file: TensorFile) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 if both.keys() != {"u", "v"}:
                     raise UserError(f"the change of {str(name)[:100]} is no product of u and v")
                 changes[name] = both["v"], both["u"]
-        pairs = {t: v if isinstance(v, list | tuple) else [v] for t, v in tokens.items()}
-        ends = {t: ("",) if len(v) == 1 else ("clip_l", "clip_g") for t, v in pairs.items()}
-        words = {f"{t}:{end}": part for t, v in pairs.items() for end, part in zip(ends[t], v, strict=False)}
+        words = {}
+        for token, found in tokens.items():
+            vectors = found if isinstance(found, list | tuple) else [found]
+            if (ends := ENDS.get(len(vectors))) is None:
+                raise UserError(f"the word {str(token)[:60]} has {len(vectors)} vectors: 1 is wanted, of SDXL 2")
+            words |= {f"{token}:{end}": vector for end, vector in zip(ends, vectors, strict=True)}
         return changes, tensors_of(words)
     changes, words = {}, {}
     for name in file.shapes:

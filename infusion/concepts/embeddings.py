@@ -15,7 +15,7 @@ from infusion.concepts.places import find_architecture, history
 from infusion.methods.base import TOKENS
 from ldm.util.cli import UserError
 from ldm.weights import recognise
-from ldm.weights.files import TensorFile, tensors_of
+from ldm.weights.files import TensorFile
 
 PLACEHOLDER = "* "  # one token of the tokenizer's, in the place of each vector
 PAIRS = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"), ("emb", "emb2"))  # of SDXL's two encoders
@@ -35,10 +35,8 @@ def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
     """Raises ValueError for vectors that fit no base model."""
     words = {name: file.read(name) for name in file.shapes}
     token = ""
-    if "string_to_param" in file.content:
-        token = file.content.get("name")
-        words |= tensors_of(_mapping(file.content["string_to_param"]))
     if "string_to_param" in file.content or "emb_params" in words:
+        token = file.content.get("name")
         if len(words) != 1:
             raise UserError(f"a learned word is one tensor, this file has {len(words)}: {', '.join(words)[:100]}")
         words = {":": next(iter(words.values()))}
@@ -57,7 +55,7 @@ def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
     token = token if isinstance(token, str) and token else found or file.path.stem
     architecture = find_architecture(file.metadata, said, vectors.shape[1])
     facts = history(file.metadata, said, file.path, re.sub(r"[<>]", "", token))
-    facts["noun"] = said.get("noun") or (PLACEHOLDER * len(vectors)).strip()
+    facts["noun"] = noun_of(said, vectors)
     return Concept({TOKENS: vectors}, architecture=architecture, method="textual_inversion", **facts)
 
 
@@ -77,7 +75,6 @@ def stacked(words: Mapping[str, Tensor]) -> tuple[str, Tensor]:
     return "".join(names), torch.cat(rows)
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
-    """What a dict holds, or an old `ParameterDict`, which a safe reader leaves as its state."""
-    state = getattr(value, "state", value)
-    return state.get("_parameters", state) if isinstance(state, Mapping) else {}
+def noun_of(said: Mapping[str, Any], vectors: Tensor, behind: str = "") -> str:
+    """What stands in prompts for T vectors (T, D): as the user says, or a placeholder for each, and words behind."""
+    return said.get("noun") or f"{PLACEHOLDER * len(vectors)}{behind}".strip()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from infusion.concepts.concept import Concept
-from infusion.concepts.embeddings import PLACEHOLDER, stacked
+from infusion.concepts.embeddings import noun_of, stacked
 from infusion.concepts.places import (
     Place,
     as_mapping,
@@ -88,7 +88,7 @@ def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(ALPHA)}
     facts = history(file.metadata, said, file.path, token)
     if words:
-        facts["noun"] = said.get("noun") or (PLACEHOLDER * len(tensors[TOKENS])).strip()
+        facts["noun"] = noun_of(said, tensors[TOKENS])
     options = {"rank": max(ranks), "alpha": max(alphas, default=1.0), "identifier": ""}
     return Concept(tensors, architecture=architecture, method="lora", options=options, **facts)
 

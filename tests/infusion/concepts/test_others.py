@@ -70,6 +70,10 @@ HOSTILE = {
     "words without tensors": {"string_to_param": {"*": "x"}},
     "no mapping of weights": {"unet": 3, "modifier_token": []},
     "odd words": {"unet": {f"{LAYER}.to_k.weight": torch.ones(64, 48)}, "modifier_token": {7: [torch.ones(48)] * 9}},
+    "a word of three encoders": {
+        "unet": {f"{LAYER}.to_k.weight": torch.ones(64, 48)},
+        "modifier_token": {"<new1>": [torch.ones(48)] * 3},
+    },
     "a product of one": {"unet": {f"{LAYER}.to_k.weight": {"u": torch.ones(64, 2)}}, "modifier_token": {}},
 }
 
