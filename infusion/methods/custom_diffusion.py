@@ -18,6 +18,8 @@ class WithoutBegin(nn.Module):
     """Keys or values (B, L, C) through which the begin token, the first of L, gives no gradient."""
 
     def forward(self, text: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
+        if not output.requires_grad:  # sampling: nothing to hold back, and no copy
+            return output
         return torch.cat([output[:, :1].detach(), output[:, 1:]], 1)
 
 
