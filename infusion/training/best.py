@@ -24,6 +24,7 @@ from infusion.tokens import fill
 from infusion.training.trainer import ConceptTrainer
 from ldm.util.cli import UserError, find_device
 from ldm.util.files import write
+from ldm.util.templates import check_template
 
 BEST = "best.safetensors"
 MORE = 1.1  # times the best gain so far is better
@@ -73,14 +74,15 @@ class BestConcept(pl.Callback):
         for name, (value, bound) in least.items():
             if value < bound:
                 raise UserError(f"{name}: must be at least {bound}, not {value}")
-        if odd := [prompt for prompt in prompts if "{}" not in prompt]:
-            raise UserError(f"prompts: {odd[0]!r} has no {{}} for the concept")
+        for prompt in prompts:
+            check_template("prompts", prompt)
         self.network = load_backbone(network, find_device("auto")) if isinstance(network, str) else network
         self.prompts, self.every, self.early_stop = tuple(prompts), every, early_stop
         self.samples, self.seed = samples, seed
         self.settings = {"steps": steps, "scale": scale, "batch_size": batch_size}
         self.trials: list[dict[str, Any]] = []
-        self._base: Tensor | None = None  # samples of the base model (N, 3, H, W): the same throughout
+        self._base: Tensor | None = None  # samples of the base model (N, 3, H, W), the same throughout, as are
+        self._base_likeness, self._photos = 0.0, torch.empty(0)  # their likeness, and the photos' features (P, D)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raises ValueError for a training of anything else than one concept."""
@@ -120,18 +122,18 @@ class BestConcept(pl.Callback):
         step, folder = trainer.global_step, Path(trainer.default_root_dir)
         if step == 0 or step in (trial["step"] for trial in self.trials):  # between micro-batches, or resumed there
             return
-        usual = Protocol.of(module.sd.architecture).prompts(CONTEXT, module.word.superclass)
-        prompts = [(self.prompts or usual)[i % len(self.prompts or usual)] for i in range(self.samples)]
+        prompts = self.prompts or Protocol.of(module.sd.architecture).prompts(CONTEXT, module.word.superclass)
+        prompts = [prompts[i % len(prompts)] for i in range(self.samples)]
         if self._base is None:
             with module.unedited():
                 plain = [fill(prompt, [module.word.superclass]) for prompt in prompts]
                 self._base = sample(module.sd, plain, seed=self.seed, **self.settings)
+            self._photos = self.network((trainer.datamodule.images.images + 1) / 2)
+            self._base_likeness = self._likeness(self._base)
         concept, inverse = module.concept(), module.inverse_covariance
         how = {"inverse_covariance": inverse, "seed": self.seed, **self.settings}
         drawn = sample(module.sd, prompts, [concept], **how)
-        photos = self.network((trainer.datamodule.images.images + 1) / 2)
-        likeness = {name: fidelity.pairwise(self.network(images), photos).mean().item()
-                    for name, images in (("likeness", drawn), ("base_likeness", self._base))}  # fmt: skip
+        likeness = {"likeness": self._likeness(drawn), "base_likeness": self._base_likeness}
         self.trials.append({"step": step} | likeness)
         best = best_of(self.trials)
         if best is self.trials[-1]:
@@ -143,3 +145,7 @@ class BestConcept(pl.Callback):
             one.log_metrics({"best/step": best["step"] if best else 0}, step)
         said = {"best": best and best["step"], "trials": self.trials}
         write(folder / "models" / "best.json", (json.dumps(said, indent=2) + "\n").encode())
+
+    def _likeness(self, images: Tensor) -> float:
+        """The mean likeness of images (N, 3, H, W) in [0, 1] to the photos."""
+        return fidelity.pairwise(self.network(images), self._photos).mean().item()

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from infusion.covariance import read_captions, word_tokens
 from infusion.regularisers.contextualizer import Contextualizer, save
-from infusion.training.learner import Learner
+from infusion.training.learner import Learner, check_learning_rate
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 
@@ -48,8 +48,7 @@ class ContextualizerTraining(Learner):
         super().__init__()
         if not 0 < mask_probability < 1:
             raise UserError(f"mask_probability: must be above 0 and below 1, not {mask_probability}")
-        if not 0 < learning_rate <= 1000:
-            raise UserError(f"learning_rate: must be above 0 and at most 1,000, not {learning_rate}")
+        check_learning_rate(learning_rate)
         self.text = sd.text.requires_grad_(False).eval()
         self.facts = {"base_architecture": sd.architecture, "base_sha256": sd.digests.get("text", "")}
         self.contextualizer = Contextualizer.of(sd.text, layers, heads)

@@ -9,6 +9,12 @@ from torch import Tensor
 from ldm.util.cli import UserError
 
 
+def check_learning_rate(rate: float) -> None:
+    """Raises ValueError for a rate of 0 or less, NaN, or above 1,000."""
+    if not 0 < rate <= 1000:
+        raise UserError(f"learning_rate: must be above 0 and at most 1,000, not {rate}")
+
+
 class Learner(pl.LightningModule):
     """Resume state and checks.
 

@@ -25,7 +25,7 @@ from infusion.methods.base import Method, by_layer
 from infusion.regularisers.base import Regulariser, Step
 from infusion.sampling.encode import encode
 from infusion.tokens import Word
-from infusion.training.learner import Learner
+from infusion.training.learner import Learner, check_learning_rate
 from ldm.models.attention import Context
 from ldm.pipeline import StableDiffusion
 from ldm.training.callbacks import EverySteps
@@ -81,8 +81,7 @@ class ConceptTrainer(Learner):
         regularisers: Mapping[str, Regulariser | None] | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < learning_rate <= 1000:
-            raise UserError(f"learning_rate: must be above 0 and at most 1,000, not {learning_rate}")
+        check_learning_rate(learning_rate)
         for name, value in (("weight_decay", weight_decay), ("prior_weight", prior_weight)):
             if not 0 <= value < math.inf:
                 raise UserError(f"{name}: must be at least 0 and finite, not {value}")
