@@ -7,17 +7,11 @@ Fluent 3D (MIT) gives the sprites of the style "photo", Noto (Apache-2.0) those 
 third drawing of the same nouns that the world never shows, from which concepts with an unseen shape are made.
 """
 
-import argparse
-import io
 import json
 from pathlib import Path
 
-import resvg_py
-from PIL import Image
-
 from data.pocket.world import ATLAS, NOUNS
-
-SPRITE = 48  # pixels; objects are drawn 28 to 46 pixels wide, so sprites are only ever reduced
+from scripts.pocket_two.build_atlas import build, parse
 
 # Names whose drawing is found under another name in emoji-datasource-google.
 ALIASES = {"apple": "red apple", "airplane": "airplane", "avocado": "avocado", "backpack": "school satchel",
@@ -33,49 +27,10 @@ def code_points(packages: Path) -> dict[str, str]:
     return {entry["name"].lower(): entry["unified"].lower().replace("-fe0f", "") for entry in entries}
 
 
-class Icons:
-    """SVG drawings of one iconify package, rasterised."""
-
-    def __init__(self, folder: Path):
-        self.icons = json.loads((folder / "icons.json").read_text())
-        self.names = json.loads((folder / "chars.json").read_text())
-
-    def draw(self, code: str) -> Image.Image:
-        icon = self.icons["icons"][self.names[code]]
-        width = icon.get("width", self.icons.get("width", 16))
-        height = icon.get("height", self.icons.get("height", 16))
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
-        return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256))))
-
-
-def fit(drawing: Image.Image) -> Image.Image:
-    """Cut the empty margin, then fit the drawing into a square sprite with one pixel of margin."""
-    drawing = drawing.convert("RGBA")
-    drawing = drawing.crop(drawing.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox())
-    scale = (SPRITE - 2) / max(drawing.size)
-    size = tuple(max(1, round(side * scale)) for side in drawing.size)
-    sprite = Image.new("RGBA", (SPRITE, SPRITE))
-    sprite.paste(drawing.resize(size, Image.Resampling.LANCZOS), tuple((SPRITE - side) // 2 for side in size))
-    return sprite
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--packages", type=Path, required=True, help="the node_modules folder with the four packages")
-    parser.add_argument("--out", type=Path, default=ATLAS, help="atlas to write (default: %(default)s)")
-    arguments = parser.parse_args()
-
-    codes = code_points(arguments.packages)
-    noto, twemoji = (Icons(arguments.packages / "@iconify-json" / name) for name in ("noto", "twemoji"))
-    fluent = arguments.packages / "@lobehub" / "fluent-emoji-3d" / "assets"
-    atlas = Image.new("RGBA", (SPRITE * len(NOUNS), SPRITE * 3))
-    for column, noun in enumerate(NOUNS):
-        code = codes[ALIASES.get(noun, noun)]
-        webp = next(path for path in (fluent / f"{code}.webp", fluent / f"{code}-fe0f.webp") if path.exists())
-        drawings = (Image.open(webp), noto.draw(code), twemoji.draw(code))
-        for row, drawing in enumerate(drawings):
-            atlas.paste(fit(drawing), (SPRITE * column, SPRITE * row))
-    atlas.save(arguments.out, optimize=True)
+    flags = parse(__doc__.splitlines()[0], ATLAS)
+    codes = code_points(flags.packages)
+    build(flags.packages, [codes[ALIASES.get(noun, noun)] for noun in NOUNS], flags.out)
 
 
 if __name__ == "__main__":

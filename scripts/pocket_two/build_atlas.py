@@ -11,6 +11,7 @@ third drawing of the same nouns that the world never shows, from which concepts 
 import argparse
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import resvg_py
@@ -61,23 +62,30 @@ def fit(drawing: Image.Image) -> Image.Image:
     return sprite
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--packages", type=Path, required=True, help="the node_modules folder with the four packages")
-    parser.add_argument("--out", type=Path, default=ATLAS, help="atlas to write (default: %(default)s)")
-    arguments = parser.parse_args()
-
-    codes = code_points(arguments.packages)
-    noto, twemoji = (Icons(arguments.packages / "@iconify-json" / name) for name in ("noto", "twemoji"))
-    fluent = arguments.packages / "@lobehub" / "fluent-emoji-3d" / "assets"
-    atlas = Image.new("RGBA", (SPRITE * len(NOUNS), SPRITE * 3))
-    for column, noun in enumerate(NOUNS):
-        code = codes[ALIASES.get(noun, noun)]
+def build(packages: Path, codes: Sequence[str], out: Path) -> None:
+    """Writes an atlas with a column for each code point, and a row for each drawing set: Fluent 3D, Noto, Twemoji."""
+    noto, twemoji = (Icons(packages / "@iconify-json" / name) for name in ("noto", "twemoji"))
+    fluent = packages / "@lobehub" / "fluent-emoji-3d" / "assets"
+    atlas = Image.new("RGBA", (SPRITE * len(codes), SPRITE * 3))
+    for column, code in enumerate(codes):
         webp = next(path for path in (fluent / f"{code}.webp", fluent / f"{code}-fe0f.webp") if path.exists())
         drawings = (Image.open(webp), noto.draw(code), twemoji.draw(code))
         for row, drawing in enumerate(drawings):
             atlas.paste(fit(drawing), (SPRITE * column, SPRITE * row))
-    atlas.save(arguments.out, optimize=True)
+    atlas.save(out, optimize=True)
+
+
+def parse(description: str, atlas: Path) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--packages", type=Path, required=True, help="the node_modules folder with the four packages")
+    parser.add_argument("--out", type=Path, default=atlas, help="atlas to write (default: %(default)s)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    flags = parse(__doc__.splitlines()[0], ATLAS)
+    codes = code_points(flags.packages)
+    build(flags.packages, [codes[ALIASES.get(noun, noun)] for noun in NOUNS], flags.out)
 
 
 if __name__ == "__main__":
