@@ -37,8 +37,7 @@ def check_form(path: Path) -> None:
 
 def check_figures(folder: Path) -> list[str]:
     """What is noteworthy; raises UserError for figures that do not agree with each other."""
-    from infusion.metrics.report.markdown import read
-    from infusion.metrics.report.output import Measured
+    from infusion.metrics.report.output import Measured, read
 
     said = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     measured = Measured(read(folder / "metrics.json"), said["settings"], said["files"], said["command"])

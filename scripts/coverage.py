@@ -79,7 +79,8 @@ def coverage(metric: str, true: float, draw: Draw, concepts: int, experiments: i
     """`covered`: of the intervals that were given, the share that holds the truth; `given`: of all experiments."""
     rng, given, covered = np.random.default_rng(seed), 0, 0
     for _ in range(experiments):
-        found = difference(*(results(values, metric) for values in draw(rng, concepts)), metric)
+        ours, theirs = draw(rng, concepts)
+        found = difference(results(ours, metric), results(theirs, metric), metric)
         given += found["low"] is not None
         covered += found["low"] is not None and found["low"] <= true <= found["high"]
     return {"covered": covered / given if given else float("nan"), "given": given / experiments}

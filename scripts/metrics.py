@@ -283,9 +283,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     world = WORLDS.get(architecture)
     rows = find_rows(flags, world)
-    for row in rows:
-        if row.photos_from:  # before what is slow; the model says of what size they are wanted
-            ConceptImages(row.photos_from, 64, row.superclass, mask="none")
+    for folder, noun in dict.fromkeys((row.photos_from, row.superclass) for row in rows if row.photos_from):
+        ConceptImages(folder, 64, noun, mask="none")  # before what is slow; the model says which size is wanted
     sources = Sources(flags, world)
     options = choose(flags, rows, sources.there)
     concepts = [one.concept for row in rows for one in row.checkpoints]
