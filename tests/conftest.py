@@ -47,6 +47,13 @@ sd:
 ckpt: CKPT
 ckpt_source: the shelf
 """
+PROTOCOL = """
+concept: ["a photo of a {} on grass", "a cartoon of a {} on snow"]
+none: [grass]
+superclass: ["a photo of a {superclass}"]
+neighbours: ["a photo of a {neighbour}"]
+others: [owl]
+"""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,17 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import PROTOCOL
 from tests.reliability.runs import contents
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = ROOT / "data/pocket/concepts/zigzag_hat"
-PROTOCOL = """
-concept: ["a photo of a {} on grass", "a cartoon of a {} on snow"]
-none: [grass]
-superclass: ["a photo of a {superclass}"]
-neighbours: ["a photo of a {neighbour}"]
-others: [owl]
-"""
 
 
 def kill_and_finish(launch, words: list[object], places: list[dict[str, object]]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from ldm.util.config import ROOT
-from tests.conftest import draw_photos
+from tests.conftest import PROTOCOL, draw_photos
 
 NODE = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80_000_000, "include_dashboard": False}
 EXPERIMENT = """
@@ -28,13 +28,6 @@ trainer: {max_steps: STEPS, precision: 32-true, accelerator: cpu, enable_progres
 callbacks: {samples: null}
 batch_size: 2
 save_every: 2
-"""
-PROTOCOL = """
-concept: ["a photo of a {} on grass", "a cartoon of a {} on snow"]
-none: [grass]
-superclass: ["a photo of a {superclass}"]
-neighbours: ["a photo of a {neighbour}"]
-others: [owl]
 """
 
 
