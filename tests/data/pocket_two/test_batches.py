@@ -34,13 +34,23 @@ def test_crops_are_cut_from_scenes():
 def test_captions_of_latents_are_drawn_anew_each_time():
     rng = np.random.default_rng(3)
     table = table_of([draw_scene(rng, pairs=0.0) for _ in range(3)])
-    batches = iter(LatentBatches(torch.zeros(3, 12, 4, 4).half(), table, batch_size=64, seed=0, places_alone=0.5))
-    batch = next(batches)
+    latents = {"latents": torch.zeros(3, 12, 4, 4).half(), "halves": torch.zeros(3, 12, 2, 2).half(), "table": table}
+    batch = next(iter(LatentBatches(**latents, batch_size=64, seed=0, places_alone=0.5)))
     assert batch["latents"].shape == (64, 12, 4, 4) and batch["latents"].dtype == torch.float32
     assert len(set(batch["captions"])) > 20
     alone = [words for words in batch["captions"] if words in ("in the middle", "on the left", "on the right",
                                                                "at the top", "at the bottom")]  # fmt: skip
     assert 16 < len(alone) < 48
+
+
+def test_the_first_batches_are_of_half_the_side_and_of_twice_as_many():
+    table = table_of([draw_scene(np.random.default_rng(4))])
+    latents = {"latents": torch.ones(1, 12, 4, 4).half(), "halves": torch.zeros(1, 12, 2, 2).half(), "table": table}
+    batches = iter(LatentBatches(**latents, batch_size=3, seed=0, half_steps=2))
+    shapes = [tuple(next(batches)["latents"].shape) for _ in range(4)]
+    assert shapes == [(6, 12, 2, 2)] * 2 + [(3, 12, 4, 4)] * 2
+    resumed = next(iter(LatentBatches(**latents, batch_size=3, seed=0, start=1, half_steps=2)))
+    assert resumed["latents"].shape == (6, 12, 2, 2)
 
 
 def test_the_reader_hears_of_objects_from_left_to_right():
