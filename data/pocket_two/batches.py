@@ -15,11 +15,13 @@ from tqdm import tqdm
 from data.pocket_two.captions import PLACE_WORDS, caption
 from data.pocket_two.scene import CHOICES, Scene, SceneWords, ThingWords
 from data.pocket_two.world import SIZE, World, draw_scene
+from ldm.models.autoencoder import coverage
 from ldm.util.cli import UserError
 from ldm.weights.checkpoint import write
 
 THING = ("noun", "colour", "second", "texture", "size", "place")
 SHARD = 10_000  # scenes in a file of latents
+LATENTS = ("latents", "halves", "objects", "table")  # tensors of such a file, as `LatentBatches` takes them
 ABSENT = 255  # in a table's columns of a second object that is not there
 
 
@@ -55,7 +57,8 @@ def words_of(table: Tensor) -> list[SceneWords]:
 class WorldBatches(IterableDataset):
     """Endless batches, drawn as they are asked for; batch i depends on (seed, i) only.
 
-    Yields images (B, 3, H, W) in [-1, 1], a table (B, 14) uint8 (`table_of`) and captions (list of B).
+    Yields images (B, 3, H, W) in [-1, 1], a table (B, 14) uint8 (`table_of`) and captions (list of B); of whole scenes
+    also objects (B, 1, H, W) in [0, 1], where any object is.
 
     Args:
         everything: include what a generator is not to be trained on: combinations, drawings, overlays.
@@ -85,11 +88,12 @@ class WorldBatches(IterableDataset):
             count = self.batch_size if self.crop is None else self.batch_size // 2
             which = None if self.everything else False
             scenes = [draw_scene(rng, which, self.pairs, held=self.everything) for _ in range(count)]
-            images, _ = world.render(scenes, rng)
+            images, masks = world.render(scenes, rng)
+            batch = {"objects": masks.sum(1, keepdim=True)}
             if self.crop is not None:
-                scenes, images = scenes * 2, cut(images.repeat(2, 1, 1, 1), self.crop, rng)
+                scenes, images, batch = scenes * 2, cut(images.repeat(2, 1, 1, 1), self.crop, rng), {}
             captions = [caption(scene.words(), rng) for scene in scenes]
-            yield {"images": images * 2 - 1, "table": table_of(scenes), "captions": captions}
+            yield batch | {"images": images * 2 - 1, "table": table_of(scenes), "captions": captions}
             index += step
 
 
@@ -127,12 +131,15 @@ class WorldData(pl.LightningDataModule):
 class LatentBatches(IterableDataset):
     """Endless batches from a fixed set of latents; captions are drawn anew every time.
 
-    Yields latents (B, C, h, w) float32 and captions (list of B). Batch i depends on (seed, i) only.
+    Yields latents (B, C, h, w) float32, weights (B, 1, h, w) float32 of the loss, and captions (list of B). Batch i
+    depends on (seed, i) only.
 
     Args:
         latents: (N, C, h, w) float16.
         halves: (N, C, h / 2, w / 2) float16, the same scenes at half the side.
+        objects: (N, 1, h, w) uint8, 255 where there is nothing but objects.
         table: (N, 14) uint8, see `table_of`.
+        object_weight: weights are 1 where there is no object and so much more on one.
         half_steps: number of first batches that are of `halves`; each holds twice as many.
         places_alone: share of captions of single objects that say where the object is, and nothing else.
     """
@@ -141,15 +148,17 @@ class LatentBatches(IterableDataset):
         self,
         latents: Tensor,
         halves: Tensor,
+        objects: Tensor,
         table: Tensor,
         batch_size: int,
         seed: int,
         start: int = 0,
+        object_weight: float = 0.0,
         half_steps: int = 0,
         places_alone: float = 0.0,
     ):
-        self.latents, self.halves, self.table = latents, halves, table
-        self.batch_size, self.seed, self.start = batch_size, seed, start
+        self.latents, self.halves, self.objects, self.table = latents, halves, objects, table
+        self.batch_size, self.seed, self.start, self.object_weight = batch_size, seed, start, object_weight
         self.half_steps, self.places_alone = half_steps, places_alone
 
     def __iter__(self) -> Iterator[dict]:
@@ -163,7 +172,8 @@ class LatentBatches(IterableDataset):
             for words in words_of(self.table[rows]):
                 alone = len(words.things) == 1 and rng.random() < self.places_alone
                 captions.append(PLACE_WORDS[words.things[0].place] if alone else caption(words, rng))
-            yield {"latents": latents[rows].float(), "captions": captions}
+            weights = 1 + self.object_weight * coverage(self.objects[rows] / 255, latents.shape[2:])
+            yield {"latents": latents[rows].float(), "weights": weights, "captions": captions}
             index += 1
 
 
@@ -174,6 +184,7 @@ class LatentWorldData(pl.LightningDataModule):
         count: number of scenes, a multiple of `SHARD`.
         cache: folder of safetensors files of `SHARD` scenes each; those that are missing are made, so that an
             interrupted encoding continues. Each holds the autoencoder's fingerprint; others' are refused.
+        object_weight: see `LatentBatches`. Objects take a quarter of a scene, and are harder than what is around them.
         half_steps: see `LatentBatches`. What words mean is learned for a quarter of the price on scenes of half the
             side, as Stable Diffusion 1 saw 256 pixels before 512.
         places_alone: share of captions such as "on the left". Among the other words, which change the image more, a
@@ -187,6 +198,7 @@ class LatentWorldData(pl.LightningDataModule):
         count: int,
         cache: str,
         seed: int = 0,
+        object_weight: float = 0.0,
         half_steps: int = 0,
         places_alone: float = 0.0,
         workers: int = 0,
@@ -195,12 +207,13 @@ class LatentWorldData(pl.LightningDataModule):
         if count % SHARD:
             raise UserError(f"count must be a multiple of {SHARD}, not {count}")
         self.batch_size, self.count, self.cache, self.seed = batch_size, count, Path(cache), seed
-        self.half_steps, self.places_alone, self.workers = half_steps, places_alone, workers
+        self.object_weight, self.half_steps, self.places_alone = object_weight, half_steps, places_alone
+        self.workers = workers
 
     def setup(self, stage: str) -> None:
         vae = self.trainer.lightning_module.sd.vae.to(self.trainer.strategy.root_device)
         fingerprint = str(sum(parameter.detach().double().abs().sum().item() for parameter in vae.parameters()))
-        parts = {name: [] for name in ("latents", "halves", "table")}
+        parts = {name: [] for name in LATENTS}
         for shard in tqdm(range(self.count // SHARD), "latents of the world"):
             path = self.cache / f"{shard:05}.safetensors"
             if not path.exists():
@@ -217,7 +230,7 @@ class LatentWorldData(pl.LightningDataModule):
         batches = WorldBatches(100, self.seed, shard * SHARD // 100)
         stream = iter(DataLoader(batches, batch_size=None, num_workers=self.workers))
         device = next(vae.parameters()).device
-        parts = {name: [] for name in ("latents", "halves", "table")}
+        parts = {name: [] for name in LATENTS}
         for _ in range(SHARD // 100):
             batch = next(stream)
             images = batch["images"].to(device)
@@ -225,6 +238,8 @@ class LatentWorldData(pl.LightningDataModule):
             with self.trainer.precision_plugin.forward_context():
                 parts["latents"].append(vae.encode(images).half().cpu())
                 parts["halves"].append(vae.encode(smaller).half().cpu())
+            objects = coverage(batch["objects"], parts["latents"][-1].shape[2:])
+            parts["objects"].append((objects * 255).round().byte())
             parts["table"].append(batch["table"])
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, {name: torch.cat(tensors) for name, tensors in parts.items()}, {"fingerprint": fingerprint})
@@ -235,6 +250,7 @@ class LatentWorldData(pl.LightningDataModule):
             batch_size=self.batch_size,
             seed=self.seed,
             start=self.trainer.global_step,
+            object_weight=self.object_weight,
             half_steps=self.half_steps,
             places_alone=self.places_alone,
         )

@@ -1,7 +1,11 @@
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 import torch
 
-from data.pocket_two.batches import LatentBatches, WorldBatches, table_of, words_of
+from data.pocket_two import batches
+from data.pocket_two.batches import LatentBatches, LatentWorldData, WorldBatches, table_of, words_of
 from data.pocket_two.identity import ROLES, FamilyBatches, draw_family, draw_look_alike, mush, tell_again
 from data.pocket_two.judge import truth_of
 from data.pocket_two.prompted import PromptedBatches
@@ -9,6 +13,7 @@ from data.pocket_two.reading import last_token
 from data.pocket_two.scene import CHOICES, COLOURS, Placed, Scene, Thing
 from data.pocket_two.textures import Texture
 from data.pocket_two.world import World, draw_scene
+from ldm.models.autoencoder import AutoencoderKL
 
 
 def test_a_table_keeps_every_word():
@@ -31,11 +36,19 @@ def test_crops_are_cut_from_scenes():
     assert batch["images"].min() >= -1 and batch["images"].max() <= 1
 
 
+def latents_of(table: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Latents of scenes with an object in the upper half."""
+    objects = torch.zeros(len(table), 1, 4, 4, dtype=torch.uint8)
+    objects[:, :, :2] = 255
+    shape = (len(table), 12)
+    return {"latents": torch.ones(*shape, 4, 4).half(), "halves": torch.zeros(*shape, 2, 2).half(),
+            "objects": objects, "table": table}  # fmt: skip
+
+
 def test_captions_of_latents_are_drawn_anew_each_time():
     rng = np.random.default_rng(3)
     table = table_of([draw_scene(rng, pairs=0.0) for _ in range(3)])
-    latents = {"latents": torch.zeros(3, 12, 4, 4).half(), "halves": torch.zeros(3, 12, 2, 2).half(), "table": table}
-    batch = next(iter(LatentBatches(**latents, batch_size=64, seed=0, places_alone=0.5)))
+    batch = next(iter(LatentBatches(**latents_of(table), batch_size=64, seed=0, places_alone=0.5)))
     assert batch["latents"].shape == (64, 12, 4, 4) and batch["latents"].dtype == torch.float32
     assert len(set(batch["captions"])) > 20
     alone = [words for words in batch["captions"] if words in ("in the middle", "on the left", "on the right",
@@ -45,12 +58,52 @@ def test_captions_of_latents_are_drawn_anew_each_time():
 
 def test_the_first_batches_are_of_half_the_side_and_of_twice_as_many():
     table = table_of([draw_scene(np.random.default_rng(4))])
-    latents = {"latents": torch.ones(1, 12, 4, 4).half(), "halves": torch.zeros(1, 12, 2, 2).half(), "table": table}
+    latents = latents_of(table)
     batches = iter(LatentBatches(**latents, batch_size=3, seed=0, half_steps=2))
     shapes = [tuple(next(batches)["latents"].shape) for _ in range(4)]
     assert shapes == [(6, 12, 2, 2)] * 2 + [(3, 12, 4, 4)] * 2
     resumed = next(iter(LatentBatches(**latents, batch_size=3, seed=0, start=1, half_steps=2)))
     assert resumed["latents"].shape == (6, 12, 2, 2)
+
+
+@pytest.mark.parametrize("half_steps", [0, 1])
+def test_objects_weigh_more_at_either_size(half_steps):
+    table = table_of([draw_scene(np.random.default_rng(4))])
+    how = {"batch_size": 1, "seed": 0, "object_weight": 2.0, "half_steps": half_steps}
+    batch = next(iter(LatentBatches(**latents_of(table), **how)))
+    upper, lower = batch["weights"].chunk(2, 2)
+    assert (upper == 3).all() and (lower == 1).all() and batch["weights"].shape[2:] == batch["latents"].shape[2:]
+
+
+def test_encoded_scenes_are_kept_and_fit_their_objects(tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "SHARD", 100)
+    vae = AutoencoderKL(ch=4, ch_mult=[1, 1, 1], num_res_blocks=1, z_channels=2, embed_dim=2, mid_attention=False,
+                        norm_groups=1)  # fmt: skip
+
+    def data() -> LatentWorldData:
+        made = LatentWorldData(batch_size=2, count=100, cache=str(tmp_path), seed=3, object_weight=1.0)
+        made.trainer = SimpleNamespace(
+            global_step=0,
+            lightning_module=SimpleNamespace(sd=SimpleNamespace(vae=vae)),
+            strategy=SimpleNamespace(root_device="cpu"),
+            precision_plugin=SimpleNamespace(forward_context=torch.no_grad),
+        )
+        made.setup("fit")
+        return made
+
+    first = data()
+    drawn = next(iter(WorldBatches(100, seed=3)))
+    assert torch.equal(first.parts["table"], drawn["table"])
+    assert torch.equal(first.parts["latents"], vae.encode(drawn["images"]).half())
+    assert first.parts["halves"].shape == (100, 2, 8, 8)
+    whole = first.parts["objects"].float().mean((1, 2, 3)) / 255
+    assert torch.allclose(whole, drawn["objects"].mean((1, 2, 3)), atol=2e-3)
+    monkeypatch.setattr(LatentWorldData, "encode", None)  # nothing is encoded again
+    assert torch.equal(data().parts["latents"], first.parts["latents"])
+    assert next(iter(first.train_dataloader()))["weights"].shape == (2, 1, 16, 16)
+    vae.decoder.conv_out.bias.data += 1
+    with pytest.raises(ValueError, match="another autoencoder"):
+        data()
 
 
 def test_the_reader_hears_of_objects_from_left_to_right():
