@@ -185,28 +185,34 @@ def weights_edited(module: nn.Module, edits: Mapping[str, Sequence[Edit]]) -> It
         attach(module, previous)
 
 
-@contextmanager
-def outputs_changed(unet: nn.Module, changes: Sequence[tuple[str, nn.Module]], timesteps: Tensor) -> Iterator[None]:
-    """Inside the `with`, for one call of the UNet, layers give other outputs.
+def find_layers(unet: nn.Module, changes: Sequence[tuple[str, nn.Module]]) -> list[tuple[nn.Module, nn.Module]]:
+    """The layers whose outputs are to change, each with its change.
 
     Args:
+        unet: without edited layers, in which names are others.
         changes: a linear layer's name in the UNet -> a module that is given the layer's input (B, N, in), its output
             (B, N, out) and the timesteps, and returns what takes the output's place. It may have a `shape` (out, in).
-        timesteps: of the call, (B,).
 
     Raises:
         ValueError: no such layer, or one of another shape.
     """
-    hooks = []
+    found = []
+    for name, change in changes:
+        try:
+            layer = unet.get_submodule(name)
+        except AttributeError as error:
+            raise UserError(f"the model has no layer {name!r} to change") from error
+        if (shape := getattr(change, "shape", layer.weight.shape)) != layer.weight.shape:
+            raise UserError(f"{name} is {tuple(layer.weight.shape)}, its change is {tuple(shape)}")
+        found.append((layer, change))
+    return found
+
+
+@contextmanager
+def outputs_changed(layers: Sequence[tuple[nn.Module, nn.Module]], timesteps: Tensor) -> Iterator[None]:
+    """Inside the `with`, for one call of the UNet at timesteps (B,), layers as of `find_layers` give other outputs."""
+    hooks = [layer.register_forward_hook(partial(_changed, change, timesteps)) for layer, change in layers]
     try:
-        for name, change in changes:
-            try:
-                layer = unet.get_submodule(name)
-            except AttributeError as error:
-                raise UserError(f"the model has no layer {name!r} to change") from error
-            if (shape := getattr(change, "shape", layer.weight.shape)) != layer.weight.shape:
-                raise UserError(f"{name} is {tuple(layer.weight.shape)}, its change is {tuple(shape)}")
-            hooks.append(layer.register_forward_hook(partial(_changed, change, timesteps)))
         yield
     finally:
         for hook in hooks:

@@ -67,7 +67,7 @@ class Method:
         return as_edits({name: tensor for name, tensor in tensors.items() if name != TOKENS}, strength)
 
     def outputs(self, tensors: Tensors, strength: float = 1.0) -> dict[str, nn.Module]:
-        """The UNet's layer -> what changes its output, see `infusion.deltas.outputs_changed`. Parameters are kept."""
+        """The UNet's layer -> what changes its output, see `infusion.deltas.find_layers`. Parameters are kept."""
         return {}
 
     def terms(self, sd: StableDiffusion, tensors: Tensors, word: Word) -> list[dict[str, nn.Module]]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from infusion.attention import OwnPass, StackedPass, Tape
 from infusion.concepts.concept import Concept
-from infusion.deltas import in_model, outputs_changed, weights_edited
+from infusion.deltas import find_layers, in_model, outputs_changed, weights_edited
 from infusion.gate import IDENTITY, fingerprint
 from infusion.inject import edited
 from infusion.methods import method_of
@@ -86,6 +86,7 @@ class Customised:
     def __enter__(self) -> "Customised":
         with ExitStack() as stack:
             stack.enter_context(edited(self.sd.unet, {}))  # weights have their own names in a plain UNet
+            self.changed = find_layers(self.sd.unet, self.outputs)
             stack.enter_context(weights_edited(self.sd, self.changes))
             stack.enter_context(edited(self.sd.unet, self.edits))
             self._stack = stack.pop_all()
@@ -175,7 +176,7 @@ class CustomisedDenoiser:
         rows = torch.cat([torch.arange(self.rows, device=latents.device).repeat(copies), self.customised])
         context = self._context(tape, latents.shape[2:])
         unet, timesteps = self.model.sd.unet, timestep.expand(self.rows)[rows]
-        with outputs_changed(unet, self.model.outputs, timesteps):
+        with outputs_changed(self.model.changed, timesteps):
             prediction = unet(latents.to(self.text.dtype)[rows], timesteps, context)
         prediction, customised = prediction.to(latents.dtype).split([len(self.text), len(self.customised)])
         conditional = prediction[guided:].index_copy(0, self.customised, customised)

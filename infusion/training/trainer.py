@@ -17,7 +17,7 @@ from infusion.attention import Tape, residual_share
 from infusion.concepts.concept import Concept
 from infusion.concepts.fields import check_words
 from infusion.covariance import InverseCovariance
-from infusion.deltas import attach, in_model, is_of_text, outputs_changed, weights_edited
+from infusion.deltas import attach, find_layers, in_model, is_of_text, outputs_changed, weights_edited
 from infusion.gate import Gate, fingerprint, training_prompts
 from infusion.inject import inject, unedited
 from infusion.loss import masked_loss
@@ -107,7 +107,7 @@ class ConceptTrainer(Learner):
         attach(sd, edits)
         self.reads = self.tokens is not None or any(map(is_of_text, edits))  # whether encodings change in training
         outputs = method.outputs(self.tensors)
-        self.output_names, self.outputs = list(outputs), nn.ModuleList(outputs.values())
+        self.outputs, self.changed = nn.ModuleList(outputs.values()), find_layers(sd.unet, list(outputs.items()))
         self.edits = by_layer(terms)  # layer name -> terms; registered by inject() as parts of the UNet
         if self.edits:
             inject(sd.unet, self.edits)
@@ -193,8 +193,7 @@ class ConceptTrainer(Learner):
 
     def predict(self, noisy: Tensor, timesteps: Tensor, context: Context, gates: Tensor, tape: Tape) -> Tensor:
         """The customised model's prediction; arguments and shapes as of `Method.predict`."""
-        outputs = list(zip(self.output_names, self.outputs, strict=True))
-        with outputs_changed(self.sd.unet, outputs, timesteps):
+        with outputs_changed(self.changed, timesteps):
             return self.method.predict(self.sd.unet, noisy, timesteps, context, gates, tape)
 
     def encode(self, templates: Sequence[str]) -> tuple[Context, Tensor]:

@@ -194,6 +194,15 @@ def test_two_concepts_of_which_one_is_silent(sd, name, batch, latents):
     torch.testing.assert_close(both, predict(sd, [concept], TEMPLATES, latents), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "perfusion"])  # whose attention is its own
+def test_beside_a_concept_of_infusion_that_is_silent(sd, name, batch, latents):
+    other = make(sd, "infusion").concept()
+    release(sd)
+    concept, templates = trained(sd, name, batch), [template.replace("{}", "{1}") for template in TEMPLATES]
+    both = predict(sd, [concept, other], templates, latents)
+    torch.testing.assert_close(both, predict(sd, [concept], TEMPLATES, latents), atol=1e-5, rtol=1e-5)
+
+
 @every
 def test_a_tensor_that_has_no_place_is_refused(sd, name, batch):
     concept = trained(sd, name, batch)
