@@ -168,7 +168,7 @@ class EditedCrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, N, query_dim) -> (B, N, query_dim)."""
-        return context.attend(self, x)
+        return context.at(self.name).attend(self, x)
 
     def attention(self, x: Tensor, text: Tensor, gates: Tensor, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Attention output `A V` and mass `a = A g` (eq. 1), with the map `A = softmax(Q Kᵀ / √D)`.

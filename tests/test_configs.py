@@ -70,6 +70,7 @@ def test_infusion_learns_12480_numbers_in_16_layers(name: str):
     [
         ("infusion", 12_480), ("textual_inversion", 768), ("dreambooth", 859_520_964), ("custom_diffusion", 19_170_048),
         ("perfusion", 13_248), ("lora", 797_184), ("t_lora", 12_763_136), ("infusion_word", 13_248),
+        ("p_plus", 12_288),
     ],
 )  # fmt: skip
 def test_numbers_that_each_method_learns_on_sd15(method: str, numbers: int):
@@ -89,7 +90,7 @@ def test_a_methods_recipe_is_the_same_in_every_order_of_the_files(method: str):
     assert all(config == configs[0] for config in configs)
     assert configs[0].seed == configs[0].data.params.seed == configs[0].model.params.seed == main.Training.seed
     assert configs[0].mask == ("auto" if method in ("infusion", "infusion_word", "perfusion") else "none")
-    assert configs[0].batch_size == {"dreambooth": 1, "t_lora": 1, "custom_diffusion": 8}.get(method, 4)
+    assert configs[0].batch_size == {"dreambooth": 1, "t_lora": 1, "custom_diffusion": 8, "p_plus": 8}.get(method, 4)
 
 
 def test_residual_keys_double_the_numbers():

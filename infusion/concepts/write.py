@@ -1,7 +1,7 @@
 """Concepts in the files of other tools: sd-scripts (kohya), diffusers, A1111, and merged into whole models.
 
 LoRA, Textual Inversion, Custom Diffusion and DreamBooth have their equals there; what Infusion and Perfusion do to an
-attention has none.
+attention has none, nor have the words of P+ or the timed ranks of T-LoRA.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ def check_layout(concept: Concept, layout: str) -> None:
         "dreambooth": WHOLE_MODELS,
     }.get(method, ())
     if not equals:
-        raise UserError(f"{method} edits attention, which has no exact equal in files of other tools ({DOCS})")
+        raise UserError(f"what {method} learns has no exact equal in files of other tools ({DOCS})")
     if layout not in equals:
         raise UserError(f"{method} has no equal in the layout {layout}; it has in {', '.join(equals)} ({DOCS})")
     if word and method == "lora" and layout not in ("kohya", "a1111"):

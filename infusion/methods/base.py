@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from infusion.attention import OwnPass, Tape
 from infusion.deltas import as_edits
 from infusion.gate import Gate, target_input
+from infusion.inject import cross_attention_layers
+from infusion.sampling.encode import Words
 from infusion.tokens import Word
 from ldm.models.attention import Context
 from ldm.pipeline import StableDiffusion
@@ -54,8 +56,11 @@ class Method:
         """What a concept is before training, float32; what requires gradients is learned."""
         raise NotImplementedError
 
-    def tokens(self, tensors: Tensors) -> Tensor | None:
-        """Input embeddings (T, D) of the first T tokens of `noun`; None keeps the vocabulary's."""
+    def tokens(self, tensors: Tensors) -> Words | None:
+        """Input embeddings (T, D) of the first T tokens of `noun`; None keeps the vocabulary's.
+
+        A mapping has others for each spatial transformer of the UNet, by its name.
+        """
         return tensors.get(TOKENS)
 
     def differences(self, tensors: Tensors, strength: float = 1.0) -> dict[str, nn.Module]:
@@ -130,9 +135,17 @@ class RareWord(Method):
         return f"{self.identifier} {superclass}".strip()
 
 
-def by_layer(terms: Sequence[Mapping[str, nn.Module]]) -> dict[str, nn.ModuleList]:
-    """Terms, each by layer, as the edits that `infusion.inject` takes: layer -> all terms."""
-    return {name: nn.ModuleList(term[name] for term in terms) for name in (terms[0] if terms else ())}
+def by_layer(
+    sd: StableDiffusion, terms: Sequence[Mapping[str, nn.Module]], tokens: Sequence[Words | None]
+) -> dict[str, nn.ModuleList]:
+    """Terms, each by layer, as the edits that `infusion.inject` takes: layer -> all terms.
+
+    Without terms there are edits, of nothing, where some of the tokens differ between layers: a plain layer would not
+    know which to read.
+    """
+    layered = any(isinstance(words, Mapping) for words in tokens)
+    names = terms[0] if terms else cross_attention_layers(sd.unet) if layered else ()
+    return {name: nn.ModuleList(term[name] for term in terms) for name in names}
 
 
 def check_names(tensors: Tensors, known: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infusion.methods.base import Method, Tensors
 from infusion.regularisers.base import Regulariser, Step, check_reads
-from infusion.sampling.encode import encode
+from infusion.sampling.encode import Words, each, encode
 from infusion.tokens import Word, fill
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
@@ -46,11 +46,11 @@ class ClassSemantics(Regulariser):
         own = self.pooled(sd, method.noun(self.superclass), learned)
         return 1 - F.cosine_similarity(own, self.pooled(sd, self.superclass, None), dim=0)
 
-    def pooled(self, sd: StableDiffusion, noun: str, learned: Tensor | None) -> Tensor:
+    def pooled(self, sd: StableDiffusion, noun: str, learned: Words | None) -> Tensor:
         """The encoding (D,) that stands for the template's sentence with a noun."""
         context, places = encode(sd.text, [self.template], [noun], [learned])  # places (1, 1, L)
         if self.pooling == "argmax" and learned is not None:  # new words have the largest ids
-            place = int(places[0, 0].nonzero()[: len(learned)].max())
+            place = int(places[0, 0].nonzero()[: len(each(learned)[0])].max())
         else:
             ids = sd.text.tokenizer([fill(self.template, [noun])])[0]
             place = int((ids == sd.text.tokenizer.eos).nonzero()[0])

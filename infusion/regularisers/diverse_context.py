@@ -4,11 +4,14 @@ From the paper's public summaries: text alone regularises the word, by a masked-
 contain it. From the authors' working repository, which is not released and may differ from the paper: 25 prompts a
 step; every token but the concept's and the superclass's is masked with probability 0.15; a frozen contextualizer reads
 the text encoder's states; cross-entropy at the masked places alone, with λ from 10⁻⁵ (Textual Inversion) to 10⁻³
-(Custom Diffusion, DreamBooth). Ours: the prompts, and that places are drawn by a generator of their own.
+(Custom Diffusion, DreamBooth). Ours: the prompts; that places are drawn by a generator of their own; and that where
+layers have words of their own (P+) each prompt is read with those of one, drawn at random, at the cost of one word.
 
 The text encoder is causal: a masked word before the concept is read without it, and its gradient comes through the
 contextualizer alone. What the UNet learns gets none.
 """
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,7 @@ from infusion.methods.base import Method, Tensors
 from infusion.regularisers.base import Regulariser, Step, check_reads
 from infusion.regularisers.context_prompts import ContextPrompts
 from infusion.regularisers.contextualizer import Contextualizer, load
-from infusion.sampling.encode import token_ids
+from infusion.sampling.encode import choose, token_ids
 from infusion.tokens import Word, concept_places, fill
 from ldm.models.tokenizer import Tokenizer
 from ldm.pipeline import StableDiffusion
@@ -71,6 +74,10 @@ class DiverseContext(Regulariser):
         maskable = free_tokens(sd.text.tokenizer, labels, concept[:, 0], self.superclass)
         masked = maskable & (torch.rand(labels.shape, generator=step.generator) < self.mask_probability)
         contextualizer = self.contextualizer.to(sd.text.embeddings.device)
+        if isinstance(rows, Mapping):
+            tokens, rows = choose(
+                sd.text, tokens, rows, torch.randint(len(rows), (self.rows,), generator=step.generator)
+            )
         loss, accuracy = read_masked(sd.text, contextualizer, tokens, rows, labels, masked)
         step.log("accuracy", accuracy)
         return loss

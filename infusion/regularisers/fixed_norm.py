@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infusion.methods.base import TOKENS, Method, Tensors
+from infusion.methods.base import Method, Tensors
 from infusion.regularisers.base import Regulariser, Step
-from infusion.sampling.encode import own_embeddings
+from infusion.sampling.encode import each, own_embeddings
 from infusion.tokens import Word
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
@@ -26,16 +26,18 @@ class FixedNorm(Regulariser):
 
     def start(self, sd: StableDiffusion, method: Method, tensors: Tensors, word: Word) -> None:
         """Puts the word to the norm. Raises ValueError for a method without one."""
-        if TOKENS not in tensors:
+        if (words := method.tokens(tensors)) is None:
             raise UserError(f"{method.name} learns no word whose norm could be fixed: take it off, or another method")
+        self.words = [name for name, tensor in tensors.items() if any(tensor is rows for rows in each(words))]
         self.norm = sd.text.embeddings.detach().float().norm(dim=1).mean()
         self.direction = F.normalize(own_embeddings(sd.text, word.superclass).mean(0), dim=0)
         with torch.no_grad():
             self.settle(tensors)
 
     def term(self, sd: StableDiffusion, method: Method, tensors: Tensors, step: Step) -> Tensor:
-        directions = F.normalize(tensors[TOKENS], dim=1)
+        directions = F.normalize(torch.cat([tensors[name] for name in self.words]), dim=1)
         return -(directions @ self.direction.to(directions)).sum()
 
     def settle(self, tensors: Tensors) -> None:
-        tensors[TOKENS].copy_(F.normalize(tensors[TOKENS], dim=1) * self.norm.to(tensors[TOKENS]))
+        for name in self.words:
+            tensors[name].copy_(F.normalize(tensors[name], dim=1) * self.norm.to(tensors[name]))

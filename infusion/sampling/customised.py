@@ -1,6 +1,6 @@
 """Sampling with concepts of any method: the base model with their edits, and its denoiser for a batch of prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -14,7 +14,7 @@ from infusion.gate import IDENTITY, fingerprint
 from infusion.inject import edited
 from infusion.methods import method_of
 from infusion.methods.base import Method, by_layer
-from infusion.sampling.encode import encode, own_embeddings
+from infusion.sampling.encode import Words, encode, own_embeddings
 from infusion.sampling.regions import weights
 from infusion.sampling.settings import Settings, for_each
 from ldm.models.attention import Context
@@ -78,7 +78,7 @@ class Customised:
             outputs = method.outputs(concept.tensors, strengths[k])
             self.outputs += [(name, change.to(sd.device)) for name, change in outputs.items()]
         self.own = _common_attention([concepts[k] for k in dict.fromkeys(self.owners)]) == "own"
-        self.edits = by_layer(terms)
+        self.edits = by_layer(sd, terms, self.tokens)
         for edits in self.edits.values():
             edits.to(sd.device)  # a concept lies on the CPU
         self.strengths = torch.tensor(strengths, dtype=torch.float32, device=sd.device)[self.owners]  # (R,)
@@ -267,10 +267,12 @@ def _common_attention(concepts: Sequence[Concept]) -> str:
     return concepts[0].attention if concepts else "own"
 
 
-def _blended(learned: Tensor | None, sd: StableDiffusion, noun: str, strength: float) -> Tensor | None:
+def _blended(learned: Words | None, sd: StableDiffusion, noun: str, strength: float) -> Words | None:
     """Learned input embeddings (T, D), and with another strength than 1 the vocabulary's as much closer."""
     if learned is None or strength == 1:
         return learned
+    if isinstance(learned, Mapping):
+        return {name: _blended(rows, sd, noun, strength) for name, rows in learned.items()}
     usual = own_embeddings(sd.text, noun)
     if len(usual) < len(learned):
         raise UserError(f"{noun!r} has {len(usual)} tokens, the concept {len(learned)}: its strength can only be 1")

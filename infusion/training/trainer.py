@@ -23,7 +23,7 @@ from infusion.inject import inject, unedited
 from infusion.loss import masked_loss
 from infusion.methods.base import Method, by_layer
 from infusion.regularisers.base import Regulariser, Step
-from infusion.sampling.encode import encode
+from infusion.sampling.encode import each, encode
 from infusion.tokens import Word
 from infusion.training.learner import Learner, check_learning_rate
 from ldm.models.attention import Context
@@ -102,13 +102,15 @@ class ConceptTrainer(Learner):
         training_prompts(sd.text.tokenizer, replace(self.word, superclass=self.noun))  # … and what cannot be trained
         self.tensors = method.start(sd, self.word)
         self.tokens = method.tokens(self.tensors)
+        self.words = nn.ParameterList([] if self.tokens is None else each(self.tokens))  # so that they are registered
         terms = method.terms(sd, self.tensors, self.word)
         edits = {in_model(name): [edit] for name, edit in method.differences(self.tensors).items()}
         attach(sd, edits)
         self.reads = self.tokens is not None or any(map(is_of_text, edits))  # whether encodings change in training
         outputs = method.outputs(self.tensors)
         self.outputs, self.changed = nn.ModuleList(outputs.values()), find_layers(sd.unet, list(outputs.items()))
-        self.edits = by_layer(terms)  # layer name -> terms; registered by inject() as parts of the UNet
+        self.acts = bool(terms)
+        self.edits = by_layer(sd, terms, [self.tokens])  # layer -> terms; inject() makes them parts of the UNet
         if self.edits:
             inject(sd.unet, self.edits)
         self.regularisers = {name: term for name, term in (regularisers or {}).items() if term is not None}
@@ -293,7 +295,7 @@ class ConceptTrainer(Learner):
         text = context.text
         mask = masks[:, 0].to(text.device)
         self.method.observe(self.tensors, *(self._everyone(rows) for rows in (text.detach(), mask)))
-        if self.edits and (self._target_input is None or self.tokens is not None):
+        if self.acts and (self._target_input is None or self.tokens is not None):
             self._target_input = self.method.target(self.sd, self.tensors, self.word)
         compared = self.sd.text.comparable(text)
         gates = self.method.gates(self.gate, compared, mask, self._target_input, self.inverse_covariance)

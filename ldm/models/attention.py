@@ -4,7 +4,7 @@ Legend for shapes: B batch, N image tokens, L text tokens, H heads, D head width
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
 
@@ -52,20 +52,24 @@ class Context:
         sizes: six integers for each image, (B, 6) int64, which do so too: height and width of the photo before it was
             resized, top and left of the crop after that, height and width of the crop, in pixels. None: a whole picture
             of the latents' size. Other models do not heed them.
+        texts: a spatial transformer's name in the UNet -> what wrapped layers in it read in place of `text`, of its
+            shape; all transformers or none.
     """
 
     text: Tensor
     pooled: Tensor | None = field(default=None, kw_only=True)
     sizes: Tensor | None = field(default=None, kw_only=True)
+    texts: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
 
     def becomes(self, kind: "type[C]", **fields: Any) -> "C":
         """The same conditioning for a pass of another kind, which has these fields besides."""
-        return kind(text=self.text, pooled=self.pooled, sizes=self.sizes, **fields)
+        return kind(text=self.text, pooled=self.pooled, sizes=self.sizes, texts=self.texts, **fields)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """With every tensor of the conditioning changed alike, such as `lambda rows: rows[2:]`."""
         given = {"text": self.text, "pooled": self.pooled, "sizes": self.sizes}
-        return replace(self, **{name: change(tensor) for name, tensor in given.items() if tensor is not None})
+        changed = {name: change(tensor) for name, tensor in given.items() if tensor is not None}
+        return replace(self, **changed, texts={name: change(text) for name, text in self.texts.items()})
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """On another device, and of another dtype; integers stay integers."""
@@ -76,7 +80,13 @@ class Context:
         """The rows of contexts of one model, one below the other."""
         columns = ([getattr(c, name) for c in contexts] for name in ("text", "pooled", "sizes"))
         text, pooled, sizes = (None if rows[0] is None else torch.cat(rows) for rows in columns)
-        return Context(text, pooled=pooled, sizes=sizes)
+        names = dict.fromkeys(name for context in contexts for name in context.texts)
+        texts = {name: torch.cat([c.texts[name] if c.texts else c.text for c in contexts]) for name in names}
+        return Context(text, pooled=pooled, sizes=sizes, texts=texts)
+
+    def at(self, layer: str) -> Self:
+        """As one wrapped layer reads it, by the layer's name in the UNet: `text` is what is for this layer."""
+        return replace(self, text=self.texts[transformer_of(layer)], texts={}) if self.texts else self
 
     def attend(self, layer: nn.Module, x: Tensor) -> Tensor:
         """What a wrapped layer gives for image tokens, (B, N, D) -> (B, N, D): here what the frozen one in it gives.
@@ -88,6 +98,11 @@ class Context:
 
 
 C = TypeVar("C", bound=Context)
+
+
+def transformer_of(layer: str) -> str:
+    """The spatial transformer that a cross-attention lies in, both by their names in the UNet."""
+    return layer.partition(".transformer_blocks.")[0]
 
 
 class CrossAttention(nn.Module):

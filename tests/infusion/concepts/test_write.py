@@ -121,6 +121,7 @@ def test_what_has_no_equal_is_said(known, learned):
     for method, layout, says in (
         ("infusion", "kohya", "no exact equal"),
         ("perfusion", "diffusers", "no exact equal"),
+        ("p_plus", "a1111", "what p_plus learns has no exact equal"),
         ("custom_diffusion", "kohya", "no equal in the layout kohya"),
         ("textual_inversion", "checkpoint", "no equal in the layout checkpoint"),
     ):

@@ -25,6 +25,7 @@ SMALL = {"t_lora": {"rank": 8, "min_rank": 2}}  # options that fit the small mod
 ANCHORED = [
     "infusion",
     "infusion_word",
+    "p_plus",
     "perfusion",
     "textual_inversion",
 ]  # which leave prompts without the concept alone

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from infusion.inject import remove
 from infusion.methods import find_method
 from infusion.methods.base import TOKENS
 from infusion.regularisers.contextualizer import Contextualizer, load, save
@@ -86,6 +87,24 @@ def test_the_word_gets_a_gradient_and_the_unet_none(sd, term, batch, name):
     assert sd.text.embeddings.grad is None
     net = module.regularisers["context"].contextualizer
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_every_word_of_p_plus_gets_a_gradient_at_the_cost_of_one(sd, term, batch):
+    """Each prompt is read with one layer's word: with the same word everywhere the term is Textual Inversion's."""
+    module = make(sd, "p_plus", term())
+    asked, encode_tokens = [], sd.text.encode_tokens
+    sd.text.encode_tokens = lambda tokens, *rest: asked.append(len(tokens)) or encode_tokens(tokens, *rest)
+    own, text = module.regularisers["context"], module.encode(TEMPLATES)[0]
+    loss = own.term(sd, module.method, module.tensors, module.step("context", batch, 0, text))
+    loss.backward()
+    assert asked == [2 * 7, 25] and all(word.grad.any() for word in module.tensors.values())
+    remove(sd.unet)
+    one = make(sd, "textual_inversion", term())
+    expected = value(one, batch)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
+    together = torch.stack([word.grad for word in module.tensors.values()]).sum(0)
+    torch.testing.assert_close(together, one.tensors[TOKENS].grad, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["dreambooth", "lora"])

@@ -21,6 +21,20 @@ def test_context_is_frozen():
         context.text = torch.ones(1, 2, 3)
 
 
+def test_texts_of_transformers_go_wherever_the_context_goes():
+    own, plain = torch.ones(2, 3, 4), torch.zeros(1, 3, 4)
+    context = Context(2 * own, texts={"middle_block.1": own, "output_blocks.3.1": -own})
+    together = Context.cat([Context(plain), context])  # rows without texts of their own have the one
+    for name, expected in (("middle_block.1", own), ("output_blocks.3.1", -own)):
+        layer = f"{name}.transformer_blocks.0.attn2"
+        assert torch.equal(together.at(layer).text, torch.cat([plain, expected])) and not together.at(layer).texts
+        assert torch.equal(together.map(lambda rows: rows[1:]).becomes(Context).at(layer).text, expected)
+        assert together.to("cpu", torch.float16).at(layer).text.dtype == torch.float16
+    assert Context(plain).at("middle_block.1.transformer_blocks.0.attn2").text is plain
+    with pytest.raises(KeyError):
+        context.at("input_blocks.1.1.transformer_blocks.0.attn2")
+
+
 @pytest.mark.parametrize("channels, groups", [(48, 16), (64, 32), (96, 32), (128, 32), (144, 16), (320, 32), (6, 2)])
 def test_groups_divide_the_width(channels, groups):
     assert normalise(channels, eps=1e-5).num_groups == groups

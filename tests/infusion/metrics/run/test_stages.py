@@ -14,7 +14,7 @@ from ldm.pipeline import StableDiffusion
 from ldm.util.config import load_config
 from tests.infusion.metrics.conftest import ROUNDING
 
-ANCHORED = ("infusion", "perfusion", "textual_inversion")
+ANCHORED = ("infusion", "p_plus", "perfusion", "textual_inversion")
 EVERY = (*ANCHORED, "lora", "dreambooth", "custom_diffusion")
 
 
@@ -34,7 +34,7 @@ def divergence(stages, groups, name, subject):
     return stages.divergence(groups[name], base, subject.last, regions)
 
 
-UNTRAINED = [("infusion", {}), ("textual_inversion", {}), ("lora", {"identifier": ""})]
+UNTRAINED = [("infusion", {}), ("textual_inversion", {}), ("p_plus", {}), ("lora", {"identifier": ""})]
 
 
 @pytest.mark.parametrize("method, arguments", UNTRAINED)

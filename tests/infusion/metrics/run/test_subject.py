@@ -74,8 +74,8 @@ def test_a_concept_in_memory_is_known_by_its_contents():
 
 def test_which_methods_leave_prompts_without_the_concept_alone(subject):
     nature = {name: subject(name).anchored for name in
-              ("infusion", "perfusion", "textual_inversion", "lora", "dreambooth", "custom_diffusion")}  # fmt: skip
-    assert [name for name, anchored in nature.items() if anchored] == ["infusion", "perfusion", "textual_inversion"]
+              ("infusion", "p_plus", "textual_inversion", "lora", "dreambooth", "custom_diffusion")}  # fmt: skip
+    assert [name for name, anchored in nature.items() if anchored] == ["infusion", "p_plus", "textual_inversion"]
     everywhere = replace(subject("perfusion").concept, gate=Gate("global"))
     assert not Subject("global", (Checkpoint.of(everywhere),)).anchored
 
