@@ -1,12 +1,11 @@
 """Marks the best step of a training by likeness, and stops it early.
 
-A trial draws samples of the concept. Its gain is their likeness to the photos above that of the base model's samples
-from the same prompts and seeds. A later step is better only where its gain is a tenth greater than that of the best so
-far: what learning for longer brings has to be worth what it changes elsewhere. The rule is this project's own.
+A trial draws samples of the concept, and `infusion.metrics.measures.best` says which trial is the best.
 """
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from infusion.metrics.measures import fidelity
+from infusion.metrics.measures.best import best_of
 from infusion.metrics.run.features import Backbone, load_backbone
 from infusion.metrics.run.protocol import CONTEXT, Protocol
 from infusion.sampling.pictures import png
@@ -27,17 +27,13 @@ from ldm.util.files import write
 from ldm.util.templates import check_template
 
 BEST = "best.safetensors"
-MORE = 1.1  # times the best gain so far is better
 logger = logging.getLogger(__name__)
 
 
-def best_of(trials: list[dict[str, Any]]) -> dict[str, Any] | None:
+def best_trial(trials: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The best of trials in the order of their steps; None where nothing was gained."""
-    best, most = None, 0.0
-    for trial in trials:
-        if trial["likeness"] - trial["base_likeness"] > MORE * most:
-            best, most = trial, trial["likeness"] - trial["base_likeness"]
-    return best
+    best = best_of([trial["likeness"] - trial["base_likeness"] for trial in trials])
+    return None if best is None else trials[best]
 
 
 class BestConcept(pl.Callback):
@@ -102,7 +98,7 @@ class BestConcept(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: ConceptTrainer) -> None:
         self._try(trainer, pl_module)
         if trainer.is_global_zero:
-            best, folder = best_of(self.trials), Path(trainer.default_root_dir)
+            best, folder = best_trial(self.trials), Path(trainer.default_root_dir)
             logger.info("best by likeness: %s", f"step {best['step']}, {folder / 'models' / BEST}" if best else "none")
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,7 +110,7 @@ class BestConcept(pl.Callback):
     def _judge(self, trainer: pl.Trainer) -> None:
         """Stops a training whose last trials brought nothing better."""
         if self.early_stop and len(self.trials) > self.early_stop:
-            stop = best_of(self.trials) is best_of(self.trials[: -self.early_stop])
+            stop = best_trial(self.trials) is best_trial(self.trials[: -self.early_stop])
             trainer.should_stop |= trainer.strategy.broadcast(stop)
 
     @rank_zero_only
@@ -135,7 +131,7 @@ class BestConcept(pl.Callback):
         drawn = sample(module.sd, prompts, [concept], **how)
         likeness = {"likeness": self._likeness(drawn), "base_likeness": self._base_likeness}
         self.trials.append({"step": step} | likeness)
-        best = best_of(self.trials)
+        best = best_trial(self.trials)
         if best is self.trials[-1]:
             concept.save(folder / "models" / BEST)
             rows = [torch.cat(list(images[:8]), 2) for images in (self._base, drawn)]

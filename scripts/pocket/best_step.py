@@ -24,7 +24,7 @@ from infusion.metrics.run.features import load_backbone
 from infusion.metrics.run.options import Options, Tools
 from infusion.metrics.run.protocol import Protocol
 from infusion.metrics.run.subject import Subject, load_subjects
-from infusion.training.best import best_of
+from infusion.training.best import best_trial
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import Parser, count, report, words
 from ldm.util.config import find
@@ -54,7 +54,7 @@ def sweep(row: Row, cache: Path, sd: StableDiffusion, tools: Tools, samples: int
 def judge(one: dict) -> dict[str, object]:
     """A row of the table: what the pick gains and changes, beside the step that gains most and the last, by sweep."""
     swept = {trial["step"]: trial for trial in one["sweep"]}
-    pick = swept[best_of(one["trials"])["step"]]
+    pick = swept[best_trial(one["trials"])["step"]]
     most, last = max(swept.values(), key=lambda trial: trial["likeness"]), one["sweep"][-1]
     return {
         "method, concept": f"{one['method']}, {one['concept'].replace('_', ' ')}",

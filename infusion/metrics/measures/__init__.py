@@ -5,5 +5,5 @@ wasserstein  distance between two clouds of features
 kid          the same, unbiased for few samples
 fidelity     CLIP-I, DINO, CLIP-T, PRES, DIV, drift
 estimate     a figure with its standard error
-balance      likeness against overfitting
+best         which moment of a training to keep, and where overfitting begins
 """

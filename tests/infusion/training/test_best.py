@@ -12,7 +12,7 @@ from infusion.deltas import detach
 from infusion.inject import remove
 from infusion.methods import find_method
 from infusion.training import best as module_under_test
-from infusion.training.best import BestConcept, best_of
+from infusion.training.best import BestConcept
 from infusion.training.trainer import ConceptTrainer
 from tests.infusion import conftest
 from tests.infusion.metrics.conftest import FakeClip
@@ -54,17 +54,6 @@ def told(monkeypatch):
         monkeypatch.setattr(module_under_test.fidelity, "pairwise", lambda *_: torch.tensor([next(found)]))
 
     return put
-
-
-@pytest.mark.parametrize(
-    ("gains", "best"),
-    [([0.1, 0.3, 0.32, 0.34], 4), ([0.1, 0.3, 0.32, 0.33], 2), ([0.3, 0.2, 0.1], 1), ([0.0, -0.1], None), ([], None),
-     ([0.30, 0.32, 0.34, 0.36], 3)],
-)  # fmt: skip
-def test_a_later_step_is_better_where_it_gains_a_tenth_more(gains, best):
-    trials = [{"step": i, "likeness": 0.2 + gain, "base_likeness": 0.2} for i, gain in enumerate(gains, 1)]
-    found = best_of(trials)
-    assert (found and found["step"]) == best
 
 
 def test_the_file_and_the_picture_are_the_best_step_s(sd, tmp_path, told):
