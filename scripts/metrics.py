@@ -19,7 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from omegaconf import OmegaConf
 
-from infusion.concepts.base import architecture_of, check_concepts_there, check_there, check_weights, load_base
+from infusion.concepts.base import (
+    architecture_of,
+    check_concepts_there,
+    check_fit,
+    check_there,
+    check_weights,
+    load_base,
+)
 from infusion.metrics.run.options import CACHE, METRICS, STEPS, Options, lacks, metrics_of
 from infusion.metrics.run.protocol import GROUPS, Protocol, usual_file
 from infusion.sampling.validate import check_concepts
@@ -60,7 +67,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", metavar="FILE", help="backbone config; None: the one that the concept files name")
     add_base_flags(parser)
-    add("--personalized_ckpt", metavar="A[,B]", type=words, default=[], help="concept files, or run folders")
+    about = "concept files, files of other tools, or run folders; of epochs of one training, the one to keep is told"
+    add("--personalized_ckpt", metavar="A[,B]", nargs="+", type=words, default=[], help=about)
     about = "the concept in words, for a row of the base model told them; once for each concept; None: the world's own"
     add("--described", metavar="TEXT", type=described, action="append", help=about)
     about = "a row of pictures that something else has drawn; again for more rows"
@@ -70,7 +78,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="of --pictures, one a line, {} for the concept; None: each picture has its own",
     )
-    add("--superclass", metavar="W", help="the noun of what --pictures show; None: that of the concepts")
+    about = (
+        "the noun of what --pictures show, and of files of other tools that do not say it; None: that of the concepts"
+    )
+    add("--superclass", metavar="W", help=about)
+    add("--noun", metavar="WORDS", help="trigger words of files of other tools that do not say them")
     add("--labels", metavar="L[,L]", type=words, help="names in the report; None: those of the files and folders")
     add("--groups", metavar="G[,G]", type=words, help="what belongs together, one for each row; None: the methods")
     add("--metrics", metavar="M[,M]", type=metrics, help=f"some of {', '.join(METRICS)}; None: all that can be had")
@@ -107,6 +119,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--devices", type=processes, help="processes here that share the work, each with a device", default=1)
     add("--num_nodes", type=count, help="machines that share it", default=1)
     flags = parser.parse_args(arguments)
+    flags.personalized_ckpt = [name for names in flags.personalized_ckpt for name in names]
     if unknown := [name for name in flags.curve if name not in GROUPS]:
         parser.error(f"--curve: there is no group `{unknown[0]}`; there are {', '.join(GROUPS)}")
     if not flags.personalized_ckpt and not flags.pictures:
@@ -174,10 +187,15 @@ def check_inputs(flags: argparse.Namespace) -> str:
     if flags.covariance and not find(flags.covariance).is_file():
         raise UserError(f"{flags.covariance}: there is no such covariance file")
     architecture = architecture_named(flags)
+    check_clipseg(flags, architecture)
+    return architecture
+
+
+def check_clipseg(flags: argparse.Namespace, architecture: str) -> None:
+    """Raises UserError where CLIPSeg is needed and is not there."""
     region = flags.crop or flags.metrics is None or {"lfd", "exact"} & set(flags.metrics)
     if region and not flags.clipseg and architecture and architecture not in WORLDS and not find(CLIPSEG).exists():
         raise UserError(f"--clipseg: there is no folder {CLIPSEG}: get CIDAS/clipseg-rd64-refined, or name its folder")
-    return architecture
 
 
 def architecture_named(flags: argparse.Namespace) -> str:
@@ -202,18 +220,30 @@ def one_each(values: Sequence[str] | None, rows: int, flag: str) -> list[str | N
     return values * rows if len(values) == 1 else values
 
 
-def find_rows(flags: argparse.Namespace, world: PocketWorld | None) -> "list[Subject]":
-    """Concepts, pictures without their pixels, and words, with their photos' folders and what is known exactly."""
-    from infusion.metrics.run.subject import Pictures, Subject, in_words, load_subjects
+def load_concepts(flags: argparse.Namespace) -> "list[Subject]":
+    """The rows of --personalized_ckpt."""
+    from infusion.metrics.run.subject import load_subjects
 
-    concepts = len(flags.personalized_ckpt)
-    count_rows = concepts + len(flags.pictures)
+    concepts, count_rows = len(flags.personalized_ckpt), len(flags.personalized_ckpt) + len(flags.pictures)
     if flags.groups and len(flags.groups) != count_rows:
         raise UserError(f"--groups: {len(flags.groups)} for {count_rows} rows; give one for each")
-    groups = flags.groups or [""] * count_rows
-    rows = load_subjects(flags.personalized_ckpt, flags.labels, groups[:concepts])
+    said = {name: " ".join(getattr(flags, name).split()) for name in ("superclass", "noun") if getattr(flags, name)}
+    rows = load_subjects(flags.personalized_ckpt, flags.labels, flags.groups and flags.groups[:concepts], said)
+    for name, word in said.items():
+        if not (name == "superclass" and flags.pictures) and word not in (getattr(row.concept, name) for row in rows):
+            raise UserError(f"--{name}: the files say it themselves: {getattr(rows[0].concept, name)!r}")
+    return rows
+
+
+def find_rows(flags: argparse.Namespace, rows: "list[Subject]", world: PocketWorld | None) -> "list[Subject]":
+    """Concepts, pictures without their pixels, and words, with their photos' folders and what is known exactly."""
+    from infusion.metrics.run.epochs import as_epochs
+    from infusion.metrics.run.subject import Pictures, Subject, in_words
+
+    concepts, count_rows, rows = len(rows), len(rows) + len(flags.pictures), [*rows]
     noun = superclass_of_pictures(flags, rows)
-    for (name, folder), group in zip(flags.pictures, groups[concepts:], strict=True):
+    groups = flags.groups[concepts:] if flags.groups else [""] * len(flags.pictures)
+    for (name, folder), group in zip(flags.pictures, groups, strict=True):
         rows.append(Subject(name, group=group, pictures=Pictures(folder), superclass=noun))
     labels = [row.label for row in rows]
     if double := [label for label in labels if labels.count(label) > 1]:
@@ -225,6 +255,7 @@ def find_rows(flags: argparse.Namespace, world: PocketWorld | None) -> "list[Sub
             raise UserError(f"--concept: {name} is of the pocket world, {row.label} of another base model")
         name = name or (world.exact.recognise(folder) if folder and world else None)
         found.append(replace(row, photos_from=folder or "", exact=world.exact(name) if name else None))
+    found = as_epochs(found[:concepts]) + found[concepts:]
     told = found[:concepts] or found
     return found + in_words(told, words_of(told, flags.described))
 
@@ -275,19 +306,26 @@ def main(arguments: list[str] | None = None) -> None:
     architecture = check_inputs(flags)
     from data.dataset import ConceptImages  # after the flags: these take seconds
     from data.pictures import read_pictures
+    from infusion.metrics.report.epochs import epochs_of, in_order
     from infusion.metrics.report.output import Measured, check_folder, write
     from infusion.metrics.run.cache import Cache
     from infusion.metrics.run.evaluate import check, evaluate
     from infusion.sampling.customised import check_covariance
     from ldm.util.dist import launch
 
-    world = WORLDS.get(architecture)
-    rows = find_rows(flags, world)
+    rows = load_concepts(flags)
+    if rows and not architecture:  # files of other tools have told it only now
+        architecture = rows[0].concept.architecture
+        check_weights(flags, find_config(flags, architecture))
+        check_clipseg(flags, architecture)
+    config, world = find_config(flags, architecture), WORLDS.get(architecture)
+    concepts = {one.file: one.concept for row in rows for one in row.checkpoints}
+    check_fit(flags, config, concepts)
+    rows = find_rows(flags, rows, world)
     for folder, noun in dict.fromkeys((row.photos_from, row.superclass) for row in rows if row.photos_from):
         ConceptImages(folder, 64, noun, mask="none")  # before what is slow; the model says which size is wanted
     sources = Sources(flags, world)
     options = choose(flags, rows, sources.there)
-    concepts = [one.concept for row in rows for one in row.checkpoints]
     usual = str(usual_file(architecture))
     named = one_each(flags.protocol, len(flags.personalized_ckpt) + len(flags.pictures), "protocol")
     of_concept = {row.name: name or usual for row, name in zip(rows, named, strict=False)}
@@ -295,12 +333,11 @@ def main(arguments: list[str] | None = None) -> None:
     protocols = {name: Protocol.load(name).beside(flags.neighbours or ()) for name in names}
     ranks, device = launch(flags.devices, flags.num_nodes, find_device(flags.device))
     tools = sources.load(flags, options, device)
-    check_covariance(concepts, tools.inverse_covariance)
-    sd = load_base(flags, find_config(flags, architecture), concepts, device)
-    for concept in concepts:
+    check_covariance(list(concepts.values()), tools.inverse_covariance)
+    sd = load_base(flags, config, list(concepts.values()), device)
+    for concept in concepts.values():
         concept.check_base(sd.architecture, sd.hash)
-    of_files = {one.file: one.concept for row in rows for one in row.checkpoints}
-    check_concepts(sd, of_files, tools.inverse_covariance)
+    check_concepts(sd, concepts, tools.inverse_covariance)
 
     @cache
     def photos(folder: str, superclass: str) -> "torch.Tensor":
@@ -330,7 +367,10 @@ def main(arguments: list[str] | None = None) -> None:
             evaluate(sd, row, protocols[name], options, kept, tools) | {"protocol": name}
             for row, name in zip(rows, names, strict=True)
         ]
+        results = in_order(results)
         if ranks.first:
+            for epochs in epochs_of(results):
+                logger.info("%s", epochs.in_words())
             logger.info("open %s", write(out, Measured(results, settings, files, command)))
 
 

@@ -7,14 +7,14 @@ import argparse
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from ldm.util.cli import UserError
-from ldm.util.config import find, load_config
+from ldm.util.cli import UserError, naming
+from ldm.util.config import backbones, find, load_config
 from ldm.util.defaults import PREFIXES
 
 if TYPE_CHECKING:
@@ -65,6 +65,29 @@ def check_weights(flags: argparse.Namespace, config: Path) -> None:
     source = load_config(config).get("ckpt_source")
     hint = f"get it from {source}, or " if source else ""
     raise UserError(f"--ckpt: there is no file {usual}; {hint}name another checkpoint of {config.stem}")
+
+
+def check_fit(flags: argparse.Namespace, config: Path, concepts: "Mapping[str, Concept]") -> None:
+    """Before anything is loaded: the concepts are for the config's model, and so is the file of its weights.
+
+    Args:
+        concepts: by their files.
+
+    Raises:
+        UserError: they are not, as far as metadata, names and shapes of tensors tell; it names the file.
+    """
+    from ldm.weights.diffusers_layout import open_checkpoint
+    from ldm.weights.recognise import recognise
+
+    name = OmegaConf.select(load_config(config), "sd.params.name")
+    for file, concept in concepts.items():
+        with naming(file):
+            concept.check_architecture(name)
+    if flags.ckpt and name in backbones() and "unet" not in (flags.part or {}):
+        with open_checkpoint(find(flags.ckpt)) as file:
+            kind = recognise(file)
+        if kind.architectures and name not in kind.architectures:
+            raise UserError(f"--ckpt: {flags.ckpt} is {kind.says}, and the concepts are for {name}")
 
 
 def load_base(

@@ -124,18 +124,24 @@ class Concept:
         difference, norm = (ours - theirs).norm().item(), theirs.norm().item()
         return difference / norm if norm else (math.inf if difference else 0.0)
 
-    def check_base(self, architecture: str, base_hash: str | None) -> None:
-        """Warn when the base model is another one than the concept was trained on.
+    def check_architecture(self, architecture: str) -> None:
+        """Raises ValueError for another architecture than that of the base model that the concept was trained on.
 
-        Raises:
-            ValueError: it is of another architecture; unless tensors cannot tell the two apart, and the concept's file
-                does not say which checkpoint it was trained on.
+        Where tensors cannot tell the two apart, a concept whose file does not say its checkpoint fits both.
         """
         alike = self.base_hash is None and {architecture, self.architecture} == TWINS
         if architecture != self.architecture and not alike:
             raise UserError(
                 f"{self.superclass!r} was trained on {self.architecture!r}: it does not fit {architecture!r}"
             )
+
+    def check_base(self, architecture: str, base_hash: str | None) -> None:
+        """Warn when the base model is another one than the concept was trained on.
+
+        Raises:
+            ValueError: it is of another architecture (`check_architecture`).
+        """
+        self.check_architecture(architecture)
         if base_hash != self.base_hash:
             named = ["--use_ema"] * self.base_use_ema
             named += [f"--part {name}=FILE (sha256 {_short(part)})" for name, part in self.base_parts.items()]

@@ -9,7 +9,7 @@ logarithm): `python -m scripts.coverage` shows that the plain difference holds t
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from infusion.metrics.report.words import CHANGE, LIKENESS, READ_AGAINST, metric
 LEVEL = 0.95  # of the intervals of differences, and one minus the level of tests
 EQUAL = 1e-9  # share of a value within which others are the same but for rounding
 EDGE = 0.03  # two shares whose mean is nearer to 0 or 1 have no interval: Student's t covers too little there
+KEEP, STAR = "keep", "★"  # what marks the epoch to keep: a result's key, and in its label
 CONCEPTS, SAMPLES = "over concepts", "over the samples of a run"  # what an error is over
 Result = Mapping[str, Any]  # see infusion.metrics.run.evaluate.evaluate
 Figure = Mapping[str, Any]  # value, stderr and more
@@ -53,6 +54,11 @@ class Group:
         return all(result.get("anchored", False) for result in self.results)
 
     @property
+    def keep(self) -> bool:
+        """Whether it has the epoch of a training that is to be kept."""
+        return any(result.get(KEEP, False) for result in self.results)
+
+    @property
     def concepts(self) -> list[str]:
         return list(dict.fromkeys(map(concept_of, self.results)))
 
@@ -82,7 +88,8 @@ def groups_of(results: Sequence[Result]) -> list[Group]:
     over, groups = errors_over(results), []
     for name, own in gathered.items():
         label = own[0]["label"] if len(gathered) == len(results) else name
-        groups.append(Group(name, label, own[0].get("kind") or "concept", own, figures_of(own, over)))
+        group = Group(name, label, own[0].get("kind") or "concept", own, figures_of(own, over))
+        groups.append(replace(group, label=f"{label} {STAR}") if group.keep else group)
     words = next((group for group in groups if group.kind == "words"), None)
     for group in groups:
         for metric, figure in group.figures.items():

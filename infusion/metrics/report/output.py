@@ -10,6 +10,7 @@ import pandas as pd
 
 from infusion.concepts.concept import now
 from infusion.metrics.report.aggregate import READ_AGAINST, Group, Result, groups_of
+from infusion.metrics.report.epochs import epochs_of
 from infusion.metrics.report.page import page
 from infusion.metrics.report.plots import plots
 from infusion.metrics.run.options import CACHE
@@ -61,6 +62,8 @@ class Measured:
         }
         said = {"format": FORMAT, "version": VERSION, "command": self.command, "settings": dict(self.settings)}
         groups = {group.name: group.figures for group in self.groups}
+        if epochs := [each.as_dict() for each in epochs_of(self.results)]:
+            said["epochs"] = epochs
         return said | {"files": dict(self.files), "groups": groups, "methods": methods}
 
     def as_csv(self) -> str:

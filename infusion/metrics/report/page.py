@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
 from infusion.metrics.report.aggregate import Group, Result, concept_of
+from infusion.metrics.report.epochs import epochs_of
 from infusion.metrics.report.plots import PLOTS
 from infusion.metrics.report.tables import decimal, families, headline, message, notes, percent, titled
 from infusion.sampling.pictures import SIDE, png, shrunk, to_image
@@ -38,10 +39,12 @@ def page(
     results = [result for group in groups for result in group.results]
     shown = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in settings.items()}
     protocols = shown.pop("protocols", {})
+    trainings = epochs_of(results)
+    epochs = {f"Epochs of {each.training}" if len(trainings) > 1 else "Epochs": each.in_words() for each in trainings}
     pictures = {name: (*PLOTS[name], data_uri(svg.encode(), "svg+xml")) for name, svg in drawn.items()}
     return render(
         TEMPLATES / "metrics.html.j2",
-        message=message(groups),
+        message=epochs | message(groups),
         headline=headline(groups),
         notes=notes(groups),
         plane=pictures.pop("tradeoff_lfd", None),

@@ -136,9 +136,10 @@ def message(groups: Sequence[Group]) -> dict[str, str]:
     """What the figures say, by plain rules: sentences by what they are about.
 
     A share is kept that falls by at most `TOLERANCE` below the base model's. One method differs from another where the
-    test says so (`beyond`). A method beats its words where the 95 % interval of the difference lies above 0.
+    test says so (`beyond`). A method beats its words where the 95 % interval of the difference lies above 0. Of epochs,
+    the one to keep comes first.
     """
-    ours, likeness = groups[0], likeness_of(groups[0].figures)
+    ours, likeness = next((group for group in groups if group.keep), groups[0]), likeness_of(groups[0].figures)
     name, said = titled(ours), {}
     if likeness:
         figure = ours.figures[likeness]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, Self
@@ -10,7 +10,9 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from infusion.concepts import file as concept_file
 from infusion.concepts.concept import Concept
+from infusion.concepts.others import IN_FOLDERS
 from infusion.gate import IDENTITY
 from infusion.methods import method_of
 from infusion.metrics.run.options import CONCEPT, PICTURES, WORDS
@@ -20,7 +22,7 @@ from ldm.util.cli import UserError
 from ldm.util.config import find
 
 LONGEST = 4096  # characters of a name in a report
-RUN = "step=*.safetensors"  # in a run folder's models/
+MODELS, RUN = "models", "step=*.safetensors"  # a run's folder of concept files, and their names
 
 
 class ExactMeasures(Protocol):
@@ -46,9 +48,13 @@ class Checkpoint:
     file: str = ""
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """A concept file; raises ValueError as `Concept.load`."""
-        concept = Concept.load(path)
+    def load(cls, path: Path, said: Mapping[str, str] | None = None) -> Self:
+        """A concept file, or a file of another tool; raises ValueError as `Concept.load`.
+
+        Args:
+            said: superclass and noun of a file of another tool; a superclass that it says itself counts.
+        """
+        concept = Concept.load(path, **_not_said(path, said or {}))
         return cls(concept, hashes(None, [str(path)], IDENTITY)["personalized_sha256"], str(path))
 
     @classmethod
@@ -106,6 +112,9 @@ class Subject:
         described: a concept in words, which the base model draws in place of {}.
         pictures: drawn elsewhere.
         superclass: the noun of what the concept is one of; "" takes that of the checkpoints.
+        training: the training that this is an epoch of (`infusion.metrics.run.epochs`), by its first file's label; "":
+            of none.
+        epoch: its place among the epochs that are measured, from 1.
     """
 
     label: str
@@ -117,6 +126,8 @@ class Subject:
     described: str = ""
     pictures: Pictures | None = None
     superclass: str = ""
+    training: str = ""
+    epoch: int = 0
 
     def __post_init__(self) -> None:
         if not self.superclass:
@@ -169,6 +180,7 @@ class Subject:
             said |= {"prompts": list(self.pictures.prompts), "prompts_by": self.pictures.rule}
             return said | {"sha256": fingerprint(self.pictures.images)}
         concept = self.concept
+        said |= {"epoch_of": self.training, "epoch": self.epoch} if self.training else {}
         return said | {
             "method": concept.method,
             "group": self.group or concept.method,
@@ -207,7 +219,8 @@ def in_words(subjects: Sequence[Subject], described: Sequence[str]) -> list[Subj
         label = f"words {Path(name).name}" if several else f"words: {words}"
         if label in (row.label for row in rows):  # folders of one name, or a concept told twice
             label = f"words {name}: {words}"
-        rows.append(replace(subject, label=label, group="", checkpoints=(), pictures=None, described=words))
+        own = {"group": "", "checkpoints": (), "pictures": None, "training": "", "epoch": 0}
+        rows.append(replace(subject, label=label, described=words, **own))
     return rows
 
 
@@ -231,16 +244,22 @@ def concept_files(path: str | Path) -> list[Path]:
     found = find(path)
     if not found.is_dir():
         return [found]
-    files = sorted((found / "models").glob(RUN))
+    files = sorted((found / MODELS).glob(RUN))
     if not files:
-        raise UserError(f"--personalized_ckpt: {path} is a folder without models/{RUN}, so no run of main.py")
+        raise UserError(f"--personalized_ckpt: {path} is a folder without {MODELS}/{RUN}, so no run of main.py")
     return files
 
 
 def load_subjects(
-    paths: Sequence[str], labels: Sequence[str] | None = None, groups: Sequence[str] | None = None
+    paths: Sequence[str],
+    labels: Sequence[str] | None = None,
+    groups: Sequence[str] | None = None,
+    said: Mapping[str, str] | None = None,
 ) -> list[Subject]:
     """Concept files and run folders; a label is by default the name of the run folder or of the file.
+
+    Args:
+        said: of files of other tools, see `Checkpoint.load`.
 
     Raises:
         ValueError: a file that `Concept.load` refuses, not one label or group for each, one label twice, or a label,
@@ -249,7 +268,7 @@ def load_subjects(
     for flag, given in (("labels", labels), ("groups", groups)):
         if given is not None and len(given) != len(paths):
             raise UserError(f"--{flag}: {len(given)} for {len(paths)} of --personalized_ckpt; give one for each")
-    names = [_name(find(path)) for path in paths] if labels is None else list(labels)
+    names = _names([find(path) for path in paths]) if labels is None else list(labels)
     if double := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--labels: two are called {double[0]!r}; give each a name of its own")
     groups = [""] * len(paths) if groups is None else groups
@@ -259,16 +278,40 @@ def load_subjects(
                 advice = "give it another by --labels" if flag == "labels" else "name it otherwise"
                 raise UserError(f"--{flag}: a report cannot show the name {word[:80]!a}: {advice}")
     return [
-        Subject(name, tuple(Checkpoint.load(file) for file in concept_files(path)), group=group)
+        Subject(name, tuple(Checkpoint.load(file, said) for file in concept_files(path)), group=group)
         for name, path, group in zip(names, paths, groups, strict=True)
     ]
 
 
+def _names(paths: Sequence[Path]) -> list[str]:
+    """What rows are called by default: each file of a run has its own name where there are several of that run."""
+    names = [_name(path) for path in paths]
+    files = [path.parent.name == MODELS and names.count(name) > 1 for path, name in zip(paths, names, strict=True)]
+    return [f"{n} {path.stem}" if file else n for path, n, file in zip(paths, names, files, strict=True)]
+
+
 def _name(path: Path) -> str:
-    """A run folder and the files of its models/ are called after the run, any other file after itself."""
+    """Of a run folder or a file of its models/, the run's; of an adapter in a folder of its own, the folder's."""
+    path = path.absolute()
     if path.is_dir():
-        return path.absolute().name
-    return path.absolute().parent.parent.name if path.absolute().parent.name == "models" else path.stem
+        return path.name
+    return path.parent.parent.name if path.parent.name == MODELS else place_of(path).name
+
+
+def place_of(file: str | Path) -> Path:
+    """What a file is known by: itself without its ending, or the folder of one that is called alike in each."""
+    path = Path(file).absolute()
+    return path.parent if path.name in IN_FOLDERS else path.with_suffix("")
+
+
+def _not_said(path: Path, said: Mapping[str, str]) -> dict[str, str]:
+    """Of what a user says, that which a file does not say itself; this project's own files say everything."""
+    if not said or not path.is_file():
+        return dict(said)
+    with concept_file.opened(path) as content:
+        if concept_file.is_concept(content):
+            return {}
+        return {name: word for name, word in said.items() if name not in content.metadata}
 
 
 def fingerprint(images: Tensor) -> str:
