@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from data.pocket_two.captions import PLACE_WORDS, caption
 from data.pocket_two.scene import CHOICES, NONE, NOUNS, SceneWords, ThingWords
 from data.pocket_two.world import draw_scene
-from ldm.models.text import ClipText
+from ldm.models.text import TextEncoder
 from ldm.training.optimise import adamw
 
 LOOKS = ("colour", "second", "texture", "size")
@@ -47,27 +47,33 @@ class CaptionData(pl.LightningDataModule):
 
 
 class TextReading(pl.LightningModule):
-    """A text tower learns to say which looks belong to which noun.
+    """A text encoder learns to say which looks belong to which noun.
 
     A linear layer reads the looks of an object from the encoding of its noun's last token, its noun from the encoding
-    of its place's last token, and all words of the scene from the encoding of the end token. The layers are not kept.
-    A diffusion loss alone takes very long to tell whose colour is whose when a caption has two nouns.
+    of its place's last token, and all words of the scene from the encoding of the end token, and from the pooled vector
+    where there is one. The layers are not kept. A diffusion loss alone takes very long to tell
+    whose colour is whose when a caption has two nouns.
     """
 
-    def __init__(self, text: ClipText, learning_rate: float = 1e-3):
+    def __init__(self, text: TextEncoder, learning_rate: float = 1e-3):
         super().__init__()
         self.text, self.learning_rate = text, learning_rate
         self.looks = nn.Linear(text.width, sum(len(CHOICES[part]) for part in LOOKS))
         self.nouns = nn.Linear(text.width, len(NOUNS))
-        self.scene = nn.Linear(text.width, sum(len(CHOICES[part]) for part in PRESENT))
+        words = sum(len(CHOICES[part]) for part in PRESENT)
+        self.scene = nn.Linear(text.width, words)
+        self.pooled = None if text.pooled_width is None else nn.Linear(text.pooled_width, words)
 
     def training_step(self, batch: dict, index: int) -> Tensor:
         tokens = self.text.tokenizer(batch["captions"])  # (B, L)
-        encodings = self.text.encode_tokens(tokens).float()  # (B, L, D)
+        context = self.text.context(tokens)
+        encodings = context.text.float()  # (B, L, D)
         ends = (tokens == self.text.tokenizer.eos).int().argmax(1)
         whole = self.scene(encodings[torch.arange(len(tokens)), ends])
         present = torch.stack([presence(words) for words in batch["words"]]).to(whole)
         of_scene = F.binary_cross_entropy_with_logits(whole, present)
+        if self.pooled is not None:
+            of_scene = of_scene + F.binary_cross_entropy_with_logits(self.pooled(context.pooled.float()), present)
 
         at_nouns, at_places = [], []  # (row, place among the tokens, object)
         for i, (ids, words) in enumerate(zip(tokens.tolist(), batch["words"], strict=True)):

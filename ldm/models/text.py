@@ -49,9 +49,13 @@ class TextEncoder(nn.Module):
         """All that the UNet takes of B prompts; arguments as of `encode_tokens`."""
         return Context(self.encode_tokens(tokens, learned))
 
+    def conditioning(self, texts: Sequence[str]) -> Context:
+        """All that the UNet takes of B strings, of which "" is no text: see `unconditional`."""
+        return self.context(self.tokenizer(texts))
+
     def unconditional(self, negative_prompt: str = "") -> Context:
         """What classifier-free guidance guides away from, one row."""
-        return self.context(self.tokenizer([negative_prompt]))
+        return self.conditioning([negative_prompt])
 
     def comparable(self, encodings: Tensor) -> Tensor:
         """Encodings (…, D) as the gate compares them: here they have gone through the final norm already."""
@@ -250,10 +254,11 @@ class TextPair(TextEncoder):
         _, (second, read) = self._read(tokens, learned)
         return Context(self.encode_tokens(tokens, learned), pooled=second.pooled(*read))
 
-    def unconditional(self, negative_prompt: str = "") -> Context:
-        """All zeros for an empty negative prompt, as SDXL was trained; anything else is encoded, also a space."""
-        context = self.context(self.tokenizer([negative_prompt]))
-        return context if negative_prompt else context.map(torch.zeros_like)
+    def conditioning(self, texts: Sequence[str]) -> Context:
+        """All zeros for an empty text, as SDXL was trained; anything else is encoded, also a space."""
+        empty = torch.tensor([not text for text in texts])
+        context = self.context(self.tokenizer(texts))
+        return context.map(lambda rows: rows.masked_fill(empty.view(-1, *[1] * (rows.dim() - 1)).to(rows.device), 0))
 
     def comparable(self, encodings: Tensor) -> Tensor:
         """Each encoder's part under its own final norm, which SD 1.5's and 2.1's encodings have gone through."""

@@ -1,6 +1,7 @@
 """Trains a text-conditional latent diffusion model."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytorch_lightning as pl
 import torch
@@ -17,12 +18,13 @@ from ldm.weights.names import PREFIXES, prefix_of
 class LatentDiffusion(pl.LightningModule):
     """The denoising loss of Ho et al. 2020 (eq. 14) on latents (Rombach et al. 2022, eq. 3).
 
-    The UNet is trained, the text tower if `train_text`, the autoencoder is not. A share of the captions is emptied, for
-    classifier-free guidance. `min_snr` is γ of Hang et al. 2023 (eq. 7): the loss on ε is weighted by
+    The UNet is trained, the text encoder if `train_text`, the autoencoder is not. A share of the captions is emptied,
+    for classifier-free guidance. `min_snr` is γ of Hang et al. 2023 (eq. 7): the loss on ε is weighted by
     min(SNR, γ) / SNR, so that steps with little noise do not take most of the capacity. `clean_weight` adds so much of
     the loss on the clean latents, which is the one on ε by the SNR, and `layout_share` of the timesteps come from the
     last fifth alone: where things stand is decided there, and ε hardly depends on it. Batches: {"latents":
-    (B, C, h, w), "captions": list of B}, and "weights" (B, 1, h, w) of the loss if some places matter more.
+    (B, C, h, w), "captions": list of B}, and if need be "sizes": (B, 6), see `Context`, for what are no whole pictures,
+    and "weights": (B, 1, h, w) of the loss, where some places matter more.
     """
 
     def __init__(
@@ -49,13 +51,14 @@ class LatentDiffusion(pl.LightningModule):
     def training_step(self, batch: dict, index: int) -> Tensor:
         latents = batch["latents"]
         dropped = torch.rand(len(latents)) < self.caption_dropout
-        text = self.sd.text(["" if drop else caption for drop, caption in zip(dropped, batch["captions"], strict=True)])
+        captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"], strict=True)]
+        context = replace(self.sd.text.conditioning(captions), sizes=batch.get("sizes"))
         timesteps = self.timesteps(len(latents)).to(latents.device)
         noise = torch.randn_like(latents)
         noisy = self.sd.schedule.add_noise(latents, noise, timesteps)
         # the backward pass of the fused CPU kernel takes a third of a step at these sizes
         with sdpa_kernel(SDPBackend.MATH) if latents.device.type == "cpu" else nullcontext():
-            prediction = self.predict(noisy, timesteps, text)
+            prediction = self.predict(noisy, timesteps, context)
         errors = F.mse_loss(prediction.float(), noise, reduction="none") * batch.get("weights", 1.0)
         errors = errors.mean((1, 2, 3))  # (B,)
         signal = self.sd.schedule.alphas_cumprod.to(latents.device)[timesteps]

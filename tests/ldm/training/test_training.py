@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from ldm.diffusion.schedule import Schedule
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.clip import Clip
-from ldm.models.text import ClipText
+from ldm.models.text import ClipText, OpenClipText, TextPair
 from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNet
 from ldm.pipeline import StableDiffusion
@@ -113,10 +113,33 @@ def test_a_share_of_the_timesteps_is_for_the_layout(sd):
 def test_captions_are_emptied_for_guidance(sd, share, emptied):
     module = logged(LatentDiffusion(sd, caption_dropout=share))
     texts = []
-    encode = sd.text.forward
-    sd.text.forward = lambda prompts: texts.extend(prompts) or encode(prompts)
+    encode = sd.text.conditioning
+    sd.text.conditioning = lambda prompts: texts.extend(prompts) or encode(prompts)
     module.training_step({"latents": torch.randn(8, 4, 8, 8), "captions": ["a cat"] * 8}, 0)
     assert texts.count("") == emptied and texts.count("a cat") == 8 - emptied
+
+
+def test_two_text_encoders_give_the_unet_a_pooled_vector_and_zeros_for_no_caption():
+    """SDXL's structure: rows without a caption are those that guidance guides away from; sizes come with the batch."""
+    first, second = (Tokenizer(merges=300, context_length=16, pad=pad) for pad in ("end", "zero"))
+    shape = {"layers": 2, "heads": 2, "max_length": 16}
+    clip = ClipText(first, hidden_size=16, intermediate_size=32, skip=1, **shape)
+    text = TextPair(clip, OpenClipText(second, hidden_size=24, pools=True, **shape))
+    unet = UNet(model_channels=16, channel_mult=(1, 2), num_heads=2, context_dim=40, pooled_dim=24, pixels=2)
+    vae = AutoencoderKL(ch=8, ch_mult=(1, 2), num_res_blocks=1, mid_attention=False)
+    module = logged(LatentDiffusion(StableDiffusion(unet, vae, text, Schedule()), caption_dropout=0.5))
+    seen, predict = [], module.predict
+    module.predict = lambda latents, timesteps, context: seen.append(context) or predict(latents, timesteps, context)
+    torch.manual_seed(0)
+    batch = {"latents": torch.randn(8, 4, 8, 8), "captions": ["a cat"] * 8, "sizes": torch.full((8, 6), 16)}
+    module.training_step(batch, 0).backward()
+    (context,) = seen
+    dropped = (context.text == 0).all(2).all(1)
+    assert 0 < dropped.sum() < 8 and torch.equal(dropped, (context.pooled == 0).all(1))
+    expected = text.context(text.tokenizer(["a cat"]))
+    torch.testing.assert_close(context.text[~dropped][:1], expected.text)
+    torch.testing.assert_close(context.pooled[~dropped][:1], expected.pooled)
+    assert torch.equal(context.sizes, batch["sizes"])
 
 
 def test_diffusion_trains_unet_and_text_tower_and_never_the_autoencoder(sd):
