@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from ldm.util.console import lasting_output
 from ldm.util.defaults import PREFIXES
 
 if TYPE_CHECKING:
@@ -41,10 +42,11 @@ def report(main: Callable[..., None]) -> Callable[..., None]:
 
     That is `UserError`, an OSError that names a file, a full disk, a want of memory, where the line says what lowers
     it, and the end of one of several processes. Ctrl-C ends the command with exit code 130. Any other exception is a
-    bug of ours: it keeps its traceback, and Python exits with 1.
+    bug of ours: it keeps its traceback, and Python exits with 1. What is printed never fails (`ldm.util.console`).
     """
 
     @functools.wraps(main)
+    @lasting_output()
     def wrapped(*args, **kwargs) -> None:
         try:
             main(*args, **kwargs)

@@ -28,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         if partial.is_file():
             partial.chmod(folder.stat().st_mode & 0o666)  # some libraries' writers give fewer permissions
-            with partial.open("rb") as file:
+            with partial.open("r+b") as file:  # Windows flushes no file that is open for reading alone
                 os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:

@@ -227,7 +227,7 @@ class ClassTokenBackbone(FolderBackbone):
 
 def _model_type(folder: Path) -> str | None:
     try:
-        return json.loads((folder / "config.json").read_text()).get("model_type")
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise UserError(f"backbone {folder}: its config.json is not a mapping in JSON") from error
 
