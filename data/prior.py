@@ -54,7 +54,7 @@ class ClassImages:
         if not 0 <= seed < 2**63:
             raise UserError(f"prior: seed: must be from 0 to 2**63 - 1, not {seed}")
         self.prompt = fill(prompt, [] if superclass is None else [superclass])
-        self.count, self.root = count, None if root is None else Path(root)
+        self.count, self.root = count, None if root is None else Path(root).expanduser()
         self.steps, self.scale, self.seed, self.batch_size = steps, scale, seed, batch_size
 
     def latents(self, sd: StableDiffusion) -> Tensor:

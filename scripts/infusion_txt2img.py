@@ -24,6 +24,7 @@ from infusion.sampling.settings import Settings, add_settings_flags
 from infusion.sampling.validate import check_concepts, check_sizes, check_words, fill_in, source
 from ldm.util.cli import (
     MOST,
+    More,
     Parser,
     UserError,
     add_base_flags,
@@ -37,7 +38,7 @@ from ldm.util.cli import (
     words,
     writable,
 )
-from ldm.util.config import BACKBONES, find
+from ldm.util.config import BACKBONES, files_in, find
 from ldm.util.templates import fill
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", metavar="FILE", help="backbone config; None: the one that the concept file names")
     add_base_flags(parser)
-    add("--personalized_ckpt", metavar="A[,B]", help="concept files; None: the base model alone, which needs --config")
+    about = "concept files; again for more; none: the base model alone, which needs --config"
+    add("--personalized_ckpt", metavar="A[,B]", type=files_in, action=More, default=[], help=about)
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", help="{} is the concept, {1}, {2} … are several", default="a photo of a {}")
     prompts.add_argument("--from-file", metavar="FILE", help="prompts, one a line, with --n --w --h --s --l --d behind")
@@ -110,20 +112,16 @@ def read_prompts(flags: argparse.Namespace, settings: Settings) -> list[Job]:
         raise UserError(f"--from-file: {flags.from_file}: {error}") from error
 
 
-def concept_names(flags: argparse.Namespace) -> list[str]:
-    return [name for name in (flags.personalized_ckpt or "").split(",") if name]
-
-
 def read_concepts(flags: argparse.Namespace) -> "dict[str, Concept]":
     """Concepts by their files' names as given."""
     from infusion.concepts.concept import Concept
 
-    return {name: Concept.load(find(name)) for name in concept_names(flags)}
+    return {name: Concept.load(find(name)) for name in flags.personalized_ckpt}
 
 
 def check_inputs(flags: argparse.Namespace) -> None:
     """Raises UserError for a file that is not there, before what is slow to import."""
-    names = concept_names(flags)
+    names = flags.personalized_ckpt
     check_concepts_there(names)
     if flags.covariance and not find(flags.covariance).is_file():
         raise UserError(f"{flags.covariance}: there is no such covariance file")

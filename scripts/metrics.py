@@ -32,6 +32,7 @@ from infusion.metrics.run.protocol import GROUPS, Protocol, usual_file
 from infusion.sampling.validate import check_concepts
 from ldm.diffusion.schedulers import SAMPLERS
 from ldm.util.cli import (
+    More,
     Parser,
     UserError,
     add_base_flags,
@@ -46,7 +47,7 @@ from ldm.util.cli import (
     words,
     writable,
 )
-from ldm.util.config import find, load_config
+from ldm.util.config import files_in, find, load_config
 from ldm.util.defaults import CLIPSEG, POCKET
 from ldm.util.files import locked
 from scripts.infusion_txt2img import find_config
@@ -67,8 +68,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", metavar="FILE", help="backbone config; None: the one that the concept files name")
     add_base_flags(parser)
+    listed = {"type": files_in, "action": More}
     about = "concept files, files of other tools, or run folders; of epochs of one training, the one to keep is told"
-    add("--personalized_ckpt", metavar="A[,B]", nargs="+", type=words, default=[], help=about)
+    add("--personalized_ckpt", metavar="A[,B]", nargs="+", default=[], help=about, **listed)
     about = "the concept in words, for a row of the base model told them; once for each concept; None: the world's own"
     add("--described", metavar="TEXT", type=described, action="append", help=about)
     about = "a row of pictures that something else has drawn; again for more rows"
@@ -89,9 +91,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--out", metavar="DIR", type=writable, help="gets report.html, metrics.json …", default="outputs/metrics")
     add("--cache", type=writable, metavar="DIR", help=f"rows measured before; None: {CACHE} in --out")
     about = "photos of the concept, one folder for all or one for each of --personalized_ckpt and then --pictures"
-    add("--images", metavar="DIR[,DIR]", type=words, help=about)
+    add("--images", metavar="DIR[,DIR]", help=about, **listed)
     add("--concept", metavar="C[,C]", type=words, help="pocket: the world's name of it; None: as the folder is called")
-    add("--protocol", metavar="P[,P]", type=words, help="prompts, for all or one each; None: the architecture's")
+    about = "prompts, for all or one each; None: the architecture's"
+    add("--protocol", metavar="P[,P]", help=about, **listed)
     add("--neighbours", metavar="N[,N]", type=words, help="nouns beside the superclass; None: the protocol's")
     add("--clip", metavar="DIR", help="folder of a CLIP, or pocket; None: pocket on a pocket model")
     add("--dino", metavar="DIR", help="folder of a DINO, for dino and pres")
@@ -119,7 +122,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--devices", type=processes, help="processes here that share the work, each with a device", default=1)
     add("--num_nodes", type=count, help="machines that share it", default=1)
     flags = parser.parse_args(arguments)
-    flags.personalized_ckpt = [name for names in flags.personalized_ckpt for name in names]
     if unknown := [name for name in flags.curve if name not in GROUPS]:
         parser.error(f"--curve: there is no group `{unknown[0]}`; there are {', '.join(GROUPS)}")
     if not flags.personalized_ckpt and not flags.pictures:

@@ -4,7 +4,6 @@ Nothing here is slow to import, so that a mistake is reported at once.
 """
 
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.util.cli import UserError, suggestion
-from ldm.util.config import ConfigError, check_params, find, load_config, override, refuse_unused, resolve
+from ldm.util.config import ConfigError, check_params, find, load_config, override, refuse_unused, resolve, texts
 from ldm.util.defaults import POCKET, PREFIXES
 from ldm.util.folders import CONFIG, folder_of
 
@@ -81,7 +80,7 @@ def read_config(flags: Namespace) -> DictConfig:
     if not flags.resume:
         refuse_unused(config, NODES)  # before an override drops what refers to a key
     for word in flags.overrides:
-        override(config, word)
+        override(config, word, Training)
     if flags.seed is not None:
         config.seed = flags.seed
     for key in [str(key) for key in config if OmegaConf.is_missing(config, key)]:
@@ -125,12 +124,3 @@ def check_inputs(config: DictConfig) -> None:
         kind = next((kind for end, kind in INPUTS.items() if key.endswith(f".{end}")), None)
         if kind and name != POCKET and not find(name).exists():
             raise UserError(f"{key}: there is no {kind} {name}")
-
-
-def texts(node: object, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in nested mappings and lists, with the key that leads to it, such as data.params.mask."""
-    if isinstance(node, str):
-        yield path, node
-    elif isinstance(node, dict | list):
-        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from texts(child, f"{path}.{key}" if path else str(key))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MOST = 1_000_000  # of anything that is counted
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 LONGEST = 400  # characters of a mistake's line
+PATHS = ("FILE", "DIR", "PATH", "RUN", "PNG", "CONFIG", "IN", "OUT")  # metavars of flags that name one file or folder
 OUT_OF_MEMORY = (
     "out of memory: in training lower data.params.batch_size (trainer.accumulate_grad_batches makes up for it) or add "
     "--base configs/with/small_card.yaml; in sampling lower --n_samples, --H and --W or use --precision autocast; in "
@@ -123,14 +124,30 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose help shows the defaults and whose complaints are `UserError`s."""
+    """An argument parser whose help shows the defaults and whose complaints are `UserError`s.
+
+    In what a flag with one of the `PATHS` as its metavar names, ~ is the home folder, also where no shell says so.
+    """
 
     def __init__(self, **options):
         super().__init__(formatter_class=Defaults, allow_abbrev=False, **options)
 
+    def _get_value(self, action: argparse.Action, text: str) -> object:
+        return super()._get_value(action, os.path.expanduser(text) if action.metavar in PATHS else text)
+
     def error(self, message: str) -> NoReturn:
         shown = message if len(message) <= LONGEST else f"{message[:LONGEST]} …"  # it quotes what was typed
         raise UserError(f"{shown} (--help lists the flags)")
+
+
+class More(argparse.Action):
+    """A flag whose values are lists; given several times, it holds all of them."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if self.nargs == "+":
+            values = [one for many in values for one in many]
+        earlier = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if earlier is self.default else [*earlier, *values])
 
 
 class Together(argparse.Action):

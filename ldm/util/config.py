@@ -14,9 +14,11 @@ A config is code: it can build any class of our packages, so run only what you h
 import importlib
 import inspect
 import math
+import os
 import re
 import types
 import typing
+from argparse import ArgumentTypeError
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -39,12 +41,15 @@ class ConfigError(UserError):
 
 
 def load_config(
-    paths: str | Path | Iterable[str | Path], overrides: Sequence[str] = (), defaults: dict[str, Any] | None = None
+    paths: str | Path | Iterable[str | Path],
+    overrides: Sequence[str] = (),
+    defaults: dict[str, Any] | None = None,
+    keys: type | None = None,
 ) -> DictConfig:
     """Merges `defaults` and files from left to right (each after what it includes), then `key.path=value` overrides.
 
-    Raises ConfigError for a file that is missing or malformed, a circular include, and an override whose first key is
-    not in the config.
+    `keys` is a class whose attributes are the top-level keys, see `override`. Raises ConfigError for a file that is
+    missing or malformed, a circular include, and an override whose first key is not in the config.
     """
     config = OmegaConf.create(defaults or {})
     for path in [paths] if isinstance(paths, str | Path) else paths:
@@ -54,7 +59,7 @@ def load_config(
             except (OmegaConfBaseException, TypeError, ValueError) as error:
                 raise ConfigError(f"{file}: {_first_line(error)}") from error
     for word in overrides:
-        override(config, word)
+        override(config, word, keys)
     return config
 
 
@@ -82,8 +87,13 @@ def _read(path: Path, parents: tuple[Path, ...] = ()) -> Iterator[tuple[Path, Di
     yield path, values
 
 
-def override(config: DictConfig, word: str) -> None:
-    """Sets `key.path=value`; raises ConfigError for anything else, and for a first key that is not in the config."""
+def override(config: DictConfig, word: str, keys: type | None = None) -> None:
+    """Sets `key.path=value`; raises ConfigError for anything else, and for a first key that is not in the config.
+
+    The value is read as YAML. Where the key is for texts or paths alone, it is taken as it stands: a folder may be
+    called 123 or [dog]. Whether it is, the classes say whose parameters the key ends in, and `keys`, whose attributes
+    are the top-level keys.
+    """
     key, sign, text = word.partition("=")
     if not sign or not key:
         raise ConfigError(f"override `{word}`: write it as key=value")
@@ -91,16 +101,109 @@ def override(config: DictConfig, word: str) -> None:
     if top not in config.keys():  # noqa: SIM118 (`in config` leaves out what is open: ???)
         raise ConfigError(f"override `{word}`: the config has no key `{top}`{suggestion(top, list(map(str, config)))}")
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        value = _value(config, key, text, keys)
         OmegaConf.update(config, key, value, force_add=True)
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, LookupError, ValueError) as error:
         raise ConfigError(f"override `{word}`: {_first_line(error)}") from error
 
 
+def _value(config: DictConfig, key: str, text: str, keys: type | None) -> Any:
+    """What `key=text` sets."""
+    error, value = None, None
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    except (OmegaConfBaseException, yaml.YAMLError) as raised:
+        error = raised
+    if value == text:
+        return value
+    hints = annotations(OmegaConf.to_container(config, resolve=False), key, keys)
+    if hints and all(_fits("text", hint) and not _fits([], hint) for hint in hints):
+        return None if text in ("", "null") and all(_fits(None, hint) for hint in hints) else text
+    if error is not None:
+        raise error
+    return value
+
+
+def annotations(nodes: dict, key: str, keys: type | None = None) -> list[Any]:
+    """The annotations of the parameters that a key is or is referred to by; without those that allow anything.
+
+    Imports the classes that lie on the way.
+
+    Args:
+        nodes: a config without resolved references.
+        keys: as for `override`.
+    """
+    found, wanted, seen = [], [".".join(_steps(key))], set()
+    while wanted:
+        if (key := wanted.pop()) in seen:
+            continue
+        seen.add(key)
+        found.append(_annotation(nodes, _steps(key), keys))
+        link = f"${{{key}}}"
+        for path, text in texts(nodes):
+            if text == link:
+                wanted.append(path)
+            elif link in text:
+                found.append(str)
+    return [hint for hint in found if hint is not Any]
+
+
+def _annotation(node: Any, steps: list[str], keys: type | None) -> Any:
+    """The annotation of what lies at the end of a path; Any where nothing says."""
+    hint: Any = keys or Any
+    for place, step in enumerate(steps):
+        if isinstance(node, dict) and "target" in node and step == "params":
+            hint = find_class(node["target"], ".".join(steps[:place]))
+        else:
+            hint = _within(hint, step)
+        child = node.get(step) if isinstance(node, dict) else None
+        node = node[int(step)] if isinstance(node, list) and step.isdigit() and int(step) < len(node) else child
+    return hint
+
+
+def _within(hint: Any, step: str) -> Any:
+    """The annotation of an item or attribute of what an annotation allows."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        inner = [_within(arg, step) for arg in typing.get_args(hint)]
+        return next((found for found in inner if found is not Any), Any)
+    args = [arg for arg in typing.get_args(hint) if arg is not Ellipsis]
+    if args:  # dict[str, T], Sequence[T]
+        return args[-1]
+    return _hints(hint).get(step, Any) if isinstance(hint, type) else Any
+
+
+def _steps(key: str) -> list[str]:
+    """The names and indices in `data.params.list[1]`."""
+    return re.findall(r"[^.\[\]]+", key)
+
+
+def texts(node: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested mappings and lists, with the key that leads to it, such as data.params.mask."""
+    if isinstance(node, str):
+        yield path, node
+    elif isinstance(node, dict | list):
+        for key, child in _items(node):
+            yield from texts(child, _join(path, key))
+
+
 def find(path: str | Path) -> Path:
-    """A file or folder that a config names: relative to the working directory or else to the repository."""
+    """A file or folder as a user names it: relative to the working directory or else to the repository; ~ is home."""
     path = Path(path)
-    return path if path.exists() or not (ROOT / path).exists() else ROOT / path
+    own = path if os.path.exists(path) else Path(os.path.expanduser(path))
+    return own if os.path.exists(own) or not os.path.exists(ROOT / own) else ROOT / own
+
+
+def files_in(text: str) -> list[str]:
+    """The files or folders of a flag, with commas between them; one that is there may have commas in its name."""
+    names, parts = [], text.split(",") if text.strip() else []
+    while parts:
+        starts = {end: ",".join(parts[:end]).strip() for end in range(len(parts), 0, -1)}  # the longest first
+        end = next((end for end, name in starts.items() if os.path.exists(find(name))), 1)
+        names.append(starts[end])
+        parts = parts[end:]
+    if not all(names):
+        raise ArgumentTypeError(f"`{text}` is not a file or folder, nor several with commas between them")
+    return names
 
 
 @cache

@@ -138,7 +138,7 @@ def read_experiment(path: str, overrides: Sequence[str], protocols: Path) -> Exp
         UserError: a mistake, which the message names.
     """
     usual = {"subjects": {}, "variants": {}, "seeds": [0], "masks": None, "measure": {}, "cores": 1, "gpus": None}
-    config = load_config(find(path), overrides, usual)
+    config = load_config(find(path), overrides, usual, Experiment)
     values = OmegaConf.to_container(config, resolve=True)
     values |= {"name": Path(path).stem}
     with naming(path):

@@ -47,7 +47,8 @@ def draw(tiny, concept, tmp_path):
     """Runs the command; returns its output folder."""
 
     def run(*arguments: object) -> Path:
-        words = ["--config", tiny, "--personalized_ckpt", concept, "--outdir", tmp_path / "out", *FAST, *arguments]
+        words = ["--config", tiny, "--outdir", tmp_path / "out", *FAST, *arguments]
+        words += [] if "--personalized_ckpt" in arguments else ["--personalized_ckpt", concept]
         main(list(map(str, words)))
         return tmp_path / "out"
 
@@ -184,6 +185,18 @@ def test_a_picture_is_drawn_again_from_what_it_says(draw, concept, tiny, tmp_pat
     assert text(again) == text(picture)
     main(["--from-png", str(picture), "--outdir", str(tmp_path / "again"), "--device", "cpu", "--strength", "0"])
     assert np.abs(pixels(tmp_path / "again/samples/00001.png").astype(int) - pixels(picture)).max() > 2
+
+
+def test_concepts_are_named_together_or_one_by_one(draw, concept, tmp_path):
+    comma = tmp_path / "old, grey cat.safetensors"
+    comma.write_bytes(concept.read_bytes())
+    which = ["--prompt", "a {1} and a {2}", "--n_samples", "1", "--skip_grid"]
+    draw(*which, "--personalized_ckpt", f"{comma},{concept}")
+    out = draw(*which, "--personalized_ckpt", comma, "--personalized_ckpt", concept)
+    together, apart = (out / f"samples/0000{i}.png" for i in (0, 1))
+    assert text(together) == text(apart) and (pixels(together) == pixels(apart)).all()
+    main(["--from-png", str(apart), "--outdir", str(tmp_path / "out"), "--device", "cpu"])
+    assert text(out / "samples/00002.png") == text(apart)
 
 
 def test_a_picture_of_other_files_is_drawn_with_a_warning(draw, concept, tmp_path, caplog):

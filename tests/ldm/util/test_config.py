@@ -1,4 +1,5 @@
 import math
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ldm.util.config import (
     ConfigError,
     check,
     check_params,
+    files_in,
     find,
     instantiate,
     load_config,
@@ -244,3 +246,96 @@ def test_files_are_found_here_or_in_the_repository(tmp_path, monkeypatch):
     (tmp_path / "configs" / "backbone").mkdir(parents=True)
     assert find("configs/backbone") == Path("configs/backbone")
     assert find("nowhere") == Path("nowhere")
+
+
+TYPED = """
+target_of: {target: ldm.pipeline.StableDiffusion, params: {name: "${name}", checkpoint: "${file}", image_size: 8}}
+name: ???
+file: usual.ckpt
+alias: ${name}
+long: in the ${place}
+place: house
+steps: 1
+list: [1, 2]
+node: {target: data.prior.ClassImages, params: {prompt: "${prompt}", root: "${root}", count: "${steps}"}}
+prompt: a {}
+root: null
+photos: {target: data.many.ConceptEntry, params: {name: a, superclass: dog, data_root: a}}
+trained: {target: infusion.training.callbacks.ConceptSamples, params: {prompts: [a, b]}}
+gate: {target: infusion.gate.Gate, params: {kind: hard, tau: "${free}"}}
+free: 0.1
+parts: {}
+ckpt: null
+"""
+AS_IT_STANDS = ("123", "true", "no", "[dog]", "dog: mine", "*", "~", "'a'", "a #b", "0x10", "1e3", "!x", "&x", "- a")
+TEXTS = ("name", "prompt", "root", "file", "place", "photos.params.data_root", "trained.params.prompts[1]",
+         "node.params.root", "parts.vae", "ckpt")  # fmt: skip
+
+
+@pytest.mark.parametrize("key", TEXTS)
+def test_what_is_for_texts_is_taken_as_it_stands(tmp_path, key):
+    from ldm.training.config import Training
+
+    write(tmp_path, a=TYPED)
+    for text in AS_IT_STANDS:
+        config = load_config(tmp_path / "a.yaml", [f"{key}={text}"], keys=Training)
+        assert OmegaConf.select(config, key) == text
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("steps=3", 3),
+        ("free=0.3", 0.3),
+        ("list=[3]", [3]),
+        ("list=null", None),
+        ("root=null", None),
+        ("file=null", None),
+        ("ckpt=", None),
+        ("name=null", "null"),
+        ("name=", ""),
+        ("name=${place}", "house"),
+        ("trained.params.prompts=[c]", ["c"]),
+        ("parts={vae: a.ckpt}", {"vae": "a.ckpt"}),
+    ],
+)
+def test_what_is_for_other_values_is_read_as_yaml(tmp_path, word, value):
+    from ldm.training.config import Training
+
+    write(tmp_path, a=TYPED)
+    key = word.partition("=")[0]
+    assert OmegaConf.select(load_config(tmp_path / "a.yaml", [word], keys=Training), key) == value
+
+
+def test_home_is_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert find("~/photos") == tmp_path / "photos"
+    assert find("~") == tmp_path and find("~nobody-of-this-name") == Path("~nobody-of-this-name")
+    (tmp_path / "~").mkdir()
+    assert find("~") == Path("~")  # what is there goes first
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("a.pt", ["a.pt"]),
+        ("a.pt, b.pt", ["a.pt", "b.pt"]),
+        ("cat, old.pt", ["cat, old.pt"]),
+        ("a.pt,cat, old.pt,b.pt", ["a.pt", "cat, old.pt", "b.pt"]),
+        ("cat, new.pt", ["cat", "new.pt"]),
+        ("", []),
+    ],
+)
+def test_a_name_of_a_file_may_have_commas(tmp_path, monkeypatch, text, names):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.pt", "b.pt", "cat, old.pt"):
+        (tmp_path / name).touch()
+    assert files_in(text) == names
+
+
+@pytest.mark.parametrize("text", [",", "a,,b", "a,"])
+def test_a_list_of_files_has_no_gaps(text):
+    with pytest.raises(ArgumentTypeError, match="is not a file or folder"):
+        files_in(text)
