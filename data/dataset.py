@@ -20,6 +20,7 @@ from torchvision.transforms.functional import to_pil_image
 from data.photos import SUFFIXES, find_mask, is_image
 from ldm.util.cli import UserError
 from ldm.util.config import find
+from ldm.util.files import read_text
 
 LARGEST = 8192  # pixels of a square's side
 ENLARGED = 2.0  # times; a photo enlarged more than this is blurred, and its blur is learned
@@ -150,14 +151,7 @@ def read_captions(path: Path, superclass: str) -> list[str]:
     """
     if not path.is_file():
         return []
-    try:
-        with path.open("rb") as file:
-            content = file.read(CAPTIONS + 1)
-        lines = content.decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from error
-    if len(content) > CAPTIONS:
-        raise UserError(f"{path}: more than {CAPTIONS:,} bytes are no captions of one photo")
+    lines = read_text(path, CAPTIONS).splitlines()
     words = r"\s+".join(map(re.escape, superclass.split()))
     noun = re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
     templates = []
@@ -226,7 +220,10 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise UserError(f"{path}: cannot be read as an image: no format that is known, or cut off") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read as an image: {error.strerror or error}") from error
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        raise UserError(f"{path}: has more than {most} million pixels: make it smaller") from error
+    except (SyntaxError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as an image: {error}") from error
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from data.dataset import over_white, read_image, to_square
 from data.photos import is_image
-from ldm.util.cli import UserError
+from ldm.util.cli import UserError, naming
 from ldm.util.config import find
+from ldm.util.files import read_text
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,8 @@ def natural(path: Path) -> list[int | str]:
 
 def lines_of(file: str | Path) -> list[str]:
     """The prompts of a file, one a line; raises UserError for none."""
-    try:
-        lines = [line.strip() for line in find(file).read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts: {file}: cannot be read as text: {error}") from error
+    with naming("--prompts"):
+        lines = [line.strip() for line in read_text(find(file)).splitlines()]
     if not (found := [line for line in lines if line]):
         raise UserError(f"--prompts: {file} holds no prompt")
     return found

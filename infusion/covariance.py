@@ -20,6 +20,7 @@ from infusion.gate import fingerprint
 from ldm.models.tokenizer import Tokenizer
 from ldm.util.cli import UserError
 from ldm.util.config import find
+from ldm.util.files import encoding_of
 from ldm.weights.checkpoint import write
 from ldm.weights.files import TensorFile
 
@@ -174,12 +175,12 @@ def save_inverse(path: str | Path, inverse: Tensor, facts: Mapping[str, object])
 
 
 def read_captions(path: str | Path) -> Iterator[str]:
-    """The lines of a UTF-8 text file, stripped, without empty ones; UserError if it cannot be read as UTF-8."""
+    """The lines of a text file, read as they are wanted, stripped, without empty ones; UserError as `encoding_of`."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding=encoding_of(path)) as file:
             yield from filter(None, map(str.strip, file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as text: save it as UTF-8") from error
 
 
 def _read(path: str | Path) -> tuple[Tensor, dict[str, str]]:

@@ -39,6 +39,7 @@ from ldm.util.cli import (
     writable,
 )
 from ldm.util.config import BACKBONES, files_in, find
+from ldm.util.files import read_text
 from ldm.util.templates import fill
 
 if TYPE_CHECKING:
@@ -100,16 +101,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def read_prompts(flags: argparse.Namespace, settings: Settings) -> list[Job]:
     if flags.from_file is None:
         return [Job(flags.prompt, settings)]
-    try:
-        with open(flags.from_file, "rb") as file:
-            content = file.read(FILE + 1)
-        if len(content) > FILE:
-            raise UserError(f"--from-file: {flags.from_file}: is larger than {FILE // 10**6} MB: make several of it")
-        return read_jobs(content.decode("utf-8-sig"), settings)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--from-file: {flags.from_file} cannot be read as text ({error})") from error
-    except UserError as error:
-        raise UserError(f"--from-file: {flags.from_file}: {error}") from error
+    with naming("--from-file"):
+        text = read_text(flags.from_file, FILE)
+        with naming(flags.from_file):
+            return read_jobs(text, settings)
 
 
 def read_concepts(flags: argparse.Namespace) -> "dict[str, Concept]":

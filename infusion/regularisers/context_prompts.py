@@ -15,6 +15,7 @@ import yaml
 from infusion.covariance import read_captions
 from ldm.util.cli import UserError, naming, suggestion
 from ldm.util.config import find
+from ldm.util.files import read_text
 
 SLOT = re.compile(r"\{(\w+)\}")
 Parts = list[list[str]]  # of a template: for each part in order, what can stand there
@@ -98,8 +99,8 @@ def _lines(path: Path) -> dict[str, list[Parts]]:
 
 def _grammar(path: Path) -> dict[str, list[Parts]]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
         raise UserError(f"cannot be read as YAML ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(content, dict) or not all(isinstance(node, dict) for node in content.values()):
         raise UserError("no grammar: categories with `templates` and lists of words are wanted")

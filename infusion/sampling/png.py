@@ -3,12 +3,12 @@
 import logging
 import re
 import struct
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from infusion.sampling.regions import Region
 from infusion.sampling.settings import FORMER, Settings
@@ -114,10 +114,8 @@ def recall(path: str | Path) -> dict[str, str]:
         ValueError: the file cannot be read, does not say how it was made, or names a file of another machine.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of many pixels, which are not read
-            with Image.open(path, formats=["PNG"]) as image:
-                info = {name: value for name, value in image.info.items() if isinstance(value, str)}
+        with PngImageFile(path) as image:  # which, other than Image.open, takes any size: the pixels are not read
+            info = {name: value for name, value in image.info.items() if isinstance(value, str)}
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot be read as a picture ({reason})") from error

@@ -273,4 +273,5 @@ def find_device(name: str) -> "torch.device":
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise UserError(f"--device: {name} cannot be used here; there is {', '.join(there)}") from error

@@ -29,6 +29,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.util.cli import UserError, suggestion
+from ldm.util.files import read_text
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKBONES = ROOT / "configs" / "backbone"
@@ -71,12 +72,12 @@ def _read(path: Path, parents: tuple[Path, ...] = ()) -> Iterator[tuple[Path, Di
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file{by}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if not isinstance(root, yaml.MappingNode | None):
             raise ConfigError(f"{path}: a config is a mapping of keys to values")
         values = OmegaConf.create(text)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: not a readable YAML file ({' '.join(str(error).split())[:200]})") from error
     included = values.pop("include", None) or []
     names = [included] if isinstance(included, str) else included

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and folders that one process at a time works in."""
 
+import codecs
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,13 @@ from filelock import FileLock, Timeout
 from ldm.util.cli import UserError
 
 LOCK, PARTIAL = ".lock", ".partial"
+MARKS = {  # how a text begins that has a byte order mark -> its encoding; UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
 
 
 @contextmanager
@@ -37,6 +45,35 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error  # the name that the user knows
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def encoding_of(path: str | Path) -> str:
+    """Of a text that a user wrote: UTF-8, or UTF-16 or UTF-32 with a byte order mark, as Windows saves it.
+
+    Raises:
+        UserError: the file cannot be read; the message names it.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except (OSError, ValueError) as error:  # ValueError: no name at all
+        raise UserError(f"{path}: cannot be read as text: {getattr(error, 'strerror', None) or error}") from error
+    return next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
+
+
+def read_text(path: str | Path, most: int | None = None) -> str:
+    """A text that a user wrote, see `encoding_of`; UserError, which names the file, also above `most` bytes."""
+    encoding = encoding_of(path)
+    if most is not None and os.path.getsize(path) > most:
+        raise UserError(f"{path}: is larger than {most:,} bytes: make it smaller")
+    try:
+        with open(path, encoding=encoding) as file:
+            text = file.read()
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # also of UTF-16 without a mark
+        raise UserError(f"{path}: cannot be read as text: save it as UTF-8")
+    return text
 
 
 def write(path: Path, content: bytes) -> None:

@@ -14,7 +14,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {  # what the file holds, and what i
     "empty": ("", "entry.yaml"),
     "no yaml": ("superclass: [cat\n", "entry.yaml: not a readable YAML file"),
     "a list": ("- a\n- b\n", "entry.yaml: a config is a mapping"),
-    "utf-16": ("superclass: dog\n".encode("utf-16"), "entry.yaml: not a readable YAML file"),
+    "utf-16": ("superclass: dog\n".encode("utf-16-le"), "entry.yaml: not a readable YAML file"),
     "double key": (DEMO + "superclass: dog\nsuperclass: cat\n", "superclass"),
     "python object": (DEMO + "name: !!python/object/apply:os.system ['touch ran']\n", "entry.yaml"),
     "include of itself": ("include: entry.yaml\n", "entry.yaml: includes itself"),

@@ -241,11 +241,18 @@ def test_a_mask_of_one_value_is_one_everywhere(mask, case):
 
 CAPTIONS: dict[str, tuple[bytes, str]] = {
     "binary": (bytes(range(256)), "0.txt: cannot be read as text"),
-    "utf-16": ("a dog\n".encode("utf-16"), "0.txt: cannot be read as text"),
+    "utf-16 without a mark": ("a dög\n".encode("utf-16-le"), "0.txt: cannot be read as text: save it as UTF-8"),
     "another noun": (b"a cat\n", "0.txt: the caption 'a cat' names no 'dog'"),
     "braces": (b"a dog {dog}\n", "braces"),
-    "10 MB": (b"a dog\n" * 1_700_000, "0.txt: more than 100,000 bytes"),
+    "10 MB": (b"a dog\n" * 1_700_000, "0.txt: is larger than 100,000 bytes"),
 }
+
+
+@pytest.mark.parametrize("case", ["utf-16", "utf-32", "utf-8-sig"])
+def test_captions_of_windows_are_read(photos, case):
+    photo(photos / "0.png")
+    (photos / "0.txt").write_bytes("a dog in Zürich\r\n".encode(case))
+    assert ConceptImages(photos, 16, "dog", mask="none").captions == [["a {} in Zürich"]]
 
 
 @pytest.mark.parametrize("case", CAPTIONS)

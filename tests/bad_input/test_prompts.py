@@ -67,10 +67,10 @@ def test_without_a_concept_nothing_need_be_said(bench):
 
 FILES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "prompts.txt: has no prompt in it"),
-    "binary": (bytes(range(256)) * 100, "prompts.txt cannot be read as text"),
-    "utf-16": ("a {}\n".encode("utf-16"), "prompts.txt cannot be read as text"),
-    "1 MB of zeros": (bytes(1_000_000), "--prompt"),
-    "10 MB": (b"a {} on grass\n" * 750_000, "prompts.txt: is larger than 2 MB"),
+    "binary": (bytes(range(256)) * 100, "prompts.txt: cannot be read as text: save it as UTF-8"),
+    "utf-16 without a mark": ("ä {}\n".encode("utf-16-le"), "prompts.txt: cannot be read as text: save it as UTF-8"),
+    "1 MB of zeros": (bytes(1_000_000), "prompts.txt: cannot be read as text: save it as UTF-8"),
+    "10 MB": (b"a {} on grass\n" * 750_000, "prompts.txt: is larger than 2,000,000 bytes"),
     "1 MB in a line": (b"a {} " + b"word " * 200_000, "characters; at most"),
     "1 MB, the last line wrong": (b"a {} on grass\n" * 70_000 + b"a {} --w many\n", "line 70001: --w: `many`"),
     "unknown option": (b"a {}\na {} --x 3\n", "prompts.txt: line 2: there is no option --x"),
@@ -98,8 +98,9 @@ def test_a_prompt_file_that_is_none_is_named(bench, name):
     bench.refuse("txt2img", *DRAW, "--from-file", name, says="--from-file")
 
 
-def test_a_prompt_file_of_windows_is_read(bench):
-    (bench.folder / "prompts.txt").write_bytes("\ufeffa {}\r\na {} in Zürich\r\n".encode())
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_prompt_file_of_windows_is_read(bench, encoding):
+    (bench.folder / "prompts.txt").write_bytes("a {}\r\na {} in Zürich\r\n".encode(encoding))
     bench.work("txt2img", *DRAW, "--from-file", "prompts.txt")
     said = [Image.open(bench.folder / f"out/samples/0000{i}.png").text["prompt"] for i in (0, 1)]
     assert said == ["a {}", "a {} in Zürich"]

@@ -165,7 +165,7 @@ def test_captions_are_lines_of_utf8(tmp_path):
     path.write_text("\ufeffa cat\n\n  ein Bär \r\n \t\nlast", encoding="utf-8")
     assert list(read_captions(path)) == ["a cat", "ein Bär", "last"]
     path.write_bytes("ein Bär\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="captions.txt: cannot be read as UTF-8"):
+    with pytest.raises(ValueError, match="captions.txt: cannot be read as text: save it as UTF-8"):
         list(read_captions(path))
     with pytest.raises(ValueError, match="gone.txt: cannot be read"):
         list(read_captions(tmp_path / "gone.txt"))

@@ -120,7 +120,7 @@ def test_mistakes_are_one_line_and_write_nothing(refused, tmp_path, arguments, c
     [
         (b"a cat\n", "1 captions with 2 word tokens are too few: the covariance of encodings 24 wide is singular"),
         (b"\n  \n", "captions.txt has no caption in it"),
-        ("ein Bär\n".encode("latin-1"), "captions.txt: cannot be read as UTF-8 text"),
+        ("ein Bär\n".encode("latin-1"), "captions.txt: cannot be read as text: save it as UTF-8"),
     ],
 )
 def test_captions_that_will_not_do(refused, captions, tmp_path, content, complaint):

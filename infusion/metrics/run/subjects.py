@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from infusion.metrics.run.protocol import FOLDER, Protocol
 from ldm.util.cli import UserError, suggestion
 from ldm.util.config import ROOT, find
+from ldm.util.files import read_text
 
 DREAMBOOTH = ROOT / "data" / "dreambooth"
 DATASET = "dataset.json"
@@ -143,11 +144,11 @@ def _photos(folder: Path, name: str) -> Path:
 
 def _entries(file: Path) -> dict[str, dict[str, str]]:
     """Subjects of a dataset.json by name."""
+    if not file.is_file():
+        raise UserError(f"there is no file {file}: name CustomConcept101's {DATASET}, or its folder")
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {file}: name CustomConcept101's {DATASET}, or its folder") from error
-    except (OSError, ValueError, RecursionError) as error:
+        entries = json.loads(read_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{file}: a list of subjects is wanted, as in CustomConcept101's {DATASET}")
@@ -172,10 +173,7 @@ def _within(path: PurePosixPath) -> bool:
 
 
 def _prompts(file: Path) -> tuple[str, ...]:
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as text: {error}") from error
+    lines = [line.strip() for line in read_text(file).splitlines()]
     prompts = tuple(dict.fromkeys(line for line in lines if line))
     if not prompts:
         raise UserError(f"{file}: holds no prompt")

@@ -150,6 +150,7 @@ def test_components_of_a_base_model():
             components(text)
 
 
-def test_a_device_that_is_not_there():
-    with pytest.raises(UserError, match="--device: warp:9 cannot be used here"):
-        find_device("warp:9")
+@pytest.mark.parametrize("name", ["warp:9", "mps", "xpu:1", "", "cuda:99", "meta:x"])
+def test_a_device_that_is_not_there(name):
+    with pytest.raises(UserError, match=f"^--device: {name} cannot be used here; there is cpu(, cuda:\\d)*$"):
+        find_device(name)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ldm.util.cli import UserError
-from ldm.util.files import create, holds_work, locked, replacing, write
+from ldm.util.files import create, holds_work, locked, read_text, replacing, write
 from ldm.util.run import StateFile
 from ldm.weights.checkpoint import write as write_tensors
 
@@ -129,3 +129,26 @@ def test_a_folder_with_a_lock_alone_holds_no_work(tmp_path):
         assert not holds_work(tmp_path / "new")
         (tmp_path / "new/file").touch()
         assert holds_work(tmp_path / "new")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_text_is_read_as_windows_saves_it(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("Bär\r\n{}\r\n".encode(encoding))
+    assert read_text(tmp_path / "a.txt") == "Bär\n{}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "a.txt: cannot be read as text: No such file"),
+        ("Bär".encode("latin-1"), "a.txt: cannot be read as text: save it as UTF-8"),
+        ("bear".encode("utf-16-le"), "a.txt: cannot be read as text: save it as UTF-8"),
+        ("Bär".encode("utf-16")[:-1], "a.txt: cannot be read as text: save it as UTF-8"),
+        (b"x" * 11, "a.txt: is larger than 10 bytes"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_named(tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        read_text(tmp_path / "a.txt", most=10)
