@@ -3,9 +3,10 @@
 From the paper's public summaries: text alone regularises the word, by a masked-language loss on diverse prompts that
 contain it. From the authors' working repository, which is not released and may differ from the paper: 25 prompts a
 step; every token but the concept's and the superclass's is masked with probability 0.15; a frozen contextualizer reads
-the text encoder's states; cross-entropy at the masked places alone, with λ from 10⁻⁵ (Textual Inversion) to 10⁻³
-(Custom Diffusion, DreamBooth). Ours: the prompts; that places are drawn by a generator of their own; and that where
-layers have words of their own (P+) each prompt is read with those of one, drawn at random, at the cost of one word.
+the text encoder's states; cross-entropy at the masked places alone, with λ by method (`WEIGHTS`), and the smaller the
+larger the learning rate. Ours: that λ times the learning rate stays what it was there; the prompts; that places are
+drawn by a generator of their own; and that where layers have words of their own (P+) each prompt is read with those of
+one, drawn at random, at the cost of one word.
 
 The text encoder is causal: a masked word before the concept is read without it, and its gradient comes through the
 contextualizer alone. What the UNet learns gets none.
@@ -28,6 +29,13 @@ from ldm.models.tokenizer import Tokenizer
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError, naming
 
+WEIGHTS = {  # method -> λ there, of several the middle one, and the learning rate that it went with
+    "textual_inversion": (5e-5, 2e-3),
+    "p_plus": (2.5e-4, 5e-4),
+    "custom_diffusion": (5e-4, 4e-5),
+    "dreambooth": (5e-4, 1e-6),
+}
+
 
 class DiverseContext(Regulariser):
     """Cross-entropy of the words that are masked in prompts with the concept.
@@ -35,7 +43,8 @@ class DiverseContext(Regulariser):
     Args:
         contextualizer: its file.
         prompts: file of `ContextPrompts`. without, size: as there.
-        weight: λ.
+        weight: λ; None is that of `WEIGHTS` for the method, times its learning rate, by `learning_rate`.
+        learning_rate: of the training; needed for a weight of None alone.
         mask_probability: of each token, in (0, 1).
         rows: prompts a step.
     """
@@ -44,13 +53,15 @@ class DiverseContext(Regulariser):
         self,
         contextualizer: str,
         prompts: str,
-        weight: float = 1e-4,
+        weight: float | None = None,
+        learning_rate: float | None = None,
         mask_probability: float = 0.15,
         rows: int = 25,
         without: list[str] | None = None,
         size: int | None = None,
     ) -> None:
-        super().__init__(weight)
+        super().__init__(0.0 if weight is None else weight)
+        self.by_method, self.learning_rate = weight is None, learning_rate
         if not 0 < mask_probability < 1:
             raise UserError(f"mask_probability: must be above 0 and below 1, not {mask_probability}")
         if not 1 <= rows <= 1000:
@@ -59,7 +70,10 @@ class DiverseContext(Regulariser):
         self.file, self.prompts = prompts, ContextPrompts(prompts, without or (), size)
 
     def start(self, sd: StableDiffusion, method: Method, tensors: Tensors, word: Word) -> None:
+        """Raises ValueError for a method without a word, or without a weight; for a file that does not fit."""
         check_reads(method, tensors)
+        if self.by_method:
+            self.weight = usual_weight(method.name, self.learning_rate)
         self.superclass = word.superclass
         with naming(self.file):
             for prompt in self.prompts.longest():
@@ -80,7 +94,16 @@ class DiverseContext(Regulariser):
             )
         loss, accuracy = read_masked(sd.text, contextualizer, tokens, rows, labels, masked)
         step.log("accuracy", accuracy)
+        step.log("weight", torch.tensor(float(self.weight)))
         return loss
+
+
+def usual_weight(method: str, learning_rate: float | None) -> float:
+    """λ of a method at a learning rate, by `WEIGHTS`; raises ValueError where there is none."""
+    if method not in WEIGHTS or not learning_rate:
+        raise UserError(f"weight: none is known for {method} at the learning rate {learning_rate}: give one")
+    weight, rate = WEIGHTS[method]
+    return weight * rate / learning_rate
 
 
 def free_tokens(tokenizer: Tokenizer, labels: Tensor, concept: Tensor, superclass: str) -> Tensor:

@@ -19,6 +19,7 @@ FIXED = ("model", "data", "seed", "use_ema", "weights")  # in a resumed run
 INPUTS = {  # where a config names a file or folder to read -> what it is
     "data_root": "folder",
     "covariance.params.path": "covariance file",
+    "params.contextualizer": "contextualizer (docs/regularisers.md)",
     "tools.params.clip": "folder",
     "tools.params.clipseg": "folder",
 }

@@ -112,11 +112,16 @@ REGULARISERS: dict[str, tuple[str, str, tuple[str, ...], str]] = {  # method, co
     "negative weight": ("lora", "l2_to_start", ("l2_to_start.params.weight=-1",), "weight: must be at least 0"),
     "share": ("lora", "output_preservation", ("output_preservation.params.empty=2",), "empty: must be from 0 to 1"),
     "pooling": ("textual_inversion", "class_semantics", ("class_semantics.params.pooling=mean",), "pooling"),
-    "no contextualizer": ("textual_inversion", "diverse_context", (), "there is no such contextualizer"),
+    "no contextualizer": (
+        "textual_inversion",
+        "diverse_context",
+        (),
+        "there is no contextualizer (docs/",
+    ),
     "prompts without the word": (
         "textual_inversion",
         "diverse_context",
-        ("diverse_context.params.prompts=FOLDER/work.txt",),
+        ("diverse_context.params.prompts=FOLDER/work.txt", "diverse_context.params.contextualizer=FOLDER/work.txt"),
         "'a photo of a cat' must have {} for the concept",
     ),
 }

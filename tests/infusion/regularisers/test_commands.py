@@ -1,7 +1,8 @@
 """The commands of docs/regularisers.md, on the tiny model."""
 
+import main
 from infusion.concepts.concept import Concept
-from ldm.util.config import ROOT
+from ldm.util.config import ROOT, instantiate
 
 QUICK = ("callbacks.samples=null", "trainer.precision=32-true", "trainer.enable_progress_bar=false")
 
@@ -28,3 +29,21 @@ def test_a_contextualizer_is_trained_resumed_and_used(tiny, photos, command, tmp
     weight = "model.params.regularisers.diverse_context.params.weight"
     plain = train("off", f"{weight}=0")
     assert (train("on", f"{weight}=10") - plain).abs().max() > 1e-4
+
+
+def test_what_the_papers_ablations_vary_is_reached_by_the_config():
+    files = ("backbone/sd15", "method/textual_inversion", "with/diverse_context")
+    base = ["--base", *(str(ROOT / f"configs/{file}.yaml") for file in files), "--summary", "learning_rate=0.01"]
+
+    def term(*overrides):
+        words = [f"model.params.regularisers.diverse_context.params.{override}" for override in overrides]
+        config = main.read_config(main.parse([*base, *words]))
+        return instantiate(config.model.params.regularisers.diverse_context, "diverse_context")
+
+    usual = term()
+    assert (usual.mask_probability, usual.rows, usual.prompts.chosen) == (0.15, 25, None)
+    assert usual.by_method and usual.learning_rate == 0.01
+    assert [term(f"mask_probability={p}").mask_probability for p in (0.07, 0.1, 0.2, 0.3)] == [0.07, 0.1, 0.2, 0.3]
+    assert [len(term(f"size={n}").prompts.chosen) for n in (1, 5, 10, 50, 100, 1000)] == [1, 5, 10, 50, 100, 1000]
+    assert len(term("without=[styles]").prompts.categories) == len(usual.prompts.categories) - 1
+    assert term("weight=0.001").weight == 0.001 and not term("weight=0").by_method

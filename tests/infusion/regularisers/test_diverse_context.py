@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from infusion.deltas import detach
 from infusion.inject import remove
 from infusion.methods import find_method
 from infusion.methods.base import TOKENS
@@ -43,6 +44,30 @@ def value(module, batch, number=0):
     text, _ = module.encode(TEMPLATES)
     (term,) = module.regularisers.values()
     return term.term(module.sd, module.method, module.tensors, module.step("context", batch, number, text))
+
+
+def test_the_weight_is_by_method_and_the_smaller_the_larger_the_learning_rate(sd, term, batch):
+    ranges = {"textual_inversion": (0.005, 1e-5, 5e-5), "p_plus": (0.0005, 2.5e-4, 2.5e-4),
+              "custom_diffusion": (8e-5, 1e-4, 1e-3), "dreambooth": (5e-6, 1e-4, 1e-3)}  # fmt: skip
+    for name, (rate, low, high) in ranges.items():
+        options = {"train_text_encoder": True} if name == "dreambooth" else {}
+        weights = []
+        for factor in (1, 2):
+            module = make(sd, name, term(weight=None, learning_rate=factor * rate), **options)
+            weights.append(module.regularisers["context"].weight)
+            remove(sd.unet)
+            detach(sd)
+        assert low <= weights[0] * (1 + 1e-9) and weights[0] <= high * (1 + 1e-9), name  # what the repository took
+        assert weights[1] == pytest.approx(weights[0] / 2)
+    module = make(sd, "textual_inversion", term(weight=0.5, learning_rate=100.0))
+    value(module, batch)
+    assert module.regularisers["context"].weight == 0.5 == module.logged["train/context_weight"]
+
+
+@pytest.mark.parametrize(("name", "rate"), [("perfusion", 0.01), ("textual_inversion", None)])
+def test_a_method_of_which_no_weight_is_known_needs_one(sd, term, name, rate):
+    with pytest.raises(UserError, match=f"regularisers.context: weight: none is known for {name}"):
+        make(sd, name, term(weight=None, learning_rate=rate))
 
 
 def test_concept_superclass_and_frame_are_never_masked_and_the_rest_at_the_rate(sd):
@@ -105,6 +130,16 @@ def test_every_word_of_p_plus_gets_a_gradient_at_the_cost_of_one(sd, term, batch
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
     together = torch.stack([word.grad for word in module.tensors.values()]).sum(0)
     torch.testing.assert_close(together, one.tensors[TOKENS].grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_step_reads_25_prompts_and_calls_no_unet(sd, term, batch):
+    module = make(sd, "textual_inversion", term())
+    asked, encode_tokens = [], sd.text.encode_tokens
+    sd.unet.register_forward_pre_hook(lambda *_: pytest.fail("the UNet was called"))
+    step = module.step("context", batch, 0, module.encode(TEMPLATES)[0])
+    sd.text.encode_tokens = lambda tokens, *rest: asked.append(tokens.shape) or encode_tokens(tokens, *rest)
+    module.regularisers["context"].term(sd, module.method, module.tensors, step).backward()
+    assert asked == [(25, 77)]
 
 
 @pytest.mark.parametrize("name", ["dreambooth", "lora"])
@@ -214,7 +249,7 @@ def test_arguments_out_of_range_are_refused(term, option, value):
 
 def test_a_prompt_beyond_what_the_encoder_reads_is_refused_before_training(sd, contextualizer, tmp_path):
     (tmp_path / "long.txt").write_text("very " * 80 + "old {}\n")
-    term = DiverseContext(str(contextualizer), str(tmp_path / "long.txt"))
+    term = DiverseContext(str(contextualizer), str(tmp_path / "long.txt"), weight=0.5)
     with pytest.raises(UserError, match="long.txt.*beyond the 77 tokens"):
         make(sd, "textual_inversion", term)
 

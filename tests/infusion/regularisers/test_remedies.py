@@ -122,6 +122,21 @@ def test_the_norm_of_a_word_stays_and_its_direction_is_drawn_to_the_superclass(s
     assert cosines == sorted(cosines) and cosines[-1] > (start @ direction) + 0.3
 
 
+def test_a_step_of_fixed_norm_goes_along_the_great_circle_of_its_gradient(sd, batch):
+    module = make(sd, "custom_diffusion", FixedNorm())
+    tokens, term = module.tensors[TOKENS], module.regularisers["term"]
+    value(module, batch).backward()
+    start, gradient = tokens.detach().clone(), tokens.grad
+    with torch.no_grad():
+        tokens.sub_(20 * gradient)
+        term.settle(module.tensors)
+    angle = torch.atan(20 * gradient.norm() / term.norm)
+    assert angle > 0.3
+    torch.testing.assert_close(
+        tokens.detach(), angle.cos() * start - angle.sin() * term.norm * F.normalize(gradient, dim=1)
+    )
+
+
 def test_a_weight_of_zero_still_fixes_the_norm_and_nothing_else(sd, batch):
     plain, fixed = make(sd, "textual_inversion"), make(sd, "textual_inversion", FixedNorm(weight=0.0))
     for module in (plain, fixed):

@@ -66,6 +66,9 @@ def test_it_learns_what_goes_together_and_resumes_exactly(sd, tmp_path):
     chance = 1 / len(PAIRS)
     assert accuracy > 5 * chance, accuracy
     assert torch.equal(sd.text.embeddings, before) and set(module.state_dict()) == set(module.tensors)
+    torch.manual_seed(1)
+    start = ContextualizerTraining(sd, layers=2, heads=2).contextualizer.mask
+    assert not torch.equal(module.contextualizer.mask, start)  # the one row of the encoder's inputs that is learned
     loaded = load(tmp_path / "whole/models/contextualizer.safetensors", sd)
     for name, tensor in module.contextualizer.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, atol=1e-3, rtol=1e-3)  # float16
