@@ -4,6 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import main as training
+from infusion.methods import method_names
 from ldm.training.config import read_config
 from ldm.util.cli import UserError
 from ldm.util.config import ROOT, check, instantiate
@@ -11,7 +12,13 @@ from scripts.experiment import main
 from scripts.experiments.config import arguments, read_experiment
 
 SHIPPED = sorted((ROOT / "configs/experiment").glob("*.yaml"))
-ABSENT = {"pocket_two", "pocket_two_recipes", "dreambooth", "sd15"}  # whose weights or photos are not in the repository
+ABSENT = {  # whose weights or photos are not in the repository
+    "pocket_two",
+    "pocket_two_recipes",
+    "pocket_two_regularisers",
+    "dreambooth",
+    "sd15",
+}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +84,25 @@ def test_every_training_of_the_pocket_comparison_can_be_built(name, tmp_path):
         assert config.model.params.seed == config.data.params.seed == 5
         assert config.data.params.batch_size == 8  # the budget of docs/comparison.md
         assert 150 <= config.trainer.max_steps <= (1200 if variant.name == "textual_inversion" else 400)
+
+
+def test_every_method_and_regulariser_is_a_row_of_the_comparison(monkeypatch, tmp_path):
+    monkeypatch.setattr("scripts.experiments.config.check", lambda _: None)  # the weights are not here
+    rows = []
+    for name in ("pocket_two", "pocket_two_regularisers"):
+        experiment = read_experiment(f"configs/experiment/{name}.yaml", [], tmp_path)
+        assert experiment.variants[0].name == "infusion"
+        rows += [(variant, experiment.subjects[0]) for variant in experiment.variants]
+    methods, terms = set(), set()
+    for variant, subject in rows:
+        model = read_config(training.parse(arguments(variant, subject, 5, "photos"))).model.params
+        methods.add(instantiate(model.method, "method").name)
+        terms |= {type(instantiate(node, name)) for name, node in (model.get("regularisers") or {}).items()}
+    assert methods == set(method_names())
+    files = [path.stem for path in (ROOT / "infusion/regularisers").glob("*.py")]
+    assert {term.__module__.rpartition(".")[2] for term in terms} == {
+        name for name in files if (ROOT / f"configs/with/{name}.yaml").exists()
+    }
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
