@@ -11,14 +11,12 @@ its prediction in place of the foundation's. In a cross-attention, a customised 
 `W_out (A_F g) r` (README, Method). All that belongs to one call of the UNet travels in place of its
 `encoder_hidden_states`, so that calls in several threads do not meet.
 
-Legend for shapes: R rows of a call, A of them with a concept, K concepts in the call, L text tokens, H heads, D head
-width, C = H·D, N image tokens.
+Legend for shapes: R rows of a call, A of them with a concept, K concepts in the call, L text tokens, D their width, C
+the width of a layer.
 """
 
 import copy
 import inspect
-import math
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,14 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from infusion.concepts.concept import Concept
+from infusion.export.marks import Marks, Tokens
+from infusion.export.rows import Call, Edited, layer_names, plain
 from infusion.gate import Gate, fingerprint
-from infusion.sampling.settings import BETA, TAU
+from infusion.sampling.settings import BETA, TAU, Settings
 from ldm.util.cli import UserError
 from ldm.util.templates import filled_parts
 
@@ -44,12 +43,19 @@ BASES = {  # architecture -> width of its text encodings, and what its UNet pred
     "sd21_768": (1024, "v_prediction"),
     "sdxl": (2048, "epsilon"),
 }
-BITS, TAIL = 16, 32  # components of the first and the last token's encoding that make a marked row's key
-MARKS = 100_000  # keys that are kept, about 13 for each prompt
 PLACED = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]  # which may be given by place
 APPENDED = ("sample", "timestep", "class_labels", "timestep_cond", "attention_mask", "added_cond_kwargs",
             "down_block_additional_residuals", "mid_block_additional_residual",
             "down_intrablock_additional_residuals")  # fmt: skip
+ELSEWHERE = {  # method -> the layout of scripts/convert_concept.py that diffusers has for it, and what reads it
+    "lora": ("diffusers", "pipe.load_lora_weights(OUT)"),
+    "textual_inversion": ("diffusers", "pipe.load_textual_inversion(OUT)"),
+    "custom_diffusion": (
+        "diffusers",
+        "pipe.unet.load_attn_procs(OUT, weight_name='pytorch_custom_diffusion_weights.bin', _pipeline=pipe)",
+    ),
+    "dreambooth": ("folder", "DiffusionPipeline.from_pretrained(OUT)"),
+}
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,9 @@ def load_concept(
     for tokenizer in filter(None, (pipe.tokenizer, getattr(pipe, "tokenizer_2", None))):
         if token.split() != [token] or len(tokenizer(token, add_special_tokens=False).input_ids) < 2:
             raise UserError(f"token: {token!r} is no new word; choose another, such as '<my-dog>'")
-    loaded = Loaded(residuals, concept.gate.replace(gate, beta, tau), _finite(strength), inverse_covariance)
+    loaded = Loaded(
+        residuals, concept.gate.replace(gate, beta, tau), Settings(strength=strength).strength, inverse_covariance
+    )
     (_adapter_of(pipe) or Adapter(pipe)).load(pipe, token, concept, loaded)
 
 
@@ -115,7 +123,7 @@ def set_concepts(
     adapter, named = _named(pipe, tokens)
     for token in named:
         was = adapter.loaded[token]
-        factor = was.strength if strength is None else _finite(strength)
+        factor = was.strength if strength is None else Settings(strength=strength).strength
         adapter.loaded[token] = replace(was, gate=was.gate.replace(gate, beta, tau), strength=factor)
     adapter.calls = WeakTensorKeyDictionary()
 
@@ -138,37 +146,14 @@ def mark(pipe: Any, prompt_embeds: Tensor, prompts: Sequence[str]) -> Tensor:
     """
     adapter, _ = _named(pipe, None)
     tokenizer, _ = adapter.tokenizers[0]
-    text, length = prompt_embeds.clone(), adapter.length
+    text, length = prompt_embeds.clone(), adapter.marks.length
     for row, prompt in zip(text, prompts, strict=True):
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
         tokens = [token for _, token in fill_ids(ids, adapter.nouns[0])]
         for chunk, part in enumerate(row.split(length)):
             inner = tokens[chunk * (length - 2) :][: length - 2]
-            adapter.mark([None, *inner, *[None] * (length - 1 - len(inner))], [part])
+            adapter.marks.write([None, *inner, *[None] * (length - 1 - len(inner))], [part])
     return text
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """What the cross-attentions of one call of the UNet get in place of the text.
-
-    Attributes:
-        text: (R, L, D), of the pipeline's own rows. rows: (A,), those that a customised row follows.
-        gates: (A, K, L), times the strength. residuals: by layer, (K, C).
-    """
-
-    text: Tensor
-    rows: Tensor
-    gates: Tensor
-    residuals: Mapping[str, Tensor]
-
-    def append(self, value: Any) -> Any:
-        """A value of R rows, or a collection of such, with a row for each customised one behind them."""
-        if isinstance(value, Tensor):
-            return torch.cat([value, value[self.rows]]) if value.dim() and len(value) == len(self.text) else value
-        if isinstance(value, dict):  # image prompts join the text, which has R rows
-            return {name: part if name == "image_embeds" else self.append(part) for name, part in value.items()}
-        return type(value)(map(self.append, value)) if isinstance(value, list | tuple) else value
 
 
 class Adapter:
@@ -177,13 +162,11 @@ class Adapter:
     def __init__(self, pipe: Any) -> None:
         pairs = [(getattr(pipe, f"tokenizer{n}", None), getattr(pipe, f"text_encoder{n}", None)) for n in ("", "_2")]
         pairs = [(tokenizer, encoder) for tokenizer, encoder in pairs if tokenizer is not None and encoder is not None]
-        self.unet, self.length = pipe.unet, pairs[0][0].model_max_length
+        self.unet, self.marks = pipe.unet, Marks(pipe.unet, pairs[0][0].model_max_length)
         self.tokenizers = [(tokenizer, copy.deepcopy(tokenizer)) for tokenizer, _ in pairs]  # and as it was
         self.nouns: list[dict[int, tuple[str, list[int]]]] = [{} for _ in pairs]  # id -> its token, the noun's ids
         self.words: dict[str, str] = {}  # token -> noun
         self.loaded: dict[str, Loaded] = {}
-        self.marks: dict[bytes, tuple[Sequence[str | None], Tensor]] = {}  # key -> token at each place, what was there
-        self.count, self.lock = 0, threading.Lock()
         self.calls = WeakTensorKeyDictionary()  # encodings -> what the UNet reads; None is themselves
         self.texts = WeakTensorKeyDictionary()  # ids that a text encoder reads -> token at each place of each row
         self.handles = [
@@ -195,7 +178,7 @@ class Adapter:
             self.unet.register_forward_pre_hook(self.enter, with_kwargs=True),
             self.unet.register_forward_hook(self.leave, with_kwargs=True),
         ]
-        unet = _plain(self.unet)
+        unet = plain(self.unet)
         self.edited = [Edited(unet.get_submodule(name), name) for name in layer_names(unet).values()]
 
     @torch.no_grad()
@@ -206,7 +189,7 @@ class Adapter:
             prompts = ["".join(token if i % 2 else part for i, part in enumerate(each)) for each in parts]
             means = []
             for start in range(0, len(prompts), 16):
-                text, marks = self.read(
+                text, marks = self.marks.read(
                     pipe.encode_prompt(
                         prompt=prompts[start : start + 16], device=pipe._execution_device, num_images_per_prompt=1,
                         do_classifier_free_guidance=False,
@@ -270,62 +253,21 @@ class Adapter:
         parts = [part if isinstance(part, tuple) else (part,) for part in output.to_tuple()]
         states = [state for state in chain(*parts) if state.dim() == 3]
         for row, tokens in enumerate(self.texts.pop(ids_of(args, kwargs), ())):
-            self.mark(tokens, [state[row] for state in states])
-
-    @torch.no_grad()
-    def mark(self, tokens: Sequence[str | None], states: Sequence[Tensor]) -> None:
-        """Where there is a concept, write a number of its own into each state (L, D), and remember what it means.
-
-        A bit is the smallest change of one component of the first token's encoding, which says nothing of the prompt.
-        Otherwise "a cat" and "a <rex>" could not be told apart, or two concepts of one noun.
-        """
-        if not any(tokens):
-            return
-        with self.lock:
-            self.count = self.count % (2**BITS - 1) + 1
-            bits = [self.count >> bit & 1 for bit in range(BITS)]
-            for state in states:
-                first, eps = state[0, :BITS], torch.finfo(self.key_dtype(state)).eps
-                original = first.clone()
-                first += 2 * eps * first.abs().clamp(min=1e-3) * torch.tensor(bits, device=state.device)
-                self.marks[self.keys(state[None])[0][0]] = tokens, original
-            while len(self.marks) > MARKS:
-                del self.marks[next(iter(self.marks))]
-
-    def key_dtype(self, text: Tensor) -> torch.dtype:
-        """The coarser of the encodings' and the UNet's type: what survives the way from one to the other."""
-        return max(text.dtype, self.unet.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-
-    def keys(self, text: Tensor) -> list[list[bytes]]:
-        """A key for each row (R, L, D) and each chunk of the text encoder's length."""
-        stop = text.shape[1] // self.length * self.length
-        ends = text[:, 0 : stop : self.length, :BITS], text[:, self.length - 1 : stop : self.length, :TAIL]
-        keys = torch.cat(ends, dim=-1).detach().to(self.key_dtype(text)).double().cpu().numpy()
-        return [[key.tobytes() for key in row] for row in keys]
-
-    def read(self, text: Tensor) -> tuple[Tensor, dict[tuple[int, int], Sequence[str | None]]]:
-        """Encodings without their marks, and the token at each place of each (row, chunk) that had one."""
-        found, clean = {}, text.clone()
-        for row, chunks in enumerate(self.keys(text)):
-            for chunk, key in enumerate(chunks):
-                if key in self.marks:
-                    found[row, chunk], original = self.marks[key]
-                    clean[row, chunk * self.length, :BITS] = original.to(text)
-        return clean if found else text, found
+            self.marks.write(tokens, [state[row] for state in states])
 
     @torch.compiler.disable
     def call_of(self, text: Tensor) -> Call | Tensor:
         """What the UNet reads in place of encodings (R, L, D): encodings alone where no row has a concept."""
         calls = self.calls
         if text not in calls:
-            clean, found = self.read(text)
+            clean, found = self.marks.read(text)
             calls[text] = self.plan(clean, found) if found else None
         return text if (call := calls[text]) is None else call
 
-    def plan(self, text: Tensor, found: Mapping[tuple[int, int], Sequence[str | None]]) -> Call | Tensor:
+    def plan(self, text: Tensor, found: Mapping[tuple[int, int], Tokens]) -> Call | Tensor:
         masks: dict[tuple[int, str], Tensor] = {}  # of a row and a concept, (L,)
         for (row, chunk), tokens in found.items():
-            for place, token in enumerate(tokens, chunk * self.length):
+            for place, token in enumerate(tokens, chunk * self.marks.length):
                 if token in self.loaded and self.loaded[token].strength:
                     masks.setdefault((row, token), torch.zeros(text.shape[1], dtype=torch.bool))[place] = True
         if not masks:
@@ -358,52 +300,6 @@ class Adapter:
         return (sample,) if isinstance(output, tuple) else type(output)(sample=sample)
 
 
-class Edited:
-    """A cross-attention whose rows behind the pipeline's own are customised: `out[rows] + W_out (A_F g) r`.
-
-    Its processor stays its own, so that LoRA, IP-Adapter and others find it, before and after.
-    """
-
-    def __init__(self, attention: nn.Module, name: str) -> None:
-        self.attention, self.name = attention, name
-        self.before, self.base = vars(attention).get("forward"), attention.forward
-        attention.forward = self.forward
-
-    def remove(self) -> None:
-        del self.attention.forward
-        if self.before is not None:
-            self.attention.forward = self.before
-
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Tensor | None = None,
-                **kwargs: Any) -> Tensor:  # fmt: skip
-        """As diffusers' `Attention.forward`; with image prompts, what stands for the text is a tuple."""
-        text = encoder_hidden_states
-        call, *images = text if isinstance(text, tuple) else (text,)
-        if not isinstance(call, Call):
-            return self.base(hidden_states, text, attention_mask, **kwargs)
-        hidden = hidden_states[: len(call.text)]
-        out = self.base(hidden, (call.text, *images) if images else call.text, attention_mask, **kwargs)
-        return torch.cat([out, out[call.rows] + self.edit(hidden[call.rows], call, attention_mask)])
-
-    def edit(self, hidden: Tensor, call: Call, mask: Tensor | None) -> Tensor:
-        """`W_out Σ_k a_k ⊗ r_k` of each customised row, (A, N, C), with the mass `a_k = A_F g_k`.
-
-        It is a sum over heads: of each head's mass with what W_out makes of that head's part of r.
-        """
-        attention, heads, concepts = self.attention, self.attention.heads, call.gates.shape[1]
-        q = attention.to_q(hidden).unflatten(-1, (heads, -1)).transpose(1, 2)  # (A, H, N, D)
-        k = attention.to_k(call.text[call.rows]).unflatten(-1, (heads, -1)).transpose(1, 2)  # (A, H, L, D)
-        values = F.pad(call.gates.mT, (0, max(0, k.shape[-1] - concepts))).to(k)  # (A, L, D): fused kernels want D
-        values = values[:, None].expand(-1, heads, -1, -1)
-        bias = None if mask is None else mask[call.rows][:, None]
-        mass = F.scaled_dot_product_attention(q, k, values, attn_mask=bias)[..., :concepts]  # (A, H, N, K)
-        residuals = call.residuals[self.name].to(k).unflatten(-1, (1, heads, -1))  # (K, 1, H, D)
-        parts = (torch.eye(heads, dtype=k.dtype, device=k.device)[..., None] * residuals).flatten(0, 1).flatten(1)
-        project = attention.to_out[0]
-        basis = project(parts) - project(torch.zeros_like(parts[:1]))  # (K·H, C): linear, but for the bias
-        return mass.permute(0, 2, 3, 1).flatten(2) @ basis
-
-
 def ids_of(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
     """What a text encoder is called with."""
     return args[0] if args else kwargs["input_ids"]
@@ -414,33 +310,25 @@ def fill_ids(ids: Sequence[int], nouns: Mapping[int, tuple[str, list[int]]]) -> 
     return [(i, token) for id in ids for token, noun in [nouns.get(id, (None, [id]))] for i in noun]
 
 
-def layer_names(unet: nn.Module) -> dict[str, str]:
-    """The cross-attentions' names in a concept file (LDM's) -> those in diffusers' UNet."""
-    places, number = [("middle_block.1.", "mid_block.attentions.0.")], 0
-    for i, block in enumerate(unet.down_blocks):
-        for j in range(len(block.resnets)):
-            number += 1
-            places.append((f"input_blocks.{number}.1.", f"down_blocks.{i}.attentions.{j}."))
-        number += bool(block.downsamplers)
-    up = [(i, j) for i, block in enumerate(unet.up_blocks) for j in range(len(block.resnets))]
-    places += [(f"output_blocks.{n}.1.", f"up_blocks.{i}.attentions.{j}.") for n, (i, j) in enumerate(up)]
-    names = [name for name, _ in unet.named_modules() if name.endswith(".attn2")]
-    return {name.replace(theirs, ours): name for ours, theirs in places for name in names if name.startswith(theirs)}
-
-
 def _residuals(pipe: Any, concept: Concept) -> dict[str, Tensor]:
     """A concept's residuals by diffusers' layer, float32 (C,); zero where it learned none.
 
     Raises:
         ValueError: the pipeline has no such UNet, or the concept is of another method or base model.
     """
-    noun, unet = concept.superclass, _plain(getattr(pipe, "unet", None))
+    noun, unet = concept.superclass, plain(getattr(pipe, "unet", None))
     if not isinstance(unet, UNet2DConditionModel):
         raise UserError(f"{type(pipe).__name__} has no UNet2DConditionModel: concepts are of SD 1.5, SD 2.1 and SDXL")
+    if concept.method in ELSEWHERE:
+        layout, reads = ELSEWHERE[concept.method]
+        raise UserError(
+            f"{noun!r} was learned by {concept.method}, which diffusers has itself: "
+            f"`scripts/convert_concept.py FILE OUT --to {layout}`, then `{reads}` (docs/files.md)"
+        )
     if concept.method != "infusion" or concept.attention != "foundation":
         raise UserError(
             f"{noun!r} was learned by {concept.method} with {concept.attention} attention; this is for the method "
-            "infusion with the foundation's (diffusers itself loads LoRA and textual inversion)"
+            "infusion with the foundation's"
         )
     here = unet.config.cross_attention_dim, pipe.scheduler.config.get("prediction_type", "epsilon")
     base = BASES.get(concept.architecture, here)
@@ -457,11 +345,6 @@ def _residuals(pipe: Any, concept: Concept) -> dict[str, Tensor]:
     return {name: concept.tensors.get(ours, torch.zeros(widths[ours])) for ours, name in names.items()}
 
 
-def _plain(unet: nn.Module | None) -> nn.Module | None:
-    """The UNet itself, of a compiled one."""
-    return getattr(unet, "_orig_mod", unet)
-
-
 def _adapter_of(pipe: Any) -> Adapter | None:
     owners = (getattr(hook, "__self__", None) for hook in pipe.unet._forward_pre_hooks.values())
     return next((owner for owner in owners if isinstance(owner, Adapter)), None)
@@ -475,9 +358,3 @@ def _named(pipe: Any, tokens: Sequence[str] | None) -> tuple[Adapter, list[str]]
     if unknown := [token for token in named if token not in adapter.loaded]:
         raise UserError(f"there is no concept {unknown[0]!r}; there are {', '.join(adapter.loaded)}")
     return adapter, named
-
-
-def _finite(strength: float) -> float:
-    if not math.isfinite(strength):
-        raise UserError(f"strength: must be finite, not {strength}")
-    return float(strength)

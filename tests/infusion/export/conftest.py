@@ -16,7 +16,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from infusion.concepts.concept import Concept
-from infusion.export.diffusers import layer_names, unload
+from infusion.export.diffusers import unload
+from infusion.export.rows import layer_names
 from infusion.inject import cross_attention_layers
 from ldm.diffusion.schedule import Schedule
 from ldm.models.autoencoder import AutoencoderKL as OurAutoencoder

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import infusion
-from infusion.export.diffusers import Call, Edited, layer_names, load_concept, mark, set_concepts, unload
+from infusion.export.diffusers import load_concept, mark, set_concepts, unload
+from infusion.export.rows import Call, Edited, layer_names
 from infusion.gate import Gate
 from ldm.diffusion.sampler import initial_noise
 from ldm.util.cli import UserError
