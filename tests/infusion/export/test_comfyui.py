@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -207,6 +209,18 @@ def test_what_is_refused(nodes, sd, folder, patcher):
     wide = run(nodes.InfusionTextEncode, clip=clip, concepts=load(nodes, "wide"), text="a <rex>")
     with pytest.raises(ValueError, match="of another model"):
         comfy.predict(run(nodes.ApplyInfusion, model=patcher), [wide], X, STEP)
+
+
+def test_the_registry_s_metadata_lacks_only_what_a_publisher_fills_in():
+    said = tomllib.loads((FOLDER / "pyproject.toml").read_text())
+    project, comfy_said = said["project"], said["tool"]["comfy"]
+    assert re.fullmatch(r"[a-z]([._-]?[a-z0-9])*", project["name"]) and len(project["name"]) < 100
+    assert "comfyui" not in project["name"] and re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
+    assert set(project["license"]) == {"text"} and project["description"] and project["urls"].keys() == {"Repository"}
+    assert comfy_said.keys() == {"PublisherId", "DisplayName", "Icon"} and comfy_said["DisplayName"]
+    page = (FOLDER.parents[2] / "docs/comfyui.md").read_text()
+    empty = [name for name, word in (project["urls"] | comfy_said).items() if not word and name != "Icon"]
+    assert empty == ["Repository", "PublisherId"] and all(f"`{name}`" in page for name in empty)
 
 
 def test_the_example_uses_the_nodes_as_they_are(nodes):
