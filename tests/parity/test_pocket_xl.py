@@ -11,6 +11,7 @@ from ldm.models.attention import Context
 from ldm.pipeline import StableDiffusion
 from ldm.weights.checkpoint import save
 from ldm.weights.export import export_diffusers
+from tests.parity import sdxl_full_size
 
 PROMPTS, NEGATIVE = ["a photo of a cat", "two dogs on a hill"], "blurry"
 
@@ -96,3 +97,12 @@ def test_folder_and_file_hold_the_same_model(sd, folder, config, tmp_path):
         back = StableDiffusion.from_checkpoint(config, source).state_dict()
         different = [name for name, tensor in back.items() if not torch.equal(tensor, whole[name])]
         assert different == (["text.embedders.1.model.logit_scale"] if source == folder else [])
+
+
+def test_the_comparison_at_full_size_is_rehearsed(config, capsys):
+    """The script that needs 16 GiB, on the small model: every part of it runs, within its bound."""
+    sdxl_full_size.main(["--config", str(config)])
+    found = capsys.readouterr().out
+    parts = ("text", "pooled vector", "UNet, latents 24 × 40", "autoencoder, decoding", "ten guided steps")
+    assert all(f"{part}: " in found for part in parts)
+    assert "optimiser step 2: loss" in found and "11 of 11 residuals moved, 704 parameters" in found
