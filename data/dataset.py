@@ -1,94 +1,104 @@
 """Photos of one concept: images, soft masks and captions from a folder."""
 
-import io
-import logging
 import math
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
-from data.photos import SUFFIXES, find_mask, is_image
+from data.crop import MIDDLE, Crop, Place, around, share_inside, to_square
+from data.doubts import LEAST_INSIDE, doubts
+from data.images import opacity, opened, over_white, read_image, read_mask
+from data.photos import Photo, PhotoFolder
 from ldm.util.cli import UserError
-from ldm.util.config import find
 from ldm.util.files import read_text
 
 LARGEST = 8192  # pixels of a square's side
 ENLARGED = 2.0  # times; a photo enlarged more than this is blurred, and its blur is learned
 CAPTIONS = 100_000  # bytes of a photo's captions, at most
-ANIMATED = ("GIF", "PNG", "WEBP")  # a second frame is more than a preview, as those of TIFF and a phone's JPEG are
-
-logger = logging.getLogger(__name__)
+ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # a second frame is more than a preview, as those of TIFF and a phone's JPEG
 
 
 class ConceptImages:
-    """The photos in a folder, cropped about their centre to squares of one size; `photos[i]` reads one, with its mask.
+    """The photos in a folder, cropped to squares of one size; `photos[i]` reads one, with its mask.
 
     All are read once to find mistakes and none is kept: memory does not grow with their number.
 
-    A mask is looked for in `mask/<same name>`, `mask/<stem>.png`, `<stem>-masklabel.png`, and the image's own alpha
-    channel, in this order, and divided by its maximum. `<stem>.txt` may hold captions, one a line.
+    `PhotoFolder` says which files are photos, masks and captions. Without a mask file the image's own alpha channel is
+    its mask. A mask is divided by its maximum over the whole photo. A caption file has one caption a line.
 
     Args:
         data_root: the folder.
         image_size: side of the squares, in pixels.
-        superclass: the noun that captions name the concept by; it becomes `{}` there.
-        mask: "auto" wants a mask for every image; "none" uses no masks.
+        superclass: the noun that captions name the concept by; it becomes `{}` there. None: captions are not read.
+        mask: "auto" wants a mask for every image; "none" learns from the whole squares.
+        crop: "subject" is the square around the mask's mass, also where `mask` is "none"; "middle" is the centred one,
+            which photos without a mask have in either case.
+        key: the flag or key that names the folder.
 
     Attributes:
+        folder: what it holds.
         names: file names, sorted; N of them.
         sizes: (width, height) of each photo, upright and before it is cropped, in pixels.
+        places: where in each photo the square lies.
         cover: the mean of each mask in [0, 1]; [] without masks.
         image_size: S, the side of the squares.
         captions: one list of templates with `{}` per image; empty where there is no caption.
 
     Raises:
-        ValueError: no such folder, no image in it, a file that cannot be read, a mask that is missing, empty or of
-            another shape, a caption without the superclass.
+        ValueError: as `PhotoFolder.read`; a file that cannot be read; a mask that is missing, empty, of another shape,
+            or nearly all outside the square; a caption without the superclass.
     """
 
-    def __init__(self, data_root: str | Path, image_size: int, superclass: str, mask: Literal["auto", "none"] = "auto"):
-        root = find(data_root)
-        if not root.is_dir():
-            raise UserError(f"data_root: there is no folder {data_root}")
+    def __init__(
+        self,
+        data_root: str | Path,
+        image_size: int,
+        superclass: str | None,
+        mask: Literal["auto", "none"] = "auto",
+        crop: Crop = "middle",
+        key: str = "data_root",
+    ) -> None:
+        self.folder = PhotoFolder.read(data_root, key)
         if not 1 <= image_size <= LARGEST:
             raise UserError(f"image_size: must be from 1 to {LARGEST}, not {image_size}")
-        paths = [path for path in sorted(root.iterdir()) if is_image(path)]
-        if not paths:
-            raise UserError(f"data_root: {data_root} holds no image ({', '.join(SUFFIXES)})")
-        self.root, self.image_size = root, image_size
-        self.names = [path.name for path in paths]
-        self.captions = [read_captions(path.with_suffix(".txt"), superclass) for path in paths]
-        self.superclass, self.masked = superclass, mask == "auto"
+        if crop not in ("subject", "middle"):
+            raise UserError(f"crop: one of subject, middle is wanted, not {crop!r}")
+        photos = self.folder.photos
+        self.root, self.image_size, self.superclass = self.folder.root, image_size, superclass
+        self.masked, self.crop = mask == "auto", crop
+        self.names = [photo.path.name for photo in photos]
+        self.captions = [
+            read_captions(photo.caption, superclass) if photo.caption and superclass is not None else []
+            for photo in photos
+        ]
         self.sizes: list[tuple[int, int]] = []
+        self.places: list[Place] = []
         self.cover: list[float] = []
-        for path in paths:
-            image = read_image(path)
+        self._found = self._transparent = 0  # masks in all, and those that are alpha channels
+        self._notes: list[str] = []
+        for photo in photos:
+            image = read_image(photo.path)
             self.sizes.append(image.size)
-            if self.masked:
-                self.cover.append(_mask(path, image, image_size, superclass).mean().item())
-            with _opened(path) as file:
+            self.places.append(MIDDLE)
+            if self.masked or crop == "subject":
+                self._look_at_mask(photo, image)
+            with opened(photo.path) as file:
                 if file.format in ANIMATED and getattr(file, "is_animated", False):
-                    logger.warning("warning: %s: is an animation, of which the first frame is taken", path)
+                    self._notes.append(f"{photo.path}: is an animation, of which the first frame is taken")
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None]:
-        """Photo (3, S, S) float32 in [-1, 1], and mask (1, S, S) float32 in [0, 1] with maximum 1, or None."""
-        path = self.root / self.names[index]
-        image = read_image(path)
-        mask = _mask(path, image, self.image_size, self.superclass) if self.masked else None
-        return to_square(over_white(image), self.image_size) / 127.5 - 1, mask
+        """Photo (3, S, S) float32 in [-1, 1], and mask (1, S, S) float32 in [0, 1], or None."""
+        photo, place = self.folder.photos[index], self.places[index]
+        image = read_image(photo.path)
+        mask = self._square(whole_mask(photo, image), place) if self.masked else None
+        return to_square(over_white(image), self.image_size, place) / 127.5 - 1, mask
 
     @property
     def images(self) -> Tensor:
@@ -97,20 +107,25 @@ class ConceptImages:
 
     @property
     def masks(self) -> Tensor | None:
-        """All masks at once, (N, 1, S, S) float32 in [0, 1], each with maximum 1; or None."""
+        """All masks at once, (N, 1, S, S) float32 in [0, 1]; or None."""
         return torch.stack([mask for _, mask in self]) if self.masked else None
 
     def report(self) -> str:
-        """One line: how many photos of which sizes, what is cropped from them, and how much of that is masked."""
+        """One line: how many photos of which sizes, what is cropped from them, masks and captions and their places."""
         original = _range([f"{width}×{height}" for width, height in sorted(self.sizes, key=math.prod)])
         square = _range([str(min(size)) for size in sorted(self.sizes, key=min)])
-        masked = "no masks, the whole square is learned"
-        if self.masked:
-            cover = _range([f"{share:.0%}" for share in sorted(self.cover)])
-            masked = f"masks cover {cover} of it, {sum(self.cover) / len(self):.0%} on average"
         many = "1 photo" if len(self) == 1 else f"{len(self)} photos"
         used = f"{self.image_size}×{self.image_size}"
-        return f"{many} of {original} pixels; the centred square of {square} is used at {used}; {masked}"
+        said = [f"{many} of {original} pixels", f"the {self._where(square)} is used at {used}", self._said_of_masks()]
+        if captions := self.folder.count("caption"):
+            said.append(f"captions ({captions})" + (" are not used" if self.superclass is None else ""))
+        return "; ".join(said)
+
+    def warnings(self) -> list[str]:
+        """A line each: files that are left out, photos that are blurred, doubtful masks, animations."""
+        left_out, blurred = self.folder.lacks(), self.enlarged()
+        found = [f"{self.root}: left out: {left_out}"] if left_out else []
+        return found + ([f"{self.root}: {blurred}"] if blurred else []) + self._notes
 
     def enlarged(self) -> str:
         """One line about the photos that are enlarged more than `ENLARGED` times; "" where there is none."""
@@ -126,21 +141,64 @@ class ConceptImages:
             f"{', '.join(small)}; use photos at least {self.image_size} pixels wide and high"
         )
 
+    def _look_at_mask(self, photo: Photo, image: Image.Image) -> None:
+        """Finds the square's place by the mask, and what speaks against that."""
+        mask, file = whole_mask(photo, image), photo.mask or photo.path
+        if mask is None and self.masked:
+            command = f"python data/soft_segment.py --image_dir {self.root} --super_class {self.superclass!r}"
+            raise UserError(f"{photo.path}: has no mask; make masks by `{command}`, or set mask=none")
+        if mask is None:
+            return
+        if mask.getextrema()[1] <= 0:
+            raise UserError(f"{file}: the mask is empty: white and opaque is what is learned")
+        self._found, self._transparent = self._found + 1, self._transparent + (photo.mask is None)
+        if self.crop == "subject":
+            self.places[-1] = around(mask)
+        if (inside := share_inside(mask, self.places[-1])) < LEAST_INSIDE:
+            way = "crop the photo yourself" if self.crop == "subject" else "set crop=subject, or crop the photo"
+            raise UserError(f"{file}: only {inside:.0%} of the mask lies in the square that would be used: {way}")
+        self._notes += [f"{file}: {doubt}" for doubt in doubts(mask, self.places[-1])]
+        if self.masked:
+            self.cover.append(self._square(mask, self.places[-1]).mean().item())
 
-def read_image(path: Path) -> Image.Image:
-    """An image file, upright, as RGB or (with transparency) RGBA, 8 bits a channel; ValueError if it is unreadable."""
-    with _opened(path) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.mode.startswith(("I", "F")):
-            image = Image.fromarray((_grey(image) * 255).round().astype(np.uint8))
-        transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-        return image.convert("RGBA" if transparent else "RGB")
+    def _square(self, mask: Image.Image, place: Place) -> Tensor:
+        """(1, S, S) float32 in [0, 1], of a whole mask."""
+        return (to_square(mask, self.image_size, place) / mask.getextrema()[1]).clamp(0, 1)
+
+    def _where(self, square: str) -> str:
+        """The square in words."""
+        if self.crop == "middle" or not self._found:
+            return f"centred square of {square}"
+        rest = len(self) - self._found
+        return f"square of {square} around the subject" + (f" ({rest} without a mask: the centred one)" if rest else "")
+
+    def _said_of_masks(self) -> str:
+        files = [self.folder.count("mask"), f"{self._transparent} in alpha channels" if self._transparent else ""]
+        files = ", ".join(filter(None, files))
+        if self.masked:
+            cover = _range([f"{share:.0%}" for share in sorted(self.cover)])
+            return f"masks ({files}) cover {cover} of it, {sum(self.cover) / len(self):.0%} on average"
+        unused = f"masks ({files}) are not used" if files else "no masks"
+        return f"{unused}, the whole square is learned"
 
 
-def read_mask(path: Path) -> Image.Image:
-    """A mask file as floats (mode F) in [0, 1]; ValueError if it is unreadable."""
-    with _opened(path) as file:
-        return Image.fromarray(_grey(ImageOps.exif_transpose(file)))
+def whole_mask(photo: Photo, image: Image.Image) -> Image.Image | None:
+    """The mask of a photo as floats (mode F) in [0, 1]: its file, or the image's own alpha channel; None without.
+
+    Raises:
+        UserError: it cannot be read, or is of another shape.
+    """
+    if photo.mask is not None:
+        mask = read_mask(photo.mask)
+        # a pixel more or less in either direction is rounding, not another shape
+        if abs(mask.width * image.height - mask.height * image.width) > max(*mask.size, *image.size):
+            of = f"{photo.path.name}, {image.width}×{image.height}"
+            raise UserError(f"{photo.mask}: {mask.width}×{mask.height} is not the shape of {of}")
+    elif image.mode == "RGBA" and image.getextrema()[3][0] < 255:
+        mask = Image.fromarray(opacity(image))
+    else:
+        return None
+    return mask
 
 
 def read_captions(path: Path, superclass: str) -> list[str]:
@@ -163,80 +221,5 @@ def read_captions(path: Path, superclass: str) -> list[str]:
     return templates
 
 
-def over_white(image: Image.Image) -> Image.Image:
-    """Transparent places filled with white."""
-    if image.mode != "RGBA":
-        return image
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def png(image: Tensor) -> bytes:
-    """A PNG file of (1, H, W) or (3, H, W) in [0, 1]."""
-    file = io.BytesIO()
-    to_pil_image(image.mul(255).round().byte().cpu()).save(file, "PNG", optimize=True)
-    return file.getvalue()
-
-
-def to_square(image: Image.Image, size: int) -> Tensor:
-    """The largest centred square of an image, resized: (C, size, size) float32, in the image's own range."""
-    method = Image.Resampling.BILINEAR if image.mode == "F" else Image.Resampling.LANCZOS
-    pixels = np.asarray(ImageOps.fit(image, (size, size), method), dtype=np.float32)
-    return rearrange(torch.from_numpy(pixels.copy()), "h w -> 1 h w" if pixels.ndim == 2 else "h w c -> c h w")
-
-
-def _mask(path: Path, image: Image.Image, size: int, superclass: str) -> Tensor:
-    """Soft mask (1, size, size) with maximum 1."""
-    if (file := find_mask(path)) is not None:
-        mask = read_mask(file)
-        # a pixel more or less in either direction is rounding, not another shape
-        if abs(mask.width * image.height - mask.height * image.width) > max(*mask.size, *image.size):
-            raise UserError(
-                f"{file}: {mask.width}×{mask.height} is not the shape of {path.name}, {image.width}×{image.height}"
-            )
-    elif image.mode == "RGBA" and image.getextrema()[3][0] < 255:
-        mask = Image.fromarray(np.asarray(image.getchannel("A"), dtype=np.float32) / 255)
-    else:
-        command = f"python data/soft_segment.py --image_dir {path.parent} --super_class {superclass!r}"
-        raise UserError(f"{path}: has no mask; make masks by `{command}`, or set mask=none")
-    square = to_square(mask, size).clamp(0, 1)
-    if square.max() <= 0:
-        raise UserError(f"{file or path}: the mask is empty within the image's centred square")
-    return square / square.max()
-
-
 def _range(ordered: list[str]) -> str:
     return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image file; what Pillow raises over it becomes a UserError that names the file."""
-    try:
-        with warnings.catch_warnings():  # of sizes that large cameras have; twice as much is an error
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                yield image
-    except UnidentifiedImageError as error:  # its text is the path
-        raise UserError(f"{path}: cannot be read as an image: no format that is known, or cut off") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as an image: {error.strerror or error}") from error
-    except Image.DecompressionBombError as error:
-        most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
-        raise UserError(f"{path}: has more than {most} million pixels: make it smaller") from error
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as an image: {error}") from error
-
-
-def _grey(image: Image.Image) -> np.ndarray:
-    """Brightness (H, W), float32 in [0, 1], of an image of any mode.
-
-    White is 65535 in integer images, and 1, 255 or 65535 in float images; where there are larger values, the largest.
-    """
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float32)
-        if not np.isfinite(values).all():
-            raise UserError("it holds values that are not finite")
-        tops = (1, 255, 65535) if image.mode == "F" else (65535,)
-        white = next((top for top in tops if values.max() <= top), values.max())
-        return values.clip(0) / white
-    return np.asarray(image.convert("L"), dtype=np.float32) / 255

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
+from data.crop import MIDDLE, Place
 from data.dataset import ConceptImages
+from data.images import png
+from data.preview import sheet
 from data.prior import ClassImages
 from data.prompts import TEMPLATES
 from ldm.models.autoencoder import AutoencoderKL, coverage
 from ldm.util.cli import UserError
+from ldm.util.files import write
 from ldm.util.templates import check_template
 
-BATCH = 1000  # photos, at most
+BATCH, TILES = 1000, 64  # photos in a batch and on the preview, at most
 logger = logging.getLogger(__name__)
 
 
@@ -51,23 +56,28 @@ class LatentCache:
             if mask is not None:
                 both = torch.stack([mask, mask.flip(-1)] if flip else [mask])
                 masks.append(coverage(both, latents[-1].shape[-2:]))
-        sizes = torch.tensor([photo_sizes(*size, images.image_size) for size in images.sizes]).transpose(0, 1)
+        told = [
+            photo_sizes(width, height, images.image_size, place)
+            for (width, height), place in zip(images.sizes, images.places, strict=True)
+        ]
+        sizes = torch.tensor(told).transpose(0, 1)
         return cls(torch.stack(latents, 1), torch.stack(masks, 1) if masks else None, sizes[: 2 if flip else 1])
 
 
-def photo_sizes(width: int, height: int, side: int) -> tuple[list[int], list[int]]:
-    """What SDXL is told of a photo whose centred square is used, and of its mirror image (`Context.sizes`).
+def photo_sizes(width: int, height: int, side: int, place: Place = MIDDLE) -> tuple[list[int], list[int]]:
+    """What SDXL is told of a photo of which a square is used, and of its mirror image (`Context.sizes`).
 
     Args:
         width, height: of the photo, in pixels.
         side: of the square that it becomes.
+        place: where in the photo the square lies.
 
     Returns:
         Six integers for each: the photo's height and width; top and left of the crop, in the photo as it is after
         resizing; height and width of the crop.
     """
     resized = [round(length * side / min(width, height)) for length in (height, width)]
-    top, left = ((length - side) // 2 for length in resized)
+    top, left = (int(at * (length - side)) for at, length in zip(place[::-1], resized, strict=True))
     mirrored = resized[1] - side - left
     return [height, width, top, left, side, side], [height, width, top, mirrored, side, side]
 
@@ -128,7 +138,8 @@ class ConceptBatches(IterableDataset):
 class ConceptData(pl.LightningDataModule):
     """Batches for training one concept; the autoencoder is that of the Lightning module's `sd`.
 
-    A resumed run continues with the batch that follows.
+    It reports on the photos when it is built. A resumed run continues with the batch that follows. `<run>/photos.png`
+    shows the first `TILES` photos as they are trained: their squares, dim and grey where the mask is black.
 
     Args:
         images: the photos.
@@ -163,23 +174,28 @@ class ConceptData(pl.LightningDataModule):
         self.templates = [own or list(templates) for own in images.captions]
         for template in [*templates, *chain.from_iterable(images.captions)]:
             check_template("templates", template)
+        logger.info("%s: %s", images.root, images.report())
+        for warning in images.warnings():
+            logger.warning("warning: %s", warning)
         self.images, self.batch_size, self.flip_p, self.seed = images, batch_size, flip_p, seed
-        self.prior = prior
+        if prior is not None and prior.root is not None and prior.root.resolve() == images.root.resolve():
+            raise UserError(f"class_root: {prior.root} is the folder of the photos themselves: name another one")
+        self.prior, self.preview = prior, "photos.png"
         self.cache: LatentCache | None = None
         self.prior_latents: Tensor | None = None
 
     def setup(self, stage: str) -> None:
-        """Reports and encodes the photos; ValueError for a size that the model cannot halve as often as it needs."""
+        """Encodes the photos; ValueError for a size that the model cannot halve as often as it needs."""
         if self.cache is None:
-            logger.info("%s: %s", self.images.root, self.images.report())
-            if blurred := self.images.enlarged():
-                logger.warning("warning: %s: %s", self.images.root, blurred)
             module, size = self.trainer.lightning_module, self.images.image_size
             sd = module.sd
             try:
                 sd.latent_shape(size, size)
             except ValueError as error:
                 raise UserError(f"image_size: {error}") from error
+            if self.trainer.is_global_zero:
+                first = (self.images[place] for place in range(min(len(self.images), TILES)))
+                write(Path(self.trainer.default_root_dir) / self.preview, png(sheet(first)))
             vae = sd.vae.to(self.trainer.strategy.root_device)
             self.cache = LatentCache.encode(self.images, vae, flip=self.flip_p > 0)
             if self.prior is not None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
+from data.crop import Crop
 from data.dataset import ConceptImages
 from data.latents import ConceptData
 from data.prompts import TEMPLATES
@@ -61,7 +62,7 @@ class ManyConcepts(pl.LightningDataModule):
         concepts: as for `entries`.
         image_size: side of the squares, in pixels.
         batch_size: photos of each concept in every batch, on every device.
-        mask: "auto" or "none", as for `ConceptImages`.
+        mask: "auto" or "none", crop: "subject" or "middle", as for `ConceptImages`.
         templates, flip_p, seed: of each concept, as for `ConceptData`.
 
     Raises:
@@ -77,17 +78,19 @@ class ManyConcepts(pl.LightningDataModule):
         templates: Sequence[str] = TEMPLATES,
         flip_p: float = 0.5,
         seed: int = 23,
+        crop: Crop = "middle",
     ) -> None:
         super().__init__()
         self.parts: dict[str, ConceptData] = {}
         for entry in entries(concepts):
             own = flip_p if entry.flip_p is None else entry.flip_p
             with naming(f"concepts.{entry.name}"):
-                images = ConceptImages(entry.data_root, image_size, entry.superclass, mask)
+                images = ConceptImages(entry.data_root, image_size, entry.superclass, mask, crop)
                 self.parts[entry.name] = ConceptData(images, batch_size, templates, own, seed)
+                self.parts[entry.name].preview = f"photos/{entry.name}.png"
 
     def setup(self, stage: str) -> None:
-        """Reports and encodes the photos of every concept; raises ValueError as `ConceptData.setup` does."""
+        """Encodes the photos of every concept; raises ValueError as `ConceptData.setup` does."""
         for name, part in self.parts.items():
             part.trainer = self.trainer
             with naming(f"concepts.{name}"):

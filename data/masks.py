@@ -6,19 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from clipseg.model import ClipSeg
-from data.dataset import over_white, png, read_image, read_mask
-from data.photos import fill_templates, find_photos
+from data.crop import MIDDLE, Crop, Place, around
+from data.dataset import whole_mask
+from data.doubts import covered, doubts
+from data.images import over_white, png, read_image, read_mask
+from data.photos import MASKS, OVERLAYS, fill_templates, find_photos
+from data.preview import enlarge, overlay
 from data.prompts import TEMPLATES
 from ldm.util.files import clear, write
 
-TINT, DIMMED, PREVIEW = (1.0, 0.25, 0.1), 0.35, 1024  # the overlay's colour, the light outside, its longer side
-NEARLY_EMPTY, NEARLY_ALL, FAINT = 0.01, 0.9, 0.2
+FAINT = 0.2  # a maximum that says: the word was not found
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,11 @@ class Coverage:
 
     Attributes:
         photo: the photo's name.
-        mask: the mask's file.
+        mask: the mask's file; the photo itself where its alpha channel is the mask.
         made: whether it was written by this call.
         share: of pixels above half of the maximum, in [0, 1].
         maximum: of the mask, in [0, 1].
+        doubts: what speaks against it.
     """
 
     photo: str
@@ -38,20 +42,18 @@ class Coverage:
     made: bool
     share: float
     maximum: float
+    doubts: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, photo: Path, file: Path, mask: Tensor, made: bool) -> "Coverage":
-        """Of a mask (H, W) in [0, 1]."""
-        top = mask.max().item()
-        return cls(photo.name, file, made, (mask > top / 2).float().mean().item(), top)
+    def of(cls, photo: Path, file: Path, mask: Image.Image, made: bool, crop: Crop) -> "Coverage":
+        """Of a mask (mode F) in [0, 1] and how the photo will be cropped."""
+        top = mask.getextrema()[1]
+        said = doubts(mask, place_of(mask, crop)) if top > 0 else []
+        return cls(photo.name, file, made, covered(mask), top, tuple(said))
 
     def warning(self, super_class: str) -> str:
         """Why the mask is not to be trusted; "" where nothing speaks against it."""
-        if self.maximum < FAINT:
-            return f"hardly any {super_class} found"
-        if self.share < NEARLY_EMPTY:
-            return "nearly empty"
-        return "nearly everything" if self.share > NEARLY_ALL else ""
+        return f"hardly any {super_class} found" if self.maximum < FAINT else ", ".join(self.doubts)
 
 
 def segment_folder(
@@ -61,6 +63,7 @@ def segment_folder(
     templates: Sequence[str] = TEMPLATES,
     batch_size: int = 4,
     overwrite: bool = False,
+    crop: Crop = "subject",
 ) -> list[Coverage]:
     """Write `mask/<stem>.png` and `mask/overlay/<stem>.png` for each photo of a folder that has no mask.
 
@@ -70,7 +73,8 @@ def segment_folder(
         clipseg: see `clipseg.weights.load`.
         templates: prompts with {} for the word.
         batch_size: photos at a time.
-        overwrite: make masks for the photos that have one, too.
+        overwrite: make masks for the photos that have one, too, be it a file or an alpha channel.
+        crop: which square will be trained on: the overlays show it.
 
     Returns:
         One for each photo, sorted by name.
@@ -79,25 +83,34 @@ def segment_folder(
         ValueError: as `find_photos` and `fill_templates`, or a photo or mask cannot be read.
         OSError: the folder cannot be written to.
     """
-    clear(Path(image_dir) / "mask")
-    photos, prompts = find_photos(image_dir, overwrite), fill_templates(super_class, templates)
-    rows = {p.path: Coverage.of(p.path, p.kept, load_mask(p.kept), made=False) for p in photos if p.kept}
-    wanted = [photo for photo in photos if not photo.kept]
-    for photo in wanted:
-        read_image(photo.path)  # before the first mask is written
+    folder, prompts = find_photos(image_dir, overwrite), fill_templates(super_class, templates)
+    clear(folder.root / MASKS)
+    rows, wanted = {}, []
+    for photo in folder.photos:
+        kept = whole_mask(photo, read_image(photo.path))  # all are read before the first mask is written
+        if kept is None or overwrite:
+            wanted.append(photo.path)
+        else:
+            rows[photo.path] = Coverage.of(photo.path, photo.mask or photo.path, kept, False, crop)
     with tqdm(total=len(wanted), desc="masks", disable=not wanted) as bar:
         for start in range(0, len(wanted), batch_size):
             batch = wanted[start : start + batch_size]
-            images = [load_photo(photo.path) for photo in batch]  # each (1, 3, H, W)
+            images = [load_photo(path) for path in batch]  # each (1, 3, H, W)
             small = clipseg.masks(torch.cat([clipseg.squeeze(image) for image in images]), prompts)  # (B, S, S)
-            for photo, image, mask in zip(batch, images, small, strict=True):
+            for path, image, mask in zip(batch, images, small, strict=True):
                 soft = enlarge(mask, image.shape[2:])  # (H, W)
-                preview = photo.mask.parent / "overlay" / photo.mask.name
-                write(preview, png(overlay(image[0], soft)))  # first: whoever has a mask is done
-                write(photo.mask, png(soft[None]))
-                rows[photo.path] = Coverage.of(photo.path, photo.mask, soft, made=True)
+                file, made = folder.mask_of(path), Image.fromarray(soft.cpu().numpy())
+                shown = overlay(image[0], soft, place_of(made, crop))
+                write(file.parent / OVERLAYS / file.name, png(shown))  # first: whoever has a mask is done
+                write(file, png(soft[None]))
+                rows[path] = Coverage.of(path, file, made, True, crop)
             bar.update(len(batch))
-    return [rows[photo.path] for photo in photos]
+    return [rows[photo.path] for photo in folder.photos]
+
+
+def place_of(mask: Image.Image, crop: Crop) -> Place:
+    """Where the square lies that is trained on."""
+    return around(mask) if crop == "subject" and mask.getextrema()[1] > 0 else MIDDLE
 
 
 def load_photo(path: Path) -> Tensor:
@@ -111,34 +124,12 @@ def load_mask(path: Path) -> Tensor:
     return torch.from_numpy(np.array(read_mask(path)))
 
 
-def enlarge(mask: Tensor, size: Sequence[int]) -> Tensor:
-    """(S, S) -> (H, W), bilinear."""
-    return resize(mask[None], size)[0].clamp(0, 1)
-
-
-def resize(image: Tensor, size: Sequence[int]) -> Tensor:
-    """(C, h, w) -> (C, H, W), bilinear."""
-    return F.interpolate(image[None], tuple(size), mode="bilinear", antialias=True)[0]
-
-
-def overlay(image: Tensor, mask: Tensor) -> Tensor:
-    """The photo (3, H, W) as training will see the mask (H, W): light and tinted within, dim and grey without."""
-    mask = mask / mask.max().clamp(min=1e-6)
-    scale = min(1.0, PREVIEW / max(image.shape[1:]))
-    if scale < 1:
-        size = [max(1, round(side * scale)) for side in image.shape[1:]]
-        image, mask = resize(image, size), enlarge(mask, size)
-    within = 0.7 * image + 0.3 * image.new_tensor(TINT).view(3, 1, 1)
-    without = DIMMED * image.mean(0, keepdim=True).expand(3, -1, -1)
-    return mask * within + (1 - mask) * without
-
-
 def table(rows: Sequence[Coverage], super_class: str) -> str:
     """A line for each photo: share of pixels above half of the maximum, the maximum, and what is wrong."""
     width = max(len("photo"), *(len(row.photo) for row in rows))
     lines = [f"{'photo':<{width}}  share  maximum"]
     for row in rows:
-        note = [] if row.made else [f"kept {row.mask.name}"]
+        note = [] if row.made else [f"kept {'its alpha channel' if row.mask.name == row.photo else row.mask.name}"]
         note += [f"warning: {text}" for text in [row.warning(super_class)] if text]
         lines.append(f"{row.photo:<{width}}  {row.share:>5.1%}  {row.maximum:>7.2f}  {'; '.join(note)}".rstrip())
     return "\n".join(lines)

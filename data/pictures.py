@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from data.dataset import over_white, read_image, to_square
-from data.photos import is_image
+from data.crop import to_square
+from data.images import over_white, read_image, text_of
+from data.photos import Photo, PhotoFolder
 from ldm.util.cli import UserError, naming
 from ldm.util.config import find
 from ldm.util.files import read_text
@@ -23,11 +23,13 @@ class PromptedPictures:
         images: (N, 3, S, S) float32 in [0, 1].
         prompts: picture i has the i-th, going round.
         rule: which prompt belongs to which picture, in words.
+        folder: what it holds.
     """
 
     images: Tensor
     prompts: tuple[str, ...]
     rule: str
+    folder: PhotoFolder
 
 
 def read_pictures(folder: str | Path, size: int, prompts: str | Path | None = None) -> PromptedPictures:
@@ -36,39 +38,31 @@ def read_pictures(folder: str | Path, size: int, prompts: str | Path | None = No
     Args:
         size: S, of the squares: the largest centred square of a picture, by Lanczos resampling.
         prompts: a file with a prompt a line. Picture i belongs to line i, and after the last line to the first again,
-            so there are as many pictures as lines, or a multiple of that. None: `<stem>.txt` beside a picture holds its
-            prompt, or the PNG's own text "prompt".
+            so there are as many pictures as lines, or a multiple of that. None: `<stem>.txt` or `<stem>.caption` beside
+            a picture holds its prompt, or the PNG's own text "prompt".
 
     Raises:
-        UserError: no such folder or file, fewer than 2 pictures, one that cannot be read, a count that does not fit the
+        UserError: as `PhotoFolder.read`; fewer than 2 pictures, one that cannot be read, a count that does not fit the
             prompts, or a picture without a prompt.
     """
-    paths = picture_files(folder)
-    images = [to_square(over_white(read_image(path)), size) / 255 for path in paths]
+    found = PhotoFolder.read(folder, "--pictures")
+    pictures = sorted(found.photos, key=lambda photo: natural(photo.path))
+    if len(pictures) < 2:
+        raise UserError(f"--pictures: {folder} has 1 picture, too few to measure")
+    images = [to_square(over_white(read_image(photo.path)), size) / 255 for photo in pictures]
     if prompts is None:
-        said = [prompt_of(path) for path in paths]
-        rule = "each has its own, in <stem>.txt or in the PNG"
+        said = [prompt_of(photo) for photo in pictures]
+        rule = "each has its own, in the file beside it or in the PNG"
     else:
         said = lines_of(prompts)
-        if len(paths) % len(said):
+        if len(pictures) % len(said):
             raise UserError(
-                f"--pictures: {folder} has {len(paths)} pictures for {len(said)} prompts of {prompts}: picture i is of "
-                "prompt i, going round, so as many or a multiple are wanted; or leave --prompts out, and give each "
+                f"--pictures: {folder} has {len(pictures)} pictures for {len(said)} prompts of {prompts}: picture i is "
+                "of prompt i, going round, so as many or a multiple are wanted; or leave --prompts out, and give each "
                 "picture its own in <stem>.txt"
             )
         rule = f"picture i in natural order has line i of {Path(prompts).name}, going round"
-    return PromptedPictures(torch.stack(images), tuple(said), rule)
-
-
-def picture_files(folder: str | Path) -> list[Path]:
-    """Image files of a folder in natural order; raises UserError for fewer than 2."""
-    root = find(folder)
-    if not root.is_dir():
-        raise UserError(f"--pictures: there is no folder {folder}")
-    paths = sorted((path for path in root.iterdir() if is_image(path)), key=natural)
-    if len(paths) < 2:
-        raise UserError(f"--pictures: {folder} has {len(paths)} pictures, too few to measure")
-    return paths
+    return PromptedPictures(torch.stack(images), tuple(said), rule, found)
 
 
 def natural(path: Path) -> list[int | str]:
@@ -85,13 +79,15 @@ def lines_of(file: str | Path) -> list[str]:
     return found
 
 
-def prompt_of(path: Path) -> str:
-    """The prompt that lies beside a picture or stands in it; raises UserError where there is none."""
-    beside = path.with_suffix(".txt")
-    if beside.is_file():
-        return lines_of(beside)[0]
-    with Image.open(path) as image:
-        said = image.info.get("prompt")
-    if not isinstance(said, str) or not said.strip():
-        raise UserError(f"--pictures: {path} has no prompt: give one in {beside.name}, or name a file by --prompts")
-    return said.strip()
+def prompt_of(picture: Photo) -> str:
+    """The prompt that lies beside a picture or stands in it; raises UserError where there is none, or are several."""
+    if picture.caption is not None:
+        lines = lines_of(picture.caption)
+        if len(lines) > 1:
+            raise UserError(f"--pictures: {picture.caption} has {len(lines)} lines: a picture has one prompt")
+        return lines[0]
+    said = text_of(picture.path).get("prompt", "").strip()
+    if not said:
+        name = f"{picture.path.stem}.txt"
+        raise UserError(f"--pictures: {picture.path} has no prompt: give one in {name}, or name a file by --prompts")
+    return said

@@ -7,7 +7,8 @@
 `photos/cat/IMG_1.jpg` gets `photos/cat/mask/IMG_1.png`, which training finds, and for the eye
 `photos/cat/mask/overlay/IMG_1.png`. A mask is CLIPSeg's sigmoid, averaged over the training templates, enlarged
 bilinearly to the size of the upright photo and stored in 8 bits of grey. It is not divided by its maximum: training
-does that, and the maximum says how surely the word was found. A photo that has a mask keeps it without `--overwrite`.
+does that, and the maximum says how surely the word was found. A photo that has a mask keeps it without `--overwrite`,
+be it a file or its own alpha channel.
 
 `--model_weight` is a Hugging Face folder of CLIPSeg (the files of `CIDAS/clipseg-rd64-refined`), or the original
 decoder file `rd64-uni-refined.pth` with `--clip`, a CLIP ViT-B/16 in transformers' or OpenAI's layout (the files of
@@ -37,6 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--templates", nargs="+", metavar="TEXT", help="prompts with {}; None: those of training", default=None)
     add("--batch_size", type=batch, help="photos at a time", default=4)
     add("--device", help="such as cpu or cuda:1; auto: CUDA where there is some", default="auto")
+    add("--crop", choices=["subject", "middle"], help="as training will: its key `crop`", default="subject")
     add("--overwrite", action="store_true", help="make masks anew for photos that have one")
     return parser.parse_args(arguments)
 
@@ -45,14 +47,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     flags = parse(arguments)
     templates = flags.templates or TEMPLATES
-    find_photos(flags.image_dir, flags.overwrite)  # mistakes are reported before what takes seconds to import
+    folder = find_photos(flags.image_dir, flags.overwrite)  # mistakes are reported before what takes seconds to import
     fill_templates(flags.super_class, templates)
     device = find_device(flags.device)
     from clipseg.weights import load
     from data.masks import segment_folder, table
 
     clipseg = load(flags.model_weight, flags.clip, flags.config).to(device)
-    rows = segment_folder(flags.image_dir, flags.super_class, clipseg, templates, flags.batch_size, flags.overwrite)
+    print(f"{folder.root}: {folder.report()}")
+    how = {"batch_size": flags.batch_size, "overwrite": flags.overwrite, "crop": flags.crop}
+    rows = segment_folder(flags.image_dir, flags.super_class, clipseg, templates, **how)
     print(table(rows, flags.super_class))
     made = [row for row in rows if row.made]
     if made:

@@ -46,8 +46,13 @@ def check_figures(folder: Path) -> list[str]:
         raise UserError("metrics.json: `groups` are not what its rows give: it was edited, or is of another version")
     if measured.as_csv() != (folder / "metrics.csv").read_text(encoding="utf-8"):
         raise UserError("metrics.csv: is not of this metrics.json")
+    notes = [
+        f"{one['label']}: {one['photos_used']} photos were used, {one['photos_left_out']} left out: say in `notes` why"
+        for one in measured.results
+        if one.get("photos_left_out")
+    ]
     published = said["files"].get("base") == SD15[0].sha256 or said["settings"].get("architecture") != "sd15"
-    return [] if published else ["the base model is not the published SD 1.5: say in `notes` which it is"]
+    return notes + ([] if published else ["the base model is not the published SD 1.5: say in `notes` which it is"])
 
 
 @report

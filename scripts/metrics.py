@@ -31,6 +31,7 @@ from infusion.metrics.run.options import CACHE, METRICS, STEPS, Options, lacks, 
 from infusion.metrics.run.protocol import GROUPS, Protocol, usual_file
 from infusion.sampling.validate import check_concepts
 from ldm.diffusion.schedulers import SAMPLERS
+from ldm.training.config import texts
 from ldm.util.cli import (
     More,
     Parser,
@@ -50,6 +51,7 @@ from ldm.util.cli import (
 from ldm.util.config import files_in, find, load_config
 from ldm.util.defaults import CLIPSEG, POCKET
 from ldm.util.files import locked
+from ldm.util.folders import CONFIG, is_run
 from scripts.infusion_txt2img import find_config
 from scripts.pocket.networks import BACKBONES, WORLDS, PocketWorld, Sources
 
@@ -92,6 +94,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--cache", type=writable, metavar="DIR", help=f"rows measured before; None: {CACHE} in --out")
     about = "photos of the concept, one folder for all or one for each of --personalized_ckpt and then --pictures"
     add("--images", metavar="DIR[,DIR]", help=about, **listed)
+    about = "square of a photo that is compared; None: as the run trained on it, or else subject"
+    add("--photo_crop", choices=["subject", "middle"], help=about)
     add("--concept", metavar="C[,C]", type=words, help="pocket: the world's name of it; None: as the folder is called")
     about = "prompts, for all or one each; None: the architecture's"
     add("--protocol", metavar="P[,P]", help=about, **listed)
@@ -256,10 +260,26 @@ def find_rows(flags: argparse.Namespace, rows: "list[Subject]", world: PocketWor
         if name and world is None:
             raise UserError(f"--concept: {name} is of the pocket world, {row.label} of another base model")
         name = name or (world.exact.recognise(folder) if folder and world else None)
-        found.append(replace(row, photos_from=folder or "", exact=world.exact(name) if name else None))
+        row = replace(row, photos_from=folder or "", exact=world.exact(name) if name else None)
+        found.append(replace(row, crop=(flags.photo_crop or crop_of(row, found)) if folder else ""))
     found = as_epochs(found[:concepts]) + found[concepts:]
     told = found[:concepts] or found
     return found + in_words(told, words_of(told, flags.described))
+
+
+def crop_of(row: "Subject", before: "Sequence[Subject]") -> str:
+    """How a row's photos were cropped in training, as its run's config says; pictures have it as a concept before them.
+
+    Runs from before there was the key `crop` took the middle; a concept file without its run does not say, and has the
+    usual one.
+    """
+    if row.pictures:
+        return next((one.crop for one in before if one.photos_from == row.photos_from), "subject")
+    config = next((folder / CONFIG for folder in Path(row.last.file).absolute().parents[:3] if is_run(folder)), None)
+    if config is None:
+        return "subject"
+    said = texts(OmegaConf.to_container(load_config(config)).get("data", {}))
+    return next((value for key, value in said if key.split(".")[-1] == "crop"), "middle")
 
 
 def superclass_of_pictures(flags: argparse.Namespace, concepts: "Sequence[Subject]") -> str:
@@ -324,8 +344,10 @@ def main(arguments: list[str] | None = None) -> None:
     concepts = {one.file: one.concept for row in rows for one in row.checkpoints}
     check_fit(flags, config, concepts)
     rows = find_rows(flags, rows, world)
-    for folder, noun in dict.fromkeys((row.photos_from, row.superclass) for row in rows if row.photos_from):
-        ConceptImages(folder, 64, noun, mask="none")  # before what is slow; the model says which size is wanted
+    for folder, crop in dict.fromkeys((row.photos_from, row.crop) for row in rows if row.photos_from):
+        # before what is slow; the model says which size is wanted
+        there = ConceptImages(folder, 64, None, mask="none", crop=crop, key="--images")
+        logger.info("%s: %s", folder, there.folder.report())
     sources = Sources(flags, world)
     options = choose(flags, rows, sources.there)
     usual = str(usual_file(architecture))
@@ -342,17 +364,19 @@ def main(arguments: list[str] | None = None) -> None:
     check_concepts(sd, concepts, tools.inverse_covariance)
 
     @cache
-    def photos(folder: str, superclass: str) -> "torch.Tensor":
-        return (ConceptImages(folder, sd.image_size, superclass, mask="none").images + 1) / 2
+    def photos(folder: str, crop: str) -> "tuple[torch.Tensor, int]":
+        there = ConceptImages(folder, sd.image_size, None, mask="none", crop=crop, key="--images")
+        return (there.images + 1) / 2, there.folder.images_left_out
 
     for i, row in enumerate(rows):
         if row.photos_from:
-            row = row.with_photos(photos(row.photos_from, row.superclass), row.photos_from)
+            images, left_out = photos(row.photos_from, row.crop)
+            row = row.with_photos(images, row.photos_from, left_out)
         if row.pictures:
             drawn = read_pictures(row.pictures.folder, sd.image_size, flags.prompts)
             own = replace(row.pictures, images=drawn.images, prompts=drawn.prompts, rule=drawn.rule)
-            row = replace(row, pictures=own)
-            logger.info("%s: %d pictures; %s", row.label, len(drawn.images), drawn.rule)
+            row = replace(row, pictures=replace(own, left_out=drawn.folder.images_left_out))
+            logger.info("%s: %s: %s; %s", row.label, drawn.folder.root, drawn.folder.report(), drawn.rule)
         if options.wants("exact") and row.exact:
             row = replace(row, exact=world.exact(row.exact.name, tools.classifier, tools.clipseg))
         check(row, protocols[names[i]], options, tools)

@@ -1,6 +1,7 @@
 """What an experiment's config says (docs/experiments.md): subjects, variants, seeds, and what is measured."""
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 import data.soft_segment as soft_segment
 import main as training
 import scripts.metrics as metrics
-from data.photos import is_image
+from data.photos import PhotoFolder
 from infusion.concepts.base import check_there
 from infusion.metrics.run.protocol import Protocol
 from infusion.metrics.run.subjects import read
@@ -208,9 +209,9 @@ def check(experiment: Experiment) -> None:
     if len({bool(subject.protocol) for subject in experiment.subjects}) > 1:
         raise ConfigError("subjects: give all of them a protocol, or none")
     for subject in experiment.subjects:
-        folder = find(subject.folder)
-        if not folder.is_dir() or not any(map(is_image, folder.iterdir())):
-            raise ConfigError(f"subjects.{subject.name}.folder: there is no folder {subject.folder} with photos")
+        there = PhotoFolder.read(subject.folder, f"subjects.{subject.name}.folder")
+        if there.left_out:
+            print(f"warning: {there.root}: left out: {there.lacks()}", file=sys.stderr)
         if subject.protocol:
             Protocol.load(subject.protocol)
     first = experiment.subjects[0]

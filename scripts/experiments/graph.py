@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import main as training
-from data.photos import is_image
+from data.photos import PhotoFolder
 from infusion.metrics.run.options import Options
 from infusion.metrics.run.protocol import Protocol
 from ldm.training.config import INPUTS, read_config, texts, weight_files
@@ -129,9 +130,9 @@ class Graph:
         masks = self.experiment.masks
         own = [] if masks is None else as_flags(masks | {"super_class": subject.superclass})
         folder = find(subject.folder)
-        read = [path for path in sorted(folder.rglob("*")) if path.is_file() and not is_left_out(path, folder)]
-        if masks is not None:
-            read = [path for path in read if path.parent == folder and (is_image(path) or path.suffix == ".txt")]
+        there = PhotoFolder.read(folder)
+        files = [(photo.path, photo.caption, photo.mask if masks is None else None) for photo in there.photos]
+        read = [path for path in chain.from_iterable(files) if path is not None]
         networks = {} if masks is None else digests({"model_weight": CLIPSEG} | masks)
         what = [subject.name, own, networks, [(str(path.relative_to(folder)), digest(path)) for path in read]]
         command = [ROOT / "scripts/experiments/photos.py", folder, RESULT, *own]
@@ -225,11 +226,6 @@ def digests(flags: Mapping[str, Any]) -> dict[str, str]:
     """SHA-256 of the files and folders that flags name."""
     named = {flag: find(OWN.get(flag, value) if value == POCKET else str(value)) for flag, value in flags.items()}
     return {flag: digest(path) for flag, path in named.items() if path.exists()}
-
-
-def is_left_out(path: Path, folder: Path) -> bool:
-    """Whether no training reads a file: previews of masks, and what is hidden."""
-    return any(part == "overlay" or part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 @cache

@@ -21,10 +21,11 @@ from torchvision.utils import make_grid, save_image
 
 from clipseg.model import ClipSeg
 from clipseg.weights import POCKET_CONFIG, POCKET_WEIGHTS, load
-from data.dataset import read_mask
-from data.masks import load_photo, overlay
+from data.images import read_mask
+from data.masks import load_photo
 from data.pocket.concepts import CONCEPTS, FOLDER
 from data.pocket.world import NOUNS, World, draw_scene
+from data.preview import overlay
 from ldm.util.cli import Parser, report
 from scripts.pocket.judge import Figure, rate
 from scripts.pocket_two.masks import masks_of

@@ -16,10 +16,10 @@ from torchvision.utils import make_grid, save_image
 
 from clipseg.model import ClipSeg
 from clipseg.weights import load
-from data.masks import enlarge, overlay
 from data.photos import fill_templates
 from data.pocket_two.concepts import CONCEPTS, draw
 from data.pocket_two.world import World, draw_scene
+from data.preview import enlarge, overlay
 from data.prompts import TEMPLATES
 from ldm.util.cli import Parser, report
 from scripts.pocket_two.judges import FOLDER

@@ -1,6 +1,7 @@
 """An autoencoder that runs in milliseconds, and data modules that are attached to a trainer with one."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,10 @@ def latent_shape(height: int, width: int) -> tuple[int, int, int]:
     return 4, height // 2, width // 2
 
 
-def attached(data: pl.LightningDataModule, vae: AutoencoderKL, global_step: int = 0) -> pl.LightningDataModule:
+def attached(
+    data: pl.LightningDataModule, vae: AutoencoderKL, global_step: int = 0, run: Path | None = None
+) -> pl.LightningDataModule:
+    """With a run folder, the trainer's process is the one that writes."""
     data.trainer = SimpleNamespace(
         lightning_module=SimpleNamespace(sd=SimpleNamespace(vae=vae, latent_shape=latent_shape), unedited=nullcontext),
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
@@ -31,6 +35,8 @@ def attached(data: pl.LightningDataModule, vae: AutoencoderKL, global_step: int 
         accumulate_grad_batches=2,
         global_rank=0,
         local_rank=0,
+        is_global_zero=run is not None,
+        default_root_dir=run,
         world_size=1,
     )
     data.setup("fit")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.dataset import ConceptImages, read_captions, read_image, read_mask
+from data.dataset import ConceptImages, read_captions
+from data.images import read_image, read_mask
 
 
 def picture(width: int = 8, height: int = 8) -> Image.Image:
@@ -29,8 +30,8 @@ def test_images_masks_and_report(photos):
     assert images.masks.shape == (3, 1, 16, 16)
     assert images.masks[0, 0, :, 0].eq(1).all() and images.masks[0, 0, :, -1].eq(0).all()
     assert images.captions == [[], [], []]
-    said = "3 photos of 24×20 pixels; the centred square of 20 is used at 16×16; masks cover 50% of it, 50% on average"
-    assert images.report() == said
+    said = "3 photos of 24×20 pixels; the centred square of 20 is used at 16×16; masks (3 in mask/) cover "
+    assert images.report() == said + "50% of it, 50% on average"
 
 
 def test_the_report_gives_ranges(photos):
@@ -40,10 +41,10 @@ def test_the_report_gives_ranges(photos):
     mask.save(photos / "mask" / "tall.png")
     images = ConceptImages(photos, 16, "cat")
     assert images.sizes == [(24, 20)] * 3 + [(40, 90)]
-    said = "4 photos of 24×20 to 40×90 pixels; the centred square of 20 to 40 is used at 16×16; masks cover "
-    assert images.report() == said + "50% to 80% of it, 58% on average"
+    said = "4 photos of 24×20 to 40×90 pixels; the centred square of 20 to 40 is used at 16×16; masks (4 in mask/)"
+    assert images.report() == said + " cover 50% to 80% of it, 58% on average"
     whole = ConceptImages(photos, 16, "cat", mask="none").report()
-    assert whole.endswith("used at 16×16; no masks, the whole square is learned")
+    assert whole.endswith("used at 16×16; masks (4 in mask/) are not used, the whole square is learned")
 
 
 def test_photos_that_are_much_too_small_are_named(photos):
@@ -79,14 +80,14 @@ ORIENTATIONS = {
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jfif", "tif", "avif", "heic"])
 def test_exif_orientation_is_honoured(tmp_path, orientation, suffix):
     upright = np.zeros((32, 48, 3), np.uint8)  # four corners of different colours
     upright[:16, :24, 0], upright[:16, 24:, 1], upright[16:, :24, 2] = 250, 250, 250
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"a.{suffix}"
-    Image.fromarray(np.ascontiguousarray(ORIENTATIONS[orientation](upright))).save(path, exif=exif)
+    Image.fromarray(np.ascontiguousarray(ORIENTATIONS[orientation](upright))).save(path, exif=exif.tobytes())
     read = read_image(path)
     assert read.size == (48, 32)
     for x, y in [(4, 4), (44, 4), (4, 28), (44, 28)]:
@@ -269,3 +270,98 @@ def test_captions_name_the_concept_by_its_superclass(tmp_path):
     path.write_text("cats")
     with pytest.raises(ValueError, match="a.txt: the caption 'cats' names no 'cat'"):
         read_captions(path, "cat")
+
+
+def portrait(folder, top: int, bottom: int) -> None:
+    """A grey photo of 20 × 60 that is white from one row to another, where its mask is grey."""
+    (folder / "mask").mkdir(exist_ok=True)
+    photo, mask = np.full((60, 20, 3), 100, np.uint8), np.zeros((60, 20), np.uint8)
+    photo[top:bottom], mask[top:bottom] = 255, 100
+    Image.fromarray(photo).save(folder / "a.png")
+    Image.fromarray(mask).save(folder / "mask" / "a.png")
+
+
+@pytest.mark.parametrize("mask", ["auto", "none"])
+def test_the_crop_is_around_the_subject_with_or_without_masks(tmp_path, mask):
+    portrait(tmp_path, 0, 12)
+    images = ConceptImages(tmp_path, 20, "cat", mask, crop="subject")
+    assert images.places == [(0.5, 0.0)]
+    shown, masks = images[0]
+    assert shown[0, :, 0].gt(0.9).tolist() == [True] * 12 + [False] * 8
+    assert masks is None or masks[0, :, 0].tolist() == [1.0] * 12 + [0.0] * 8
+    assert "the square of 20 around the subject is used" in images.report() and images.warnings() == []
+
+
+def test_photos_without_a_mask_are_cropped_about_their_centre(tmp_path):
+    portrait(tmp_path, 0, 12)
+    Image.new("RGB", (20, 60)).save(tmp_path / "b.png")
+    images = ConceptImages(tmp_path, 20, "cat", mask="none", crop="subject")
+    assert images.places == [(0.5, 0.0), (0.5, 0.5)]
+    assert "square of 20 around the subject (1 without a mask: the centred one) is used" in images.report()
+
+
+@pytest.mark.parametrize(
+    ("rows", "crop", "says"),
+    [
+        ((19, 29), "middle", ""),  # of which 9 lie in rows 20 to 39
+        ((0, 23), "middle", "only 13% of the mask lies in the square that would be used: set crop=subject"),
+        ((0, 60), "subject", "only 33% of the mask lies in the square that is used"),
+        ((12, 26), "middle", "only 43% of the mask lies in the square that is used"),
+    ],
+)
+def test_a_subject_that_the_square_cuts_is_told(tmp_path, rows, crop, says):
+    portrait(tmp_path, rows[0], rows[1])
+    if "would be used" in says:
+        with pytest.raises(ValueError, match=f"mask/a.png: {says}"):
+            ConceptImages(tmp_path, 20, "cat", crop=crop)
+        return
+    images = ConceptImages(tmp_path, 20, "cat", crop=crop)
+    assert (f"{tmp_path}/mask/a.png: {says}" in images.warnings()) if says else images.warnings() == []
+    if crop == "middle":  # what leaks in keeps its weight
+        assert images.masks.max() == 1 and images.masks.mean().item() == pytest.approx((rows[1] - 20) / 20)
+
+
+def test_a_faint_part_inside_the_square_stays_faint(tmp_path):
+    portrait(tmp_path, 20, 40)
+    mask = np.zeros((60, 20), np.uint8)
+    mask[16:20], mask[20:40] = 200, 50
+    Image.fromarray(mask).save(tmp_path / "mask" / "a.png")
+    assert ConceptImages(tmp_path, 20, "cat").masks.max().item() == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("grey", "alpha", "left"),
+    [  # brightness and opacity of the left and of the right half
+        ((255, 255), (255, 0), 1.0),  # the shape is in the alpha channel
+        ((255, 0), (255, 255), 1.0),
+        ((255, 0), (128, 128), 128 / 255),
+        ((128, 255), (255, 0), 128 / 255),
+        ((255, 0), (255, 0), 1.0),
+    ],
+)
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_a_mask_is_brightness_times_opacity(tmp_path, grey, alpha, left, mode):
+    halves = [np.tile(np.repeat(np.uint8(values), 4), (8, 1)) for values in (grey, alpha)]
+    Image.merge("LA", [Image.fromarray(half) for half in halves]).convert(mode).save(tmp_path / "a.png")
+    expected = [pytest.approx(left, abs=1e-3)] * 4 + [0] * 4
+    assert np.asarray(read_mask(tmp_path / "a.png"))[3].tolist() == expected
+
+
+def test_a_mask_that_is_black_where_it_is_opaque_is_empty(tmp_path):
+    portrait(tmp_path, 20, 40)
+    black = Image.new("LA", (20, 60))
+    black.putalpha(Image.open(tmp_path / "mask/a.png"))
+    black.save(tmp_path / "mask/a.png")
+    with pytest.raises(ValueError, match="a.png: the mask is empty: white and opaque is what is learned"):
+        ConceptImages(tmp_path, 20, "cat")
+
+
+def test_the_account_names_captions_and_what_is_left_out(photos):
+    (photos / "0.txt").write_text("a cat")
+    (photos / "1.caption").write_text("a cat in the sun")
+    (photos / "notes.md").touch()
+    images = ConceptImages(photos, 16, "cat")
+    assert images.captions == [["a {}"], ["a {} in the sun"], []]
+    assert images.report().endswith("; captions (1 in .caption, 1 in .txt)")
+    assert images.warnings() == [f"{photos}: left out: notes.md (neither photo, mask nor caption)"]
+    assert ConceptImages(photos, 16, None, mask="none").captions == [[], [], []]

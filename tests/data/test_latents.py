@@ -126,7 +126,6 @@ def test_the_data_module_gives_latents_masks_and_templates(images, vae):
 def test_the_photos_are_reported_once_and_small_ones_warned_of(photos, vae, caplog):
     caplog.set_level(logging.INFO)
     data = attached(ConceptData(ConceptImages(photos, 44, "cat")), vae)
-    data.setup("fit")
     images = data.images
     expected = [("INFO", f"{photos}: {images.report()}"), ("WARNING", f"warning: {photos}: {images.enlarged()}")]
     assert images.enlarged() and [(record.levelname, record.message) for record in caplog.records] == expected

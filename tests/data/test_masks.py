@@ -5,8 +5,9 @@ from PIL import Image
 
 from clipseg.model import ClipSeg
 from data.dataset import ConceptImages
-from data.masks import Coverage, overlay, segment_folder, table
+from data.masks import Coverage, segment_folder, table
 from data.photos import fill_templates, find_photos
+from data.preview import overlay
 from data.prompts import TEMPLATES
 from ldm.util.config import ROOT, load_config
 
@@ -122,7 +123,7 @@ def test_a_mask_that_training_would_prefer_is_not_overwritten_in_vain(folder):
 
 def test_two_photos_of_one_stem_are_refused(folder, model):
     Image.fromarray(picture()).save(folder / "a.webp")
-    with pytest.raises(ValueError, match="a.jpg and a.webp would share the mask"):
+    with pytest.raises(ValueError, match="a.jpg and a.webp in .* would share the mask"):
         segment_folder(folder, "apple", model)
     assert not (folder / "mask").exists()
 
@@ -164,16 +165,15 @@ def test_the_overlay_is_light_and_tinted_within_and_dim_grey_without():
 
 
 def test_the_table_warns_of_masks_that_cannot_be_right(tmp_path):
-    def row(share, maximum, made=True):
-        return Coverage("photo.jpg", tmp_path / "mask/photo.png", made, share, maximum)
+    def row(share, maximum, made=True, doubts=()):
+        return Coverage("photo.jpg", tmp_path / "mask/photo.png", made, share, maximum, doubts)
 
     assert row(0.3, 0.9).warning("cat") == ""
-    assert row(0.005, 0.9).warning("cat") == "nearly empty"
-    assert row(0.95, 0.9).warning("cat") == "nearly everything"
+    assert row(0.3, 0.9, doubts=("nearly empty", "looks inverted")).warning("cat") == "nearly empty, looks inverted"
     assert row(0.3, 0.05).warning("cat") == "hardly any cat found"
-    lines = table([row(0.312, 0.9), row(0.95, 1.0, made=False)], "cat").splitlines()
+    lines = table([row(0.312, 0.9), row(0.95, 1.0, made=False, doubts=("nearly empty",))], "cat").splitlines()
     assert lines[1].split() == ["photo.jpg", "31.2%", "0.90"]
-    assert lines[2].split(maxsplit=3)[3] == "kept photo.png; warning: nearly everything"
+    assert lines[2].split(maxsplit=3)[3] == "kept photo.png; warning: nearly empty"
 
 
 def test_an_empty_folder_and_a_broken_photo_are_named(tmp_path, model):

@@ -67,7 +67,7 @@ def test_folders_that_hold_none(folder, tmp_path):
         read_pictures(tmp_path / "nowhere", 16)
     (tmp_path / "one").mkdir()
     (folder / "1.png").rename(tmp_path / "one/1.png")
-    with pytest.raises(ValueError, match="has 1 pictures, too few"):
+    with pytest.raises(ValueError, match="has 1 picture, too few"):
         read_pictures(tmp_path / "one", 16)
     (folder / "2.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"2.png: cannot be read as an image"):

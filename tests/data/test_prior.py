@@ -1,9 +1,13 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data.latents import ConceptBatches, LatentCache
+from data.dataset import ConceptImages
+from data.images import png, text_of
+from data.latents import ConceptBatches, ConceptData, LatentCache
 from data.prior import ClassImages
 from infusion.methods.dreambooth import DreamBooth
 from infusion.training.trainer import ConceptTrainer
@@ -99,3 +103,69 @@ def test_batches_have_them_beside_the_same_photos():
         assert rows.any(1).all()
         drawn |= set(rows.int().argmax(1).tolist())
     assert len(drawn) > 2
+
+
+RECIPE = {"prompt": "a cat", "seed": "7", "number": "0", "steps": "2", "scale": "7.5"}
+
+
+def test_images_carry_their_recipe(sd, tmp_path):
+    ClassImages("a cat", count=2, root=tmp_path, steps=2, seed=7).latents(sd)
+    assert text_of(tmp_path / "class-000007.png") == RECIPE | {"base": sd.hash}
+    assert text_of(tmp_path / "class-000008.png") == RECIPE | {"base": sd.hash, "seed": "8", "number": "1"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"prompt": "a dog"}, "class-000000.png was drawn for 'a dog', not 'a cat': name another folder"),
+        ({"base": "f" * 64}, "class-000000.png is of another base model: name another folder"),
+        ({"steps": "50"}, ""),
+        (None, ""),  # of the user's own
+    ],
+)
+def test_images_of_something_else_are_refused(sd, tmp_path, caplog, changed, says):
+    caplog.set_level(logging.INFO)
+    said = None if changed is None else RECIPE | {"base": sd.hash} | changed
+    (tmp_path / "class-000000.png").write_bytes(png(torch.rand(3, 16, 16), said))
+    images = ClassImages("a cat", count=2, root=tmp_path, steps=2)
+    if says:
+        with pytest.raises(ValueError, match=f"class_root: .*{says}"):
+            images.latents(sd)
+        assert [path.name for path in tmp_path.iterdir()] == ["class-000000.png"]
+        return
+    assert len(images.latents(sd)) == 2
+    before = "0 drawn before, 1 without a recipe" if changed is None else "1 drawn before (1 with other steps"
+    assert f"{tmp_path}: a cat: {before}" in caplog.text and "1 drawn now" in caplog.text
+
+
+@pytest.mark.parametrize("lost", range(3))
+def test_any_one_image_may_be_deleted(sd, tmp_path, lost):
+    images = ClassImages("a cat", count=3, root=tmp_path, steps=1)
+    images.latents(sd)
+    (tmp_path / f"class-00000{lost}.png").unlink()
+    assert images.missing() == [lost] and len(images.latents(sd)) == 3 and images.missing() == []
+
+
+def test_a_name_that_another_ending_has_is_not_free(sd, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "class-000000.jpg")
+    images = ClassImages("a cat", count=2, root=tmp_path, steps=1)
+    assert images.missing() == [1] and len(images.latents(sd)) == 2
+
+
+def test_the_account_of_class_images(sd, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for number in range(3):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a tabby by the window")  # of other tools, which need no such noun
+    (tmp_path / "1_cat").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "1_cat/0.png")
+    assert len(ClassImages("a cat", count=2, root=tmp_path).latents(sd)) == 2
+    said = "a cat: 0 drawn before, 3 without a recipe, as of your own, 0 drawn now; 2 of 3 are used, by name"
+    assert caplog.messages[0] == f"{tmp_path}: {said}; captions (3 in .txt) are not used"
+    assert caplog.messages[1].startswith(f"warning: {tmp_path}: left out: 1_cat/ (a folder of its own with 1 images")
+
+
+def test_the_photos_are_not_their_own_prior(photos):
+    images, prior = ConceptImages(photos, 16, "cat"), ClassImages("a cat", count=2, root=photos)
+    with pytest.raises(ValueError, match="is the folder of the photos themselves"):
+        ConceptData(images, prior=prior)

@@ -90,12 +90,14 @@ class Pictures:
         images: (N, 3, S, S) in [0, 1], N ≥ 2; None before they are read.
         prompts: picture i has the i-th, going round; with {} for the concept.
         rule: which prompt belongs to which, in words.
+        left_out: how many images of the folder are not among them.
     """
 
     folder: str
     images: Tensor | None = None
     prompts: tuple[str, ...] = ()
     rule: str = ""
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class Subject:
         label: its name there.
         checkpoints: in the order of training; the last is measured, the others are for LFD over training steps.
         photos: of the concept, (P, 3, H, W) in [0, 1]; None where there are none.
-        photos_from: the folder of these.
+        photos_from: the folder of these. left_out: how many of its images are not among them.
+        crop: how they are cropped, "subject" or "middle".
         exact: what can be said exactly; None where nothing can.
         group: the results that it is gathered with; "" is its method's.
         described: a concept in words, which the base model draws in place of {}.
@@ -121,6 +124,8 @@ class Subject:
     checkpoints: tuple[Checkpoint, ...] = ()
     photos: Tensor | None = None
     photos_from: str = ""
+    left_out: int = 0
+    crop: str = ""
     exact: ExactMeasures | None = None
     group: str = ""
     described: str = ""
@@ -171,12 +176,15 @@ class Subject:
         said = {"kind": self.kind, "method": self.kind, "group": self.group, "superclass": self.superclass}
         said |= {"noun": self.described or self.superclass, "training_steps": 0, "training_samples": None}
         said |= {"learning_rate": 0.0, "training_seed": None, "numbers": 0, "file": "", "anchored": False}
+        used = 0 if self.photos is None else len(self.photos)
+        said |= {"photos_used": used, "photos_left_out": self.left_out, "photos_crop": self.crop}
         said |= {"photos": self.photos_from, "world_concept": self.exact.name if self.exact else ""}
         if self.kind == WORDS:
             digest = hashlib.sha256(self.described.encode()).hexdigest()
             return said | {"group": self.group or WORDS, "described": self.described, "sha256": digest}
         if self.kind == PICTURES:
             said |= {"group": self.group or self.label, "file": self.pictures.folder}
+            said |= {"pictures_used": len(self.pictures.images), "pictures_left_out": self.pictures.left_out}
             said |= {"prompts": list(self.pictures.prompts), "prompts_by": self.pictures.rule}
             return said | {"sha256": fingerprint(self.pictures.images)}
         concept = self.concept
@@ -196,11 +204,11 @@ class Subject:
             "anchored": self.anchored,
         }
 
-    def with_photos(self, photos: Tensor, folder: str = "") -> Self:
+    def with_photos(self, photos: Tensor, folder: str = "", left_out: int = 0) -> Self:
         """The same with photos (P, 3, H, W) in [0, 1]; raises ValueError for fewer than 2."""
         if len(photos) < 2:
             raise UserError(f"--images: {folder or 'these'} are fewer than 2 photos, too few for a ceiling")
-        return replace(self, photos=photos, photos_from=folder)
+        return replace(self, photos=photos, photos_from=folder, left_out=left_out)
 
 
 def in_words(subjects: Sequence[Subject], described: Sequence[str]) -> list[Subject]:
