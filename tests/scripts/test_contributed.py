@@ -82,3 +82,12 @@ def test_another_base_model_is_noted(folder, capsys):
     (folder / "metrics.json").write_text(json.dumps(said))
     main([str(folder)])
     assert "note: the base model is not the published SD 1.5" in capsys.readouterr().out
+
+
+def test_photos_that_were_left_out_are_noted(folder, capsys):
+    said = json.loads((folder / "metrics.json").read_text())
+    label, row = next(iter(said["methods"].items()))
+    row |= {"photos_used": 4, "photos_left_out": 3}
+    (folder / "metrics.json").write_text(json.dumps(said))
+    main([str(folder)])
+    assert f"note: {label}: 4 photos were used, 3 left out: say in `notes` why" in capsys.readouterr().out
