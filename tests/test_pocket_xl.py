@@ -12,6 +12,11 @@ import infusion
 from infusion.concepts.concept import Concept
 from infusion.inject import remove
 from infusion.methods import find_method, method_names
+from infusion.regularisers.class_semantics import ClassSemantics
+from infusion.regularisers.contextualizer import Contextualizer
+from infusion.regularisers.contextualizer import save as save_contextualizer
+from infusion.regularisers.diverse_context import DiverseContext
+from infusion.regularisers.fixed_norm import FixedNorm
 from infusion.sampling.customised import Customised
 from infusion.training.many import ManyTrainer
 from infusion.training.trainer import ConceptTrainer
@@ -171,6 +176,30 @@ def test_a_learned_word_has_a_row_for_each_encoder(sd):
         expected = (True, False) if part.shape[-1] == 16 else (False, True)
         assert (bool(first.any()), bool(second.any())) == expected
     assert torch.equal(trainer.concept().tensors["tokens"], tokens)
+
+
+@pytest.mark.parametrize("name", ["textual_inversion", "p_plus"])
+def test_regularisers_of_a_word_act_in_both_encoders(sd, name, tmp_path):
+    torch.manual_seed(0)
+    facts = {"base_architecture": "pocket_xl", "base_sha256": sd.digests["text"]}
+    save_contextualizer(tmp_path / "c.safetensors", Contextualizer.of(sd.text), facts)
+    (tmp_path / "prompts.txt").write_text("a {} on snow, with a hat\n")
+    context = DiverseContext(str(tmp_path / "c.safetensors"), str(tmp_path / "prompts.txt"), weight=1.0)
+    terms = {"norm": FixedNorm(1.0), "context": context, "semantics": ClassSemantics()}
+    trainer = ConceptTrainer(sd, find_method(name)(), "cat", TEMPLATES, regularisers=terms)
+    trainer.log = trainer.log_dict = lambda *_, **__: None
+    words = list(trainer.tensors.values())
+    usual = sd.text.embed(torch.arange(sd.text.vocab_size))
+    for part, every in zip(words[0].split([16, 24], 1), usual.split([16, 24], 1), strict=True):
+        torch.testing.assert_close(part.norm(dim=1), every.norm(dim=1).mean()[None])
+    batch = {"latents": torch.zeros(2, 4, 16, 16), "template": TEMPLATES}
+    with torch.no_grad():
+        for word in words:
+            word.add_(torch.randn_like(word), alpha=0.1)
+    for key, term in terms.items():
+        step = trainer.step(key, batch, 0, trainer.encode(TEMPLATES)[0])
+        gradients = torch.autograd.grad(term.term(sd, trainer.method, trainer.tensors, step), words)
+        assert all(part.any() for gradient in gradients for part in gradient.split([16, 24], 1)), key
 
 
 def test_the_gate_opens_at_the_concepts_word_alone(sd):

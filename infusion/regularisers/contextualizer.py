@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.models.text import ClipText, OpenClipText
+from ldm.models.text import TextEncoder
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError, naming
 from ldm.util.config import find
@@ -55,12 +55,11 @@ class Contextualizer(nn.Module):
         nn.init.zeros_(self.words.bias)
 
     @classmethod
-    def of(cls, text: ClipText | OpenClipText, layers: int = 4, heads: int = 4) -> "Contextualizer":
+    def of(cls, text: TextEncoder, layers: int = 4, heads: int = 4) -> "Contextualizer":
         """For a text encoder; [MASK] starts at random, of the vocabulary's mean L1 norm."""
-        vocabulary, width = text.embeddings.shape
-        new = cls(width, vocabulary, text.tokenizer.context_length, layers, heads)
+        new = cls(text.width, text.vocab_size, text.tokenizer.context_length, layers, heads)
         with torch.no_grad():
-            norm = text.embeddings.float().abs().sum(1).mean()
+            norm = text.embed(torch.arange(text.vocab_size)).float().abs().sum(1).mean()
             new.mask.mul_(norm.to(new.mask) / new.mask.abs().sum())
         return new
 
@@ -73,7 +72,7 @@ class Contextualizer(nn.Module):
                 x = self.feeds[i](x)
         return self.words(x[where])
 
-    def read(self, text: ClipText | OpenClipText, tokens: Tensor, masked: Tensor, rows: Tensor | None) -> Tensor:
+    def read(self, text: TextEncoder, tokens: Tensor, masked: Tensor, rows: Tensor | None) -> Tensor:
         """States (B, L, D) of prompts in which the tokens of `masked`, (B, L) bool, are [MASK].
 
         Args:
@@ -81,18 +80,17 @@ class Contextualizer(nn.Module):
             tokens, rows: as `encode_tokens` takes them, (B, L) and (T, D).
         """
         rows = self.mask if rows is None else torch.cat([rows, self.mask.to(rows)])
-        return text.encode_tokens(torch.where(masked, len(text.embeddings) + len(rows) - 1, tokens), rows)
+        return text.encode_tokens(torch.where(masked, text.vocab_size + len(rows) - 1, tokens), rows)
 
     def check_base(self, sd: StableDiffusion, metadata: Mapping[str, str]) -> None:
         """Raises ValueError for a file of another text encoder; warns of another checkpoint's."""
-        vocabulary, width = sd.text.embeddings.shape
-        here = (width, vocabulary, sd.text.tokenizer.context_length)
+        here = (sd.text.width, sd.text.vocab_size, sd.text.tokenizer.context_length)
         there = tuple(self.shape[name] for name in SHAPE[:3])
         name = metadata.get("base_architecture", "")
         if name != sd.architecture or there != here:
             raise UserError(
                 f"a contextualizer of {name[:60]!r}, {there[0]} wide, {there[1]:,} words, does not fit "
-                f"{sd.architecture!r}, {width} wide, {vocabulary:,} words: train one (docs/regularisers.md)"
+                f"{sd.architecture!r}, {here[0]} wide, {here[1]:,} words: train one (docs/regularisers.md)"
             )
         if (digest := sd.digests.get("text")) is not None and digest != metadata.get("base_sha256"):
             warnings.warn("the contextualizer is of another checkpoint than the one in use", stacklevel=2)

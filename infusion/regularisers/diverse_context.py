@@ -87,7 +87,7 @@ class DiverseContext(Regulariser):
         labels = sd.text.tokenizer([fill(template, [noun]) for template in templates])  # (R, L)
         maskable = free_tokens(sd.text.tokenizer, labels, concept[:, 0], self.superclass)
         masked = maskable & (torch.rand(labels.shape, generator=step.generator) < self.mask_probability)
-        contextualizer = self.contextualizer.to(sd.text.embeddings.device)
+        contextualizer = self.contextualizer.to(next(sd.text.parameters()).device)
         if isinstance(rows, Mapping):
             tokens, rows = choose(
                 sd.text, tokens, rows, torch.randint(len(rows), (self.rows,), generator=step.generator)

@@ -3,7 +3,8 @@
 From the paper (read in a summary): the norm is the vocabulary's mean, about 0.4 for CLIP, where Textual Inversion's
 words grow to twenty and more; the direction is learned by Riemannian gradient descent, under a von Mises-Fisher prior
 exp(κ μᵀv) around the superclass's direction μ. Our reading: the optimiser is the method's own, and behind each of its
-steps the word is put back to the norm, which is the retraction of such a descent.
+steps the word is put back to the norm, which is the retraction of such a descent. SDXL's word has a norm and a
+direction in each text encoder.
 """
 
 import torch
@@ -29,15 +30,21 @@ class FixedNorm(Regulariser):
         if (words := method.tokens(tensors)) is None:
             raise UserError(f"{method.name} learns no word whose norm could be fixed: take it off, or another method")
         self.words = [name for name, tensor in tensors.items() if any(tensor is rows for rows in each(words))]
-        self.norm = sd.text.embeddings.detach().float().norm(dim=1).mean()
-        self.direction = F.normalize(own_embeddings(sd.text, word.superclass).mean(0), dim=0)
+        self.widths = sd.text.widths
+        usual = sd.text.embed(torch.arange(sd.text.vocab_size)).detach().float().split(self.widths, dim=1)
+        self.norm = torch.cat([part.norm(dim=1).mean().expand(part.shape[1]) for part in usual])  # (D,)
+        self.direction = self.unit(own_embeddings(sd.text, word.superclass).mean(0))
         with torch.no_grad():
             self.settle(tensors)
 
     def term(self, sd: StableDiffusion, method: Method, tensors: Tensors, step: Step) -> Tensor:
-        directions = F.normalize(torch.cat([tensors[name] for name in self.words]), dim=1)
+        directions = self.unit(torch.cat([tensors[name] for name in self.words]))
         return -(directions @ self.direction.to(directions)).sum()
 
     def settle(self, tensors: Tensors) -> None:
         for name in self.words:
-            tensors[name].copy_(F.normalize(tensors[name], dim=1) * self.norm.to(tensors[name]))
+            tensors[name].copy_(self.unit(tensors[name]) * self.norm.to(tensors[name]))
+
+    def unit(self, rows: Tensor) -> Tensor:
+        """Rows (…, D) of length 1; of a pair of text encoders, in the space of each."""
+        return torch.cat([F.normalize(part, dim=-1) for part in rows.split(self.widths, dim=-1)], dim=-1)

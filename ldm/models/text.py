@@ -33,6 +33,11 @@ class TextEncoder(nn.Module):
         """The input embedding of every token id, (V, D); a pair of encoders has no such table, but `embed`."""
         raise NotImplementedError
 
+    @property
+    def widths(self) -> list[int]:
+        """D, or of a pair of encoders the widths of both, whose vectors stand side by side."""
+        return [self.width]
+
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings (T, D) of token ids (T,) int64, on any device."""
         return self.embeddings[ids.to(self.embeddings.device)]
@@ -243,6 +248,10 @@ class TextPair(TextEncoder):
         self.tokenizer = first.tokenizer
         self.width, self.vocab_size = first.width + second.width, first.vocab_size
         self.pooled_width = second.model.text_projection.shape[1]
+
+    @property
+    def widths(self) -> list[int]:
+        return [text.width for text in self.embedders]
 
     def embed(self, ids: Tensor) -> Tensor:
         return torch.cat([text.embed(ids) for text in self.embedders], dim=-1)
