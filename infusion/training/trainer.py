@@ -125,9 +125,11 @@ class ConceptTrainer(Learner):
         encoded = self.encode(batch["template"])
         loss = self.denoising_loss(batch, self.generator(batch_idx), tape, encoded)
         size = len(batch["latents"])
+        if "prior" in batch or self.regularisers:
+            self.log("train/concept", loss, batch_size=size)
         if "prior" in batch:
             prior = self.denoising_loss(batch["prior"], self.generator(batch_idx, 1), {})
-            self.log_dict({"train/concept": loss, "train/prior": prior}, batch_size=size)
+            self.log("train/prior", prior, batch_size=size)
             loss = loss + self.prior_weight * prior
         for name, term in self.regularisers.items():
             if term.weight:

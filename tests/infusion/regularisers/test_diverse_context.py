@@ -171,6 +171,7 @@ def test_the_contextualizer_stays_and_the_two_losses_are_logged_apart(sd, term, 
     assert own > 1 and 0 <= module.logged["train/context_accuracy"] <= 1
     text = module.encode(TEMPLATES)
     whole, alone = module.training_step(batch, 3), module.denoising_loss(batch, module.generator(3), {}, text)
+    assert torch.equal(module.logged["train/concept"], alone) and torch.equal(module.logged["train/loss"], whole)
     torch.testing.assert_close(whole, alone + 0.5 * module.logged["train/context"])
 
 
