@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from infusion.inject import cross_attention_layers
 from infusion.methods import find_method
 from ldm.pipeline import StableDiffusion
 from ldm.util.config import ROOT, instantiate, load_config
-from scripts.metrics import main
+from scripts.metrics import crop_of, main
 from scripts.pocket.networks import WORLDS
 
 PHOTOS = "data/pocket/concepts/green_dotted_elephant"
@@ -318,3 +319,32 @@ def test_features_of_another_model_are_refused(run, concepts, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         run("--personalized_ckpt", f"{concepts}/theirs.safetensors,{tmp_path}/other.safetensors", "--metrics", "drift")
     assert stop.value.code == 2 and "does not fit 'pocket'" in capsys.readouterr().err
+
+
+def trained(file: Path, folder: str = "photos/cat") -> SimpleNamespace:
+    """A row of a concept file."""
+    return SimpleNamespace(pictures=None, photos_from=folder, crop="", last=SimpleNamespace(file=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("config", "crop"),
+    [
+        ("data: {params: {images: {params: {crop: middle}}}}", "middle"),
+        ("data: {params: {images: {params: {crop: subject}}}}", "subject"),
+        ("data: {params: {concepts: [], crop: middle}}", "middle"),  # many concepts in one training
+        ("data: {params: {images: {params: {mask: none}}}}", "middle"),  # before there was the key
+        (None, "subject"),
+    ],
+)
+@pytest.mark.parametrize("name", ["models/step=000001.safetensors", "models/cat/step=000001.safetensors"])
+def test_photos_are_cropped_as_the_run_was_trained_on_them(tmp_path, config, crop, name):
+    if config is not None:
+        (tmp_path / "config.yaml").write_text(config)
+    assert crop_of(trained(tmp_path / name), []) == crop
+
+
+def test_photos_of_pictures_are_cropped_as_those_of_the_concept_beside_them():
+    before = [trained(Path("a")), trained(Path("b"), "photos/dog")]
+    before[0].crop, before[1].crop = "middle", "subject"
+    row = SimpleNamespace(pictures="x", photos_from="photos/cat")
+    assert crop_of(row, before) == "middle" and crop_of(row, []) == "subject"
