@@ -75,6 +75,7 @@ def test_a_run_folder_holds_config_concepts_resume_state_and_scalars(entry, comm
         "step=000004.safetensors",
     ]
     assert sorted(path.name for path in (run / "images").iterdir()) == ["step=000002.png", "step=000004.png"]
+    assert (run / "photos.png").is_file()
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3]

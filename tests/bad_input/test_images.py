@@ -54,6 +54,8 @@ UNREADABLE: dict[str, tuple[str, Callable[[Path], object]]] = {  # name of the f
     "empty": ("a.png", Path.touch),
     "truncated png": ("a.png", truncated),
     "truncated jpeg": ("a.jpg", truncated),
+    "truncated heic": ("a.heic", truncated),
+    "truncated avif": ("a.avif", truncated),
     "html": ("a.jpg", lambda path: path.write_text("<!doctype html><title>404</title>")),
     "too large a header": ("a.png", lambda path: header_only(path, 60_000, 60_000)),
     "size of nothing": ("a.png", lambda path: header_only(path, 0, 10)),

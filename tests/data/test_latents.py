@@ -54,6 +54,9 @@ def test_sizes_are_of_the_photo_the_crop_in_the_resized_photo_and_the_square():
     own, mirrored = photo_sizes(1003, 1000, 1000)
     assert (own[3], mirrored[3]) == (1, 2)  # of three columns too many, the mirror image lacks the other ones
     assert photo_sizes(700, 1400, 350)[0] == [1400, 700, 175, 0, 350, 350]
+    assert photo_sizes(700, 1400, 350, (0.5, 1.0))[0] == [1400, 700, 350, 0, 350, 350]
+    own, mirrored = photo_sizes(1500, 1000, 512, (0.25, 0.5))
+    assert (own[3], mirrored[3]) == (64, 192)
 
 
 def test_every_photo_and_its_mirror_image_keep_their_sizes(images, vae):

@@ -183,3 +183,21 @@ def test_an_empty_folder_and_a_broken_photo_are_named(tmp_path, model):
     with pytest.raises(ValueError, match="broken.png: cannot be read"):
         segment_folder(tmp_path, "apple", model)
     assert not (tmp_path / "mask").exists()
+
+
+def test_a_photo_s_own_alpha_channel_stays_its_mask(folder, model):
+    photo = Image.fromarray(picture()).convert("RGBA")
+    photo.putalpha(Image.fromarray(np.uint8(picture()[..., 0] > 200) * 255))
+    photo.save(folder / "b.png")
+    rows = segment_folder(folder, "apple", model)
+    assert [row.made for row in rows] == [True, False] and not (folder / "mask/b.png").exists()
+    assert table(rows, "apple").splitlines()[2].endswith("kept its alpha channel")
+    assert [row.made for row in segment_folder(folder, "apple", model, overwrite=True)] == [True, True]
+
+
+def test_a_mask_that_the_square_will_cut_is_told(tmp_path, model):
+    Image.fromarray(picture(80, 40, 0.25)).save(tmp_path / "a.png")  # red in the first 20 of 80 columns
+    (row,) = segment_folder(tmp_path, "apple", model, crop="middle")
+    assert row.warning("apple").startswith("only ") and "of the mask lies in the square" in row.warning("apple")
+    (row,) = segment_folder(tmp_path, "apple", model, overwrite=True)
+    assert row.warning("apple") == ""

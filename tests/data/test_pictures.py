@@ -72,3 +72,12 @@ def test_folders_that_hold_none(folder, tmp_path):
     (folder / "2.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"2.png: cannot be read as an image"):
         read_pictures(folder, 16, lines(folder, "a {}"))
+
+
+def test_a_prompt_may_lie_in_a_caption_file_and_is_one(folder):
+    for path in folder.glob("*.png"):
+        path.with_suffix(".caption").write_text(f"a {{}} beside {path.stem}\n")
+    assert read_pictures(folder, 16).prompts[2] == "a {} beside 10"
+    (folder / "2.caption").write_text("a {} on grass\na {} on snow\n")
+    with pytest.raises(ValueError, match="2.caption has 2 lines: a picture has one prompt"):
+        read_pictures(folder, 16)
