@@ -4,17 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from infusion.concepts.concept import Concept
 from infusion.concepts.places import find_architecture, history, skeleton
 from infusion.deltas import WHOLE
 from ldm.util.cli import UserError
 from ldm.util.defaults import PREFIXES
-from ldm.weights.checkpoint import listed
+from ldm.weights.checkpoint import listed, read_tensor
 from ldm.weights.diffusers_layout import Folder
 from ldm.weights.files import TensorFile
-from ldm.weights.names import match
+from ldm.weights.names import match, prefix_of
 from ldm.weights.recognise import guess, is_whole, recognise
 
 
@@ -31,18 +29,18 @@ def load(file: TensorFile | Folder, said: Mapping[str, Any]) -> Concept:
     if not said.get("architecture") and len(kind.architectures) > 1 and file.metadata.get("modelspec.architecture"):
         architecture = find_architecture(file.metadata, said, None)
     sd = skeleton(architecture)
-    found = match(file, {prefix: getattr(sd, component) for component, prefix in PREFIXES.items()})
+    modules = {component: getattr(sd, component) for component in PREFIXES}
+    prefixes = {component: prefix_of(component, module) for component, module in modules.items()}
+    found = match(file, {prefixes[component]: module for component, module in modules.items()})
     for what, names in (("lacks", found.missing), ("differs in", found.wrong), ("also has", found.unexpected)):
         if names:
             raise UserError(f"a checkpoint of {architecture} that {what} {listed(names)}")
     tensors = {}
-    for component, prefix in PREFIXES.items():
+    for component, module in modules.items():
         start = "" if component == "unet" else f"{component}."
-        for name, shape in ((name, tensor.shape) for name, tensor in getattr(sd, component).state_dict().items()):
-            if stored := found.sources[prefix][name]:
-                parts = [file.read(part) for part in stored]
-                whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-                tensors[start + name + WHOLE] = whole.reshape(shape)
+        for name, tensor in module.state_dict().items():
+            if stored := found.sources[prefixes[component]][name]:
+                tensors[start + name + WHOLE] = read_tensor(name, tensor.shape, file, stored)
     path = Path(file.path)
     options = {"identifier": ""}
     facts = history(file.metadata, said, path)

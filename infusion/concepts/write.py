@@ -57,6 +57,8 @@ def check_layout(concept: Concept, layout: str) -> None:
         raise UserError(f"what {method} learns has no exact equal in files of other tools ({DOCS})")
     if layout not in equals:
         raise UserError(f"{method} has no equal in the layout {layout}; it has in {', '.join(equals)} ({DOCS})")
+    if method == "custom_diffusion" and len(encoders(skeleton(concept.architecture))) > 1:
+        raise UserError(f"{method} of {concept.architecture} has no equal in files of other tools ({DOCS})")
     if word and method == "lora" and layout not in ("kohya", "a1111"):
         raise UserError(f"its learned word has no place in the layout {layout}: use kohya ({DOCS})")
 

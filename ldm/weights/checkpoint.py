@@ -141,13 +141,18 @@ def _materialise(prefix: str, module: nn.Module, device: torch.device | str) -> 
 
 
 def _fill(name: str, target: Tensor, file: TensorFile | Folder, sources: tuple[str, ...]) -> None:
-    """Values of one tensor, from the tensors of the file that are it, one below the other; zero from none."""
-    if not sources:
+    """Values of one tensor, from the tensors of the file that are it; zero from none."""
+    if sources:
+        target.copy_(read_tensor(name, target.shape, file, sources))
+    else:
         target.zero_()
-        return
-    parts = [file.read(name) for name in sources]
+
+
+def read_tensor(name: str, shape: torch.Size, file: TensorFile | Folder, sources: tuple[str, ...]) -> Tensor:
+    """A module's tensor as stored, of the tensors of the file that are it, one below the other."""
+    parts = [file.read(source) for source in sources]
     values = parts[0] if len(parts) == 1 else torch.cat(parts)
-    target.copy_(values.mT if transposes(name, sources) else values.reshape(target.shape))
+    return values.mT if transposes(name, sources) else values.reshape(shape)
 
 
 def listed(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Small models in the layouts of SD 1.5 and SD 2.1, as ours and as a pipeline of diffusers, and files for them."""
+"""Small models in the layouts of SD 1.5, SD 2.1 and SDXL, as ours and as a pipeline of diffusers."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from infusion.concepts import places
@@ -16,25 +16,39 @@ from ldm.pipeline import StableDiffusion
 from ldm.util.config import instantiate
 from ldm.weights.export import export_diffusers
 
-WIDTH = {"tiny": 32, "tiny2": 48}  # of the text: layouts of SD 1.5 and SD 2.1
+WIDTH = {"tiny": 32, "tiny2": 48, "tinyxl": 80}  # of the text: layouts of SD 1.5, SD 2.1 and SDXL
+SINGLE = ("tiny", "tiny2")  # which have one text encoder
 PROMPT, NEGATIVE, STEPS, SCALE, SEED = "a photo of a sks dog on a hill", "blurry cat", 2, 4.0, 3
 
 
+def text_node(kind: str, width: int, **more: Any) -> dict[str, Any]:
+    tokenizer = {"target": "ldm.models.tokenizer.Tokenizer", "params": {"pad": "end" if kind == "Clip" else "zero"}}
+    size = {"hidden_size": width, "heads": 2, "tokenizer": tokenizer} | more
+    size |= {"intermediate_size": 64} if kind == "Clip" else {}
+    return {"target": f"ldm.models.text.{kind}Text", "params": size}
+
+
 def node(name: str) -> dict[str, Any]:
-    heads, text = (
-        ({"num_heads": 2}, "Clip") if name == "tiny" else ({"num_head_channels": 16, "use_linear": True}, "OpenClip")
-    )
-    tokenizer = {"target": "ldm.models.tokenizer.Tokenizer", "params": {"pad": "end" if name == "tiny" else "zero"}}
-    size = {"hidden_size": WIDTH[name], "layers": 2 if name == "tiny" else 3, "heads": 2, "tokenizer": tokenizer}
-    unet = {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [1, 2]}
+    unet = {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "context_dim": WIDTH[name]}
+    wide = {"num_head_channels": 16, "use_linear": True}
+    if name == "tinyxl":
+        unet |= wide | {"attention_resolutions": [2], "transformer_depth": [0, 2], "pooled_dim": 48, "pixels": 2}
+        first, second = text_node("Clip", 32, layers=3, skip=1), text_node("OpenClip", 48, layers=3, pools=True)
+        text = {"target": "ldm.models.text.TextPair", "params": {"first": first, "second": second}}
+    elif name == "tiny2":
+        unet |= wide | {"attention_resolutions": [1, 2]}
+        text = text_node("OpenClip", 48, layers=3)
+    else:
+        unet |= {"num_heads": 2, "attention_resolutions": [1, 2]}
+        text = text_node("Clip", 32, layers=2)
     parts = {
-        "unet": ("ldm.models.unet.UNet", unet | heads | {"context_dim": WIDTH[name]}),
-        "vae": ("ldm.models.autoencoder.AutoencoderKL", {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1}),
-        "text": (f"ldm.models.text.{text}Text", size | ({"intermediate_size": 64} if name == "tiny" else {})),
-        "schedule": ("ldm.diffusion.schedule.Schedule", {}),
-    }
-    built = {part: {"target": target, "params": params} for part, (target, params) in parts.items()}
-    return {"target": "ldm.pipeline.StableDiffusion", "params": {"name": name, "image_size": 16, **built}}
+        "unet": {"target": "ldm.models.unet.UNet", "params": unet},
+        "vae": {"target": "ldm.models.autoencoder.AutoencoderKL",
+                "params": {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1}},
+        "text": text,
+        "schedule": {"target": "ldm.diffusion.schedule.Schedule", "params": {}},
+    }  # fmt: skip
+    return {"target": "ldm.pipeline.StableDiffusion", "params": {"name": name, "image_size": 16, **parts}}
 
 
 NODES = {name: node(name) for name in WIDTH}
@@ -82,9 +96,9 @@ def ours(models) -> Callable[..., Tensor]:
 
 
 @pytest.fixture
-def pipeline(exported) -> Callable[[str], StableDiffusionPipeline]:
-    def load(name: str) -> StableDiffusionPipeline:
-        pipe = StableDiffusionPipeline.from_pretrained(exported[name], local_files_only=True)
+def pipeline(exported) -> Callable[[str], DiffusionPipeline]:
+    def load(name: str) -> DiffusionPipeline:
+        pipe = DiffusionPipeline.from_pretrained(exported[name], local_files_only=True)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -93,7 +107,7 @@ def pipeline(exported) -> Callable[[str], StableDiffusionPipeline]:
 
 @pytest.fixture
 def theirs(models) -> Callable[..., Tensor]:
-    def draw(pipe: StableDiffusionPipeline, name: str, prompt: str = PROMPT, **more: Any) -> Tensor:
+    def draw(pipe: DiffusionPipeline, name: str, prompt: str = PROMPT, **more: Any) -> Tensor:
         noise = initial_noise([torch.Generator().manual_seed(SEED)], models[name].latent_shape())
         how = dict(num_inference_steps=STEPS, guidance_scale=SCALE, height=16, width=16, output_type="pt")
         return pipe(prompt, negative_prompt=NEGATIVE, latents=noise, **how, **more).images

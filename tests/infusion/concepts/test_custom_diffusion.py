@@ -4,7 +4,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from infusion.concepts.concept import Concept
-from tests.infusion.concepts.conftest import NODES, WIDTH
+from tests.infusion.concepts.conftest import SINGLE, WIDTH
 
 PROMPT = "a photo of a {} on a hill"
 
@@ -28,7 +28,7 @@ def whole(pipe, parts: tuple[str, ...]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("parts", [("to_k", "to_v"), ("to_k", "to_v", "to_q", "to_out.0")])
 def test_the_images_are_those_of_diffusers(known, ours, theirs, pipeline, agree, tmp_path, parts):
-    for name in NODES:
+    for name in SINGLE:
         pipe, folder = pipeline(name), tmp_path / name
         folder.mkdir()
         torch.save(whole(pipe, parts), folder / "pytorch_custom_diffusion_weights.bin")

@@ -13,7 +13,7 @@ from infusion.methods import method_of
 from ldm.models.text import ClipText, OpenClipText
 from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNet
-from tests.infusion.concepts.conftest import NODES
+from tests.infusion.concepts.conftest import SINGLE
 
 RANK, ALPHA = 3, 6.0
 TARGETS = (
@@ -104,7 +104,7 @@ MAKERS = {"PEFT": peft, "2023": of_2023, "oldest": oldest, "sd-scripts": kohya}
 
 
 @pytest.mark.parametrize("layout", MAKERS)
-@pytest.mark.parametrize("name", NODES)
+@pytest.mark.parametrize("name", SINGLE)
 def test_the_images_are_those_of_diffusers(known, ours, theirs, pipeline, agree, tmp_path, name, layout):
     """Every linear layer of the UNet and the text encoder, and with PEFT's names the convolutions."""
     torch.manual_seed(1)
@@ -195,7 +195,9 @@ def test_no_two_modules_have_one_name(models, small_sdxl):
             found = names.places(model, ending)
             own = {place for key, place in found.items()}
             twice = sum(
-                key.startswith(("unet_input", "unet_middle", "unet_output", "unet_time_embed_", "unet_out_"))
+                key.startswith(
+                    ("unet_input", "unet_middle", "unet_output", "unet_time_embed_", "unet_out_", "unet_label_emb_")
+                )
                 for key in found
             )
             assert len(own) == len(found) - twice

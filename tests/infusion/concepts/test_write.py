@@ -1,17 +1,21 @@
 import copy
 import hashlib
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from infusion.concepts import write
 from infusion.concepts.concept import Concept
+from infusion.export.diffusers import ELSEWHERE, load_concept
 from infusion.methods import find_method
 from infusion.tokens import Word
-from tests.infusion.concepts.conftest import NODES
+from ldm.util.cli import UserError
+from tests.infusion.concepts.conftest import NODES, SINGLE
 
 pytestmark = pytest.mark.filterwarnings("ignore:the concept 'dog' was trained on another checkpoint")
 
@@ -81,7 +85,13 @@ def test_a_learned_word_opens_in_diffusers_and_here(known, learned, ours, theirs
         concept, path = learned(name, "textual_inversion"), tmp_path / f"{name}.safetensors"
         write.write(concept, path, layout, {})
         pipe = pipeline(name)
-        pipe.load_textual_inversion(str(path), token="<dog>")
+        if name in SINGLE:
+            pipe.load_textual_inversion(str(path), token="<dog>")
+        else:
+            words = load_file(path)
+            for part, end in (("clip_l", ""), ("clip_g", "_2")):
+                text, tokens = getattr(pipe, f"text_encoder{end}"), getattr(pipe, f"tokenizer{end}")
+                pipe.load_textual_inversion(words[part], token="<dog>", text_encoder=text, tokenizer=tokens)
         reference = theirs(pipe, name, PROMPT.replace("{}", "<dog>"))
         assert (ours(name, [concept], PROMPT) - reference).abs().max() <= 2e-4
         again = Concept.load(path)
@@ -90,7 +100,7 @@ def test_a_learned_word_opens_in_diffusers_and_here(known, learned, ours, theirs
 
 
 def test_custom_diffusion_opens_in_diffusers_and_here(known, models, learned, ours, theirs, pipeline, agree, tmp_path):
-    for name in NODES:
+    for name in SINGLE:
         concept, folder = learned(name, "custom_diffusion"), tmp_path / name
         write.write(concept, folder, "diffusers", {}, copy.deepcopy(models[name]))
         pipe = pipeline(name)
@@ -104,17 +114,42 @@ def test_custom_diffusion_opens_in_diffusers_and_here(known, models, learned, ou
 
 @pytest.mark.parametrize("layout", ["folder", "checkpoint"])
 @pytest.mark.parametrize("method", ["dreambooth", "lora"])
-def test_whole_models(known, models, learned, ours, theirs, agree, tmp_path, method, layout):
-    concept, path = learned("tiny", method), tmp_path / f"a{'' if layout == 'folder' else '.safetensors'}"
+@pytest.mark.parametrize("name", ["tiny", "tinyxl"])
+def test_whole_models(known, models, learned, ours, theirs, agree, tmp_path, name, method, layout):
+    concept, path = learned(name, method), tmp_path / f"a{'' if layout == 'folder' else '.safetensors'}"
     if method == "dreambooth":
-        concept = replace(concept, tensors={name: 0.2 * tensor for name, tensor in concept.tensors.items()})
-    write.write(concept, path, layout, {}, copy.deepcopy(models["tiny"]))
-    image, prompt = ours("tiny", [concept], PROMPT), PROMPT.replace("{}", "sks dog")
-    assert (ours("tiny", [Concept.load(path)], prompt) - image).abs().max() <= 2e-4
+        concept = replace(concept, tensors={key: 0.2 * tensor for key, tensor in concept.tensors.items()})
+    write.write(concept, path, layout, {}, copy.deepcopy(models[name]))
+    image, prompt = ours(name, [concept], PROMPT), PROMPT.replace("{}", "sks dog")
+    assert (ours(name, [Concept.load(path)], prompt) - image).abs().max() <= 2e-4
     if layout == "folder":
-        pipe = StableDiffusionPipeline.from_pretrained(path, local_files_only=True)
+        pipe = DiffusionPipeline.from_pretrained(path, local_files_only=True)
         pipe.set_progress_bar_config(disable=True)
-        agree("tiny", image, theirs(pipe, "tiny", prompt), PROMPT)
+        agree(name, image, theirs(pipe, name, prompt), PROMPT)
+
+
+@pytest.mark.parametrize("method", ELSEWHERE)
+def test_the_adapter_says_what_opens_a_concept_that_is_not_for_it(
+    known, models, learned, ours, theirs, pipeline, tmp_path, method
+):
+    """Its line, run: the layout is written, and what diffusers reads it by draws the same image."""
+    concept, pipe = learned("tiny", method), pipeline("tiny")
+    if method == "dreambooth":  # whose every weight is changed
+        concept = replace(concept, tensors={name: 0.2 * tensor for name, tensor in concept.tensors.items()})
+    with pytest.raises(UserError, match=f"learned by {method}, which diffusers has itself") as refused:
+        load_concept(pipe, concept, token="<rex>")
+    layout, call = re.search(r"OUT --to (\w+)`, then `(.+)` \(docs", str(refused.value)).groups()
+    path = tmp_path / f"a{'' if layout == 'folder' or method == 'custom_diffusion' else '.safetensors'}"
+    write.write(concept, path, layout, {}, copy.deepcopy(models["tiny"]))
+    shown = {"pipe": pipe, "OUT": str(path), "DiffusionPipeline": DiffusionPipeline}
+    exec(f"found = {call}", shown)
+    if method == "dreambooth":
+        pipe = shown["found"]
+    elif method == "custom_diffusion":
+        pipe.load_textual_inversion(str(path), weight_name="<new1>.bin")
+    pipe.set_progress_bar_config(disable=True)
+    trigger = {"textual_inversion": "<dog>", "custom_diffusion": "<new1> dog"}.get(method, "sks dog")
+    assert (ours("tiny", [concept], PROMPT) - theirs(pipe, "tiny", PROMPT.replace("{}", trigger))).abs().max() <= 2e-4
 
 
 def test_what_has_no_equal_is_said(known, learned):
@@ -127,6 +162,8 @@ def test_what_has_no_equal_is_said(known, learned):
     ):
         with pytest.raises(ValueError, match=says):
             write.check_layout(learned("tiny", method), layout)
+    with pytest.raises(ValueError, match="of tinyxl has no equal"):  # diffusers' file has one word, SDXL two encoders
+        write.check_layout(learned("tinyxl", "custom_diffusion"), "diffusers")
 
 
 def test_metadata_for_others(known, learned, tmp_path):
