@@ -13,11 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from data.pocket_two.identity import Identity
 from data.pocket_two.judge import SceneReader
+from infusion.concepts import write
 from infusion.concepts.concept import Concept
 from infusion.inject import cross_attention_layers
 from infusion.methods import find_method
+from infusion.sampling.pictures import png
+from infusion.sampling.sample import sample
 from ldm.pipeline import StableDiffusion
 from ldm.util.config import ROOT, instantiate, load_config
+from ldm.util.files import write as write_file
 from scripts.metrics import crop_of, main
 from scripts.pocket.networks import WORLDS
 
@@ -292,6 +296,8 @@ def test_prompts_of_each_concept_s_own(run, tmp_path):
         (["--dinov2", "nowhere"], "--dinov2: there is no folder nowhere"),
         (["--identity", "nowhere"], "--identity: there is no file nowhere"),
         (["--metrics", "identity", "--images", PHOTOS], "--identity: name the weights"),
+        (["--superclass", "cat"], "--superclass: the files say it themselves: 'elephant'"),
+        (["--noun", "rex"], "--noun: the files say it themselves: 'elephant'"),
         (["--personalized_ckpt", "nowhere.safetensors"], "nowhere.safetensors: there is no such concept file"),
         (["--config", "configs/backbone/sd15.yaml", "--ckpt", "nowhere"], "nowhere"),
     ],
@@ -302,6 +308,83 @@ def test_mistakes_are_one_line_and_write_nothing(run, capsys, tmp_path, argument
     assert stop.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ") and complaint in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def too_long(tmp_path_factory) -> tuple[Path, Path]:
+    """A folder of five epochs of a LoRA in sd-scripts' layout, and photos for which the third is right.
+
+    In the third, "dog" reads as "blue striped dog" to every cross-attention, and the photos are its samples. The first
+    two go a part of the way, the others far beyond.
+    """
+    sd, folder = StableDiffusion.from_checkpoint(ROOT / "configs/backbone/pocket.yaml"), tmp_path_factory.mktemp("long")
+    (dog,) = sd.text.tokenizer(["dog"])[0, 1:2].tolist()
+
+    def encode(word: str) -> torch.Tensor:
+        prompts = [f"{start} {word}{end}" for start in ("a photo of a", "a") for end in ("", " on grass")]
+        places = [ids.tolist().index(dog) for ids in sd.text.tokenizer(prompts)]
+        return torch.stack([sd.text([p])[0, at] for p, at in zip(prompts, places, strict=True)]).mean(0)
+
+    noun, other = encode("dog"), sd.text(["a photo of a dog"])[0, [0, 1, 2, 3, 10]].mean(0)
+    key = noun - other * (noun @ other) / (other @ other)
+    tensors = {}
+    for name, layer in cross_attention_layers(sd.unet).items():
+        for part in ("to_k", "to_v"):
+            change = layer.get_submodule(part).weight.detach() @ (encode("blue striped dog") - noun)
+            tensors |= {
+                f"{name}.{part}.weight.down": key[None] / (key @ noun),
+                f"{name}.{part}.weight.up": change[:, None],
+            }
+    facts = {"method": "lora", "attention": "own", "options": {"rank": 1, "alpha": 1.0, "identifier": ""}}
+    right = Concept(tensors, "dog", ("a photo of a {}",), "pocket", sd.hash, **facts)
+    for i, image in enumerate(sample(sd, ["a photo of a {}"] * 6, [right], steps=5, scale=5.0, seed=9)):
+        write_file(folder / f"photos/{i}.png", png(image))
+    for i, share in enumerate((0.25, 0.5, 1.0, 2.5, 4.0), 1):
+        part = {name: tensor * (share if name.endswith("up") else 1) for name, tensor in tensors.items()}
+        path = folder / f"epochs/rex-{i:06d}.safetensors"
+        write.write(replace(right, tensors=part), path, "kohya", {})
+        save_file(load_file(path), path, {"ss_base_model_version": "pocket"})  # all that it says
+    return folder / "epochs", folder / "photos"
+
+
+@pytest.mark.slow
+def test_of_epochs_of_a_lora_that_was_trained_too_long_the_right_one_is_named(too_long, tmp_path, caplog):
+    epochs, photos = too_long
+    files, protocol = sorted(epochs.iterdir(), reverse=True), tmp_path / "protocol.yaml"
+    protocol.write_text(PROTOCOL.replace("cartoon", "photo"))
+    command = ["--personalized_ckpt", *files, "--images", photos, "--superclass", "dog", "--metrics", "clip_i,lfd,noun"]
+    command += ["--out", tmp_path / "out", "--protocol", protocol, "--device", "cpu"]
+    command += ["--samples", "6", "--steps", "5", "--scale", "5", "--strata", "1"]
+    caplog.set_level("INFO")
+    main([*map(str, command)])
+    said = results(tmp_path / "out")
+    assert list(said["methods"]) == [f"rex-{i:06d}" for i in range(1, 6)]
+    (found,) = said["epochs"]
+    assert (found["keep"], found["overfitting_from"]) == ("rex-000003", "rex-000004")
+    assert found["in_words"].startswith("Keep rex-000003: likeness (CLIP-I) 0.")
+    assert "LFD around the concept rises from" in found["in_words"] and found["in_words"] in caplog.text
+    page = (tmp_path / "out/report.html").read_text()
+    assert found["in_words"] in page and "rex-000003 ★" in page
+
+
+def test_weights_of_another_model_are_refused_before_anything_is_loaded(concepts, tmp_path, capsys):
+    """By its names and shapes: a file of SD 1.5, of which only the first layers are there."""
+    layers = {
+        "input_blocks.0.0.weight": (320, 4, 3, 3),
+        "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 768),
+    }
+    tensors = {f"model.diffusion_model.{name}": torch.zeros(shape) for name, shape in layers.items()}
+    tensors |= {"first_stage_model.x": torch.zeros(1), "cond_stage_model.x": torch.zeros(1)}
+    save_file(tensors, tmp_path / "other.safetensors")
+    flags = ["--ckpt", tmp_path / "other.safetensors", "--out", tmp_path / "out"]
+    for words, complaint in (
+        (flags, "other.safetensors is SD 1.5; use configs/backbone/sd15.yaml, and the concepts are for pocket"),
+        (["--config", ROOT / "configs/backbone/pocket_two.yaml", *flags], "it does not fit 'pocket_two'"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*map(str, ("--personalized_ckpt", concepts / "theirs.safetensors", *words))])
+        assert stop.value.code == 2 and complaint in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
