@@ -39,9 +39,12 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     if requeued(flags.logdir):
         flags.resume, flags.base, flags.overrides = flags.logdir, [], []
         flags.logdir = flags.name = flags.seed = None
-    for word in rest:
+    for word, value in zip(rest, [*rest[1:], "-"], strict=True):
         if word.startswith("-") or "=" not in word:
-            parser.error(f"unknown argument `{word}`")
+            key, sign, own = word.lstrip("-").partition("=")
+            value = own if sign else "…" if value.startswith("-") or "=" in value else value
+            hint = f"; a key of the config is set by {key}={value}" if word.startswith("--") and key else ""
+            parser.error(f"unknown argument `{word}`{hint}")
     if bool(flags.base) == bool(flags.resume):
         parser.error("--base FILE starts a run, --resume RUN resumes one: give one of the two")
     for name in ("name", "logdir", "seed"):
@@ -83,6 +86,10 @@ def main() -> None:
     name = flags.name or (Path(flags.base[-1]).stem if flags.base else "")
     folder = folder_of(flags.resume) if flags.resume else run.new_folder(flags.logdir, flags.basedir, name)
     state, step = run.resume_state(flags.resume) if flags.resume else (None, 0)
+    if flags.train and 0 < config.trainer.get("max_steps", -1) <= step:
+        more = f"{resume_command(flags, folder)} trainer.max_steps={2 * step}"
+        logging.info("%s: finished at step %d; it goes on by, for example: %s", folder, step, more)
+        return
     pl.seed_everything(config.seed, workers=True, verbose=False)
     devices = {name: getattr(flags, name) for name in DEVICES}
     trainer = make_trainer(folder, config, step, **devices)

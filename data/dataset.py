@@ -1,7 +1,6 @@
 """Photos of one concept: images, soft masks and captions from a folder."""
 
 import math
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -9,16 +8,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.captions import read_captions
 from data.crop import MIDDLE, Crop, Place, around, share_inside, to_square
 from data.doubts import LEAST_INSIDE, doubts
 from data.images import opacity, opened, over_white, read_image, read_mask
 from data.photos import Photo, PhotoFolder
 from ldm.util.cli import UserError
-from ldm.util.files import read_text
+from ldm.util.templates import bare
 
 LARGEST = 8192  # pixels of a square's side
 ENLARGED = 2.0  # times; a photo enlarged more than this is blurred, and its blur is learned
-CAPTIONS = 100_000  # bytes of a photo's captions, at most
 ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # a second frame is more than a preview, as those of TIFF and a phone's JPEG
 
 
@@ -47,10 +46,11 @@ class ConceptImages:
         cover: the mean of each mask in [0, 1]; [] without masks.
         image_size: S, the side of the squares.
         captions: one list of templates with `{}` per image; empty where there is no caption.
+        without_noun: caption file -> its lines that do not name the superclass (`data.captions`).
 
     Raises:
         ValueError: as `PhotoFolder.read`; a file that cannot be read; a mask that is missing, empty, of another shape,
-            or nearly all outside the square; a caption without the superclass.
+            or nearly all outside the square.
     """
 
     def __init__(
@@ -68,13 +68,18 @@ class ConceptImages:
         if crop not in ("subject", "middle"):
             raise UserError(f"crop: one of subject, middle is wanted, not {crop!r}")
         photos = self.folder.photos
-        self.root, self.image_size, self.superclass = self.folder.root, image_size, superclass
+        self.root, self.image_size = self.folder.root, image_size
+        self.superclass = superclass if superclass is None else bare(superclass)
         self.masked, self.crop = mask == "auto", crop
         self.names = [photo.path.name for photo in photos]
-        self.captions = [
-            read_captions(photo.caption, superclass) if photo.caption and superclass is not None else []
-            for photo in photos
-        ]
+        self.captions: list[list[str]] = []
+        self.without_noun: dict[str, list[str]] = {}
+        for photo in photos:
+            read = photo.caption is not None and self.superclass is not None
+            templates, without = read_captions(photo.caption, self.superclass) if read else ([], [])
+            self.captions.append(templates)
+            if without:
+                self.without_noun[photo.caption.name] = without
         self.sizes: list[tuple[int, int]] = []
         self.places: list[Place] = []
         self.cover: list[float] = []
@@ -199,26 +204,6 @@ def whole_mask(photo: Photo, image: Image.Image) -> Image.Image | None:
     else:
         return None
     return mask
-
-
-def read_captions(path: Path, superclass: str) -> list[str]:
-    """The lines of a caption file with the superclass turned into `{}`; [] when there is no such file.
-
-    Raises:
-        ValueError: a line names the superclass nowhere.
-    """
-    if not path.is_file():
-        return []
-    lines = read_text(path, CAPTIONS).splitlines()
-    words = r"\s+".join(map(re.escape, superclass.split()))
-    noun = re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
-    templates = []
-    for line in filter(None, map(str.strip, lines)):
-        template = line if "{}" in line else noun.sub("{}", line)
-        if "{}" not in template:
-            raise UserError(f"{path}: the caption {line!r} names no {superclass!r}: name the concept by its superclass")
-        templates.append(template)
-    return templates
 
 
 def _range(ordered: list[str]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
+from data.captions import check_captions, without_noun
 from data.crop import MIDDLE, Place
 from data.dataset import ConceptImages
 from data.images import png
@@ -22,9 +23,10 @@ from data.preview import sheet
 from data.prior import ClassImages
 from data.prompts import TEMPLATES
 from ldm.models.autoencoder import AutoencoderKL, coverage
+from ldm.models.tokenizer import Tokenizer
 from ldm.util.cli import UserError
 from ldm.util.files import write
-from ldm.util.templates import check_template
+from ldm.util.templates import check_template, short
 
 BATCH, TILES = 1000, 64  # photos in a batch and on the preview, at most
 logger = logging.getLogger(__name__)
@@ -189,6 +191,7 @@ class ConceptData(pl.LightningDataModule):
         if self.cache is None:
             module, size = self.trainer.lightning_module, self.images.image_size
             sd = module.sd
+            self._check_texts(sd.text.tokenizer)
             try:
                 sd.latent_shape(size, size)
             except ValueError as error:
@@ -201,6 +204,17 @@ class ConceptData(pl.LightningDataModule):
             if self.prior is not None:
                 with self._one_first(), module.unedited():
                     self.prior_latents = self.prior.latents(sd.to(self.trainer.strategy.root_device))
+
+    def _check_texts(self, tokenizer: Tokenizer) -> None:
+        """Warns of captions that are not read as they stand; UserError for a text that cannot be trained on."""
+        images = self.images
+        photos = zip(images.folder.photos, images.captions, strict=True)
+        captions = {photo.caption.name: own for photo, own in photos if photo.caption is not None}
+        lines = [without_noun(images.without_noun, images.superclass)]
+        for line in filter(None, lines + check_captions(captions, images.superclass, tokenizer)):
+            logger.warning("warning: %s: %s", images.root, line)
+        if self.prior is not None and (beyond := tokenizer.beyond(self.prior.prompt)):
+            raise UserError(f"prior: prompt: {short(beyond)} is beyond what training reads: shorten it")
 
     @contextmanager
     def _one_first(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 from ldm.util.config import find
 from ldm.util.files import write
-from ldm.util.templates import fill
+from ldm.util.templates import bare, fill
 
 COUNT, BATCH = 100_000, 1000  # class images, and how many at a time, at most
 RECIPE = {"prompt", "base", "seed", "number", "steps", "scale"}  # the text in a PNG that was drawn here
@@ -60,7 +60,7 @@ class ClassImages:
             raise UserError(f"prior: scale: must be a finite number, not {scale}")
         if not 0 <= seed < 2**63:
             raise UserError(f"prior: seed: must be from 0 to 2**63 - 1, not {seed}")
-        self.prompt = fill(prompt, [] if superclass is None else [superclass])
+        self.prompt = fill(prompt, [] if superclass is None else [bare(superclass)])
         self.count, self.root = count, None if root is None else find(root)
         self.steps, self.scale, self.seed, self.batch_size = steps, scale, seed, batch_size
 

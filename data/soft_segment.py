@@ -25,13 +25,14 @@ from data.photos import fill_templates, find_photos
 from data.prompts import TEMPLATES
 from ldm.util.cli import Parser, batch, find_device, report
 from ldm.util.defaults import CLIPSEG
+from ldm.util.templates import bare
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Masks for a folder of photos, by CLIPSeg.")
     add = parser.add_argument
     add("--image_dir", metavar="DIR", help="folder of photos; gets mask/ and mask/overlay/", required=True)
-    add("--super_class", metavar="WORD", help="what to mask, such as cat", required=True)
+    add("--super_class", metavar="WORD", type=bare, help="what to mask, such as cat", required=True)
     add("--model_weight", metavar="PATH", help="CLIPSeg: a folder, the decoder file, or pocket", default=CLIPSEG)
     add("--clip", metavar="PATH", help="CLIP ViT-B/16, where --model_weight is the decoder alone")
     add("--config", metavar="FILE", help="config whose network, `clipseg`, --model_weight is a file of")

@@ -44,7 +44,9 @@ def concept_masks(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) -
     return prompt, places >= 0
 
 
-def concept_places(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) -> tuple[str, "Tensor"]:
+def concept_places(
+    tokenizer: "Tokenizer", template: str, nouns: Sequence[str], whole: bool = False
+) -> tuple[str, "Tensor"]:
     """Put each concept's noun into a template, as `fill` does, and find its tokens.
 
     Every occurrence of a placeholder is the concept; the same noun written out in the template is not. A noun
@@ -54,10 +56,11 @@ def concept_places(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) 
         tokenizer: as in `ldm.models.tokenizer`; L is its context length, counting the begin and the end token.
         template: "{}" stands for the only concept; "{1}", "{2}" … for several.
         nouns: what stands in a prompt for each of K concepts.
+        whole: the ids are those of `Tokenizer.windows`, n rows of L one behind the other, and nothing is cut.
 
     Returns:
-        The prompt with the nouns filled in, and int64 (K, L): j on the j-th token of the concept's noun, counted from
-        0, and -1 elsewhere.
+        The prompt with the nouns filled in, and int64 (K, L), or (K, n·L): j on the j-th token of the concept's noun,
+        counted from 0, and -1 elsewhere.
 
     Raises:
         ValueError: no noun or an empty noun; a placeholder of no concept; a placeholder glued to letters, so that
@@ -73,29 +76,40 @@ def concept_places(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) 
             raise UserError(f"the concept's noun {short(noun)} has no tokens: give a word such as 'cat'")
 
     prompt, parts = fill(template, nouns), filled_parts(template, nouns)
-    row = tokenizer([prompt])[0].tolist()
-    end = len(row) - 1  # the end token keeps the last place, also where the prompt is cut
+    row, ids = (tokenizer.windows([prompt]) if whole else tokenizer([prompt]))[0], tokenizer.encode(prompt)
+    inner = tokenizer.context_length - 2
+    read = len(row) // tokenizer.context_length * inner  # tokens of the prompt
     places = torch.full((len(nouns), len(row)), -1)
-    found = islice(placeholders(template, len(nouns)), end)  # those behind lie beyond the row
+    found = islice(placeholders(template, len(nouns)), read)  # those behind lie beyond what is read
     for index, (match, concept) in enumerate(found):
-        before = tokenizer.encode("".join(parts[: 2 * index + 1]))
-        ids = nouns_ids[concept]
-        start = 1 + len(before)  # the begin token comes first
-        stop = start + len(ids)
-        if row[1 : min(stop, end)] != (before + ids)[: end - 1]:
+        before, own = tokenizer.encode("".join(parts[: 2 * index + 1])), nouns_ids[concept]
+        start, stop = len(before), len(before) + len(own)
+        if ids[: min(stop, read)] != (before + own)[:read]:
             raise UserError(
                 f"{match.group()} in {short(template)} is glued to its neighbours: {short(nouns[concept])} is not a "
                 f"word of its own in {short(prompt)}. Put spaces around {match.group()}."
             )
-        shown = max(0, min(stop, end) - start)
-        places[concept, start : start + shown] = torch.arange(shown)
+        token = torch.arange(start, max(start, min(stop, read)))
+        # each window has a begin and an end token of its own
+        places[concept, token // inner * (inner + 2) + 1 + token % inner] = token - start
     for match, concept in placeholders(template, len(nouns)):
         if (places[concept] < 0).all():
             raise UserError(
-                f"{match.group()} in {short(template)} lies wholly beyond the {len(row)} tokens that the text encoder "
-                "reads: shorten the prompt, or move the concept forward."
+                f"{match.group()} in {short(template)} lies wholly beyond the {read} tokens that are read: shorten the "
+                f"text, or move the concept forward; {short(tokenizer.beyond(prompt))} is beyond"
             )
     return prompt, places
+
+
+def word_pattern(word: str) -> re.Pattern[str]:
+    """Finds a word, or words with blanks between them, that stand by themselves; capitals do not matter."""
+    parts = r"\s+".join(map(re.escape, word.split()))
+    return re.compile(rf"(?<!\w){parts}(?!\w)", re.IGNORECASE)
+
+
+def has(prompt: str, word: str) -> bool:
+    """Whether a prompt has a word."""
+    return word_pattern(word).search(prompt) is not None
 
 
 def point(prompt: str, words: Sequence[str]) -> str:
@@ -113,9 +127,7 @@ def point(prompt: str, words: Sequence[str]) -> str:
         )
     places: list[tuple[int, int]] = []
     for word in words:
-        parts = r"\s+".join(map(re.escape, word.split()))
-        pattern = rf"(?<!\w){parts}(?!\w)"
-        spans = (match.span() for match in re.finditer(pattern, prompt, re.IGNORECASE))
+        spans = (match.span() for match in word_pattern(word).finditer(prompt))
         free = (span for span in spans if all(span[1] <= start or span[0] >= end for start, end in places))
         place = next(free, None)
         if not word.strip() or place is None:

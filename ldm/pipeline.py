@@ -230,7 +230,9 @@ class StableDiffusion(nn.Module):
         multiple = self.vae.factor * self.unet.factor
         for side, size in (("height", height), ("width", width)):
             if size < multiple or size % multiple:
-                raise UserError(f"{side} must be a multiple of {multiple} pixels, not {size}")
+                below = max(size // multiple, 1) * multiple
+                near = f"{below} or {below + multiple}" if size > multiple else str(multiple)
+                raise UserError(f"{side} must be a multiple of {multiple} pixels, such as {near}, not {size}")
         return self.vae.embed_dim, height // self.vae.factor, width // self.vae.factor
 
     def cast(self, dtype: torch.dtype) -> None:
@@ -314,7 +316,7 @@ class StableDiffusion(nn.Module):
     @torch.no_grad()
     def guided(self, prompts: Sequence[str], negative_prompt: str = "", scale: float = 7.5) -> Guided:
         """The denoiser that guides towards B prompts and away from the negative one."""
-        context = self.text.context(self.text.tokenizer(prompts)).to(self.device, self.dtype)
+        context = self.text.context(self.text.tokenizer.windows(prompts)).to(self.device, self.dtype)
         negative = self.text.unconditional(negative_prompt).to(self.device, self.dtype)
         return Guided(self.unet, context, negative, scale)
 

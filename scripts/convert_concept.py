@@ -17,8 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from infusion.concepts import FORMS
 from infusion.concepts.base import check_there, check_weights, load_base
+from infusion.concepts.runs import concept_file
 from ldm.util.cli import Parser, UserError, add_base_flags, find_device, naming, report
 from ldm.util.config import BACKBONES, backbones, find
+from ldm.util.templates import bare
 
 if TYPE_CHECKING:
     from infusion.concepts.concept import Concept
@@ -38,7 +40,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--to", choices=LAYOUTS, help="the layout; infusion is a concept file of this project", default=OURS)
     add("--form", choices=FORMS, help="full: float32; half: float16; compact: at most 11,264 bytes", default="full")
     said = parser.add_argument_group("what IN does not say").add_argument
-    said("--superclass", metavar="WORD", help="the noun that stands for the concept in prompts; needed for a .ckpt")
+    about = "the noun that stands for the concept in prompts; needed for a .ckpt"
+    said("--superclass", metavar="WORD", type=bare, help=about)
     said("--noun", metavar="WORDS", help="its trigger words; None: as IN says")
     said("--templates", nargs="+", metavar="PROMPT", help="training prompts; None: a photo of a {}")
     said("--architecture", choices=list(backbones()), help="of the base model; None: by widths and metadata")
@@ -62,6 +65,7 @@ def read(flags: argparse.Namespace) -> "Concept":
     from ldm.weights.diffusers_layout import open_checkpoint
     from ldm.weights.recognise import recognise
 
+    flags.source = str(concept_file(flags.source))
     said = {name: getattr(flags, name) for name in (*WORDS, *RELEASED) if getattr(flags, name)}
     kind = "folder"
     if not Path(flags.source).is_dir():

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from math import ceil
 from pathlib import Path
+from secrets import randbelow
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,22 +20,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from infusion.concepts.base import architecture_of, check_concepts_there, check_weights, load_base
+from infusion.concepts.runs import concept_file
 from infusion.sampling.prompts import Job, read_jobs
 from infusion.sampling.settings import Settings, add_settings_flags
-from infusion.sampling.validate import check_concepts, check_sizes, check_words, fill_in, source
+from infusion.sampling.validate import check_concepts, check_sizes, check_texts, check_words, fill_in
 from ldm.util.cli import (
     MOST,
     More,
     Parser,
     UserError,
     add_base_flags,
+    any_seed,
     batch,
     count,
     find_device,
     naming,
     processes,
     report,
-    seed,
     words,
     writable,
 )
@@ -70,7 +72,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--n_samples", type=batch, help="images of a prompt at a time", default=4)
     add("--n_iter", type=count, help="how often to go through the prompts", default=1)
     add("--n_rows", type=count, metavar="N", help="images in a row of the grid; None: --n_samples")
-    add("--seed", type=seed, help="of the first image; image i has the seed + i", default=42)
+    about = "of the first image; image i has the seed + i; -1 draws one, which is printed"
+    add("--seed", type=any_seed, help=about, default=42)
     add("--outdir", metavar="DIR", type=writable, help="gets samples/ and grid-0000.png", default="outputs/txt2img")
     add("--skip_grid", action="store_true", help="write no grid")
     add("--skip_save", action="store_true", help="write no single images")
@@ -118,6 +121,7 @@ def check_inputs(flags: argparse.Namespace) -> None:
     """Raises UserError for a file that is not there, before what is slow to import."""
     names = flags.personalized_ckpt
     check_concepts_there(names)
+    names[:] = [str(concept_file(find(name))) if find(name).is_dir() else name for name in names]
     if flags.covariance and not find(flags.covariance).is_file():
         raise UserError(f"{flags.covariance}: there is no such covariance file")
     if flags.from_file and not os.path.exists(flags.from_file):
@@ -201,7 +205,6 @@ def main(arguments: list[str] | None = None) -> None:
     from infusion.sampling.pictures import Numbered, grid, png
     from infusion.sampling.png import PARAMETERS, describe, hashes, parameters
     from infusion.sampling.regions import regions
-    from infusion.sampling.sample import check_prompts
     from ldm.util.dist import launch
 
     boxes = flags.region or ""
@@ -222,12 +225,14 @@ def main(arguments: list[str] | None = None) -> None:
     outdir = Path(flags.outdir)
     samples, grids = Numbered(outdir / "samples"), Numbered(outdir, "grid-", digits=4)
     ranks, device = launch(flags.devices, flags.num_nodes, find_device(flags.device))
+    if flags.seed == -1:
+        flags.seed = ranks.of_first(randbelow(2**32))
+        logger.info("seed %d", flags.seed)
     sd = load_base(flags, find_config(flags, concepts[0].architecture if concepts else None), concepts, device)
     flags.use_ema = sd.use_ema  # for what a picture says of itself
     check_concepts(sd, files, inverse.matrix)
     check_sizes(sd, jobs)
-    with naming(f"--{source(flags)}"):
-        check_prompts(sd, templates, concepts, settings.noun)
+    check_texts(sd, flags, jobs, templates, concepts, settings.noun)
     of_files = hashes(sd.hash, list(files), inverse.fingerprint)
     warn_of_change(flags, of_files)
 

@@ -27,8 +27,9 @@ from infusion.concepts.base import (
     check_weights,
     load_base,
 )
+from infusion.concepts.runs import concept_files
 from infusion.metrics.run.options import CACHE, METRICS, STEPS, Options, lacks, metrics_of
-from infusion.metrics.run.protocol import GROUPS, Protocol, usual_file
+from infusion.metrics.run.protocol import CONTEXT, GROUPS, Protocol, plain, usual_file
 from infusion.sampling.validate import check_concepts
 from ldm.diffusion.schedulers import SAMPLERS
 from ldm.training.config import texts
@@ -40,6 +41,7 @@ from ldm.util.cli import (
     batch,
     count,
     find_device,
+    naming,
     number,
     processes,
     report,
@@ -52,6 +54,7 @@ from ldm.util.config import files_in, find, load_config
 from ldm.util.defaults import CLIPSEG, POCKET
 from ldm.util.files import locked
 from ldm.util.folders import CONFIG, is_run
+from ldm.util.templates import bare, foreign_warning
 from scripts.infusion_txt2img import find_config
 from scripts.pocket.networks import BACKBONES, WORLDS, PocketWorld, Sources
 
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     import torch
 
     from infusion.metrics.run.subject import Subject
+    from ldm.pipeline import StableDiffusion
 
 LONGEST = 400  # characters of a name or of a concept in words
 logger = logging.getLogger(__name__)
@@ -85,7 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     about = (
         "the noun of what --pictures show, and of files of other tools that do not say it; None: that of the concepts"
     )
-    add("--superclass", metavar="W", help=about)
+    add("--superclass", metavar="W", type=bare, help=about)
     add("--noun", metavar="WORDS", help="trigger words of files of other tools that do not say them")
     add("--labels", metavar="L[,L]", type=words, help="names in the report; None: those of the files and folders")
     add("--groups", metavar="G[,G]", type=words, help="what belongs together, one for each row; None: the methods")
@@ -208,9 +212,7 @@ def architecture_named(flags: argparse.Namespace) -> str:
     """The architecture of the first concept, or of --config; UserError where the base model's weights are not there."""
     architecture = None
     if flags.personalized_ckpt:
-        first = find(flags.personalized_ckpt[0])
-        files = sorted(first.glob("models/*.safetensors")) if first.is_dir() else [first]
-        architecture = architecture_of(files[0]) if files else None
+        architecture = architecture_of(concept_files(find(flags.personalized_ckpt[0]))[0])
     if flags.config or architecture or not flags.personalized_ckpt:
         config = find_config(flags, architecture)
         check_weights(flags, config)
@@ -319,6 +321,17 @@ def choose(flags: argparse.Namespace, rows: "list[Subject]", there: set[str]) ->
     return Options(tuple(flags.metrics or able), curve=tuple(flags.curve), **chosen)
 
 
+def check_texts(sd: "StableDiffusion", rows: "Sequence[Subject]", protocols: Sequence[Protocol]) -> None:
+    """Warns of foreign syntax in the rows' prompts; UserError for one that the model cannot read whole."""
+    for row, protocol in zip(rows, protocols, strict=True):
+        word = bare(row.described or row.superclass)
+        with naming(f"{row.label}: its prompts"):
+            for group in (CONTEXT, "none", "superclass"):
+                sd.text.tokenizer.windows([plain(prompt, word) for prompt in protocol.prompts(group, row.superclass)])
+    if odd := foreign_warning(prompt for protocol in protocols for prompt in protocol.concept):
+        logger.warning("warning: --protocol: %s", odd)
+
+
 @report
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -381,6 +394,7 @@ def main(arguments: list[str] | None = None) -> None:
             row = replace(row, exact=world.exact(row.exact.name, tools.classifier, tools.clipseg))
         check(row, protocols[names[i]], options, tools)
         rows[i] = row
+    check_texts(sd, rows, [protocols[name] for name in names])
     out = Path(flags.out)
     files = {"base": sd.hash or "", **tools.hashes}
     settings = options.shown() | {"architecture": sd.architecture}

@@ -103,6 +103,53 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(entry, command, tmp_
         assert not torch.equal(first[name], before[name])
 
 
+def test_a_finished_run_says_how_it_goes_on(entry, command, tmp_path, caplog):
+    run = tmp_path / "run"
+    command("--base", entry, "-t", "--logdir", run, "trainer.max_steps=2", "callbacks.samples=null")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    caplog.set_level("INFO")
+    command("--resume", run, "-t")
+    assert caplog.messages[-1].startswith(f"{run}: finished at step 2; it goes on by")
+    assert caplog.messages[-1].endswith(f"--resume {run} -t trainer.max_steps=4")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_new_run_starts_from_what_another_learned(entry, command, tmp_path, caplog):
+    first, second = tmp_path / "first", tmp_path / "second"
+    flags = ["--base", entry, "-t", "callbacks.samples=null"]
+    command(*flags, "--logdir", first, "trainer.max_steps=2")
+    learned = load_file(first / "models/step=000002.safetensors")
+    caplog.set_level("INFO")
+    words = ["trainer.max_steps=1", "learning_rate=1e-6", f"start_from={first}", "superclass=dog"]
+    command(*flags, "--logdir", second, *words)
+    went_on = load_file(second / "models/step=000001.safetensors")
+    for name, tensor in learned.items():
+        torch.testing.assert_close(went_on[name], tensor, atol=2e-6, rtol=1e-4)
+        assert not torch.equal(went_on[name], tensor) and tensor.abs().max() > 1e-3
+    assert f"warning: start_from: {first} was trained as 'cat', and goes on as 'dog'" in caplog.messages
+    assert f"starts from {first}, after its 2 steps" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("lora", "start_from: .*: learned by infusion, and .* is of lora"),
+        ("infusion", "is in one of them only"),
+    ],
+)
+def test_a_concept_that_a_run_cannot_start_from_is_named(sd, tmp_path, method, says):
+    from infusion.concepts.concept import Concept
+    from infusion.methods.infusion import Infusion
+    from infusion.methods.lora import LoRA
+    from infusion.training.trainer import ConceptTrainer
+
+    tensors = {"input_blocks.99": torch.ones(32)}
+    Concept(tensors, "cat", ("a {}",), sd.architecture, base_hash=sd.hash).save(tmp_path / "a.safetensors")
+    start = {"templates": ["a {}"], "start_from": tmp_path / "a.safetensors"}
+    with pytest.raises(ValueError, match=says):
+        ConceptTrainer(sd, {"lora": LoRA, "infusion": Infusion}[method](), "cat", **start)
+
+
 def test_the_bar_counts_optimiser_steps_also_of_a_resumed_run(entry, command, tmp_path, capfd):
     def shown() -> list[str]:
         said = capfd.readouterr()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from infusion.concepts import fields, file
+from infusion.concepts.runs import concept_files
 from infusion.gate import IDENTITY, Gate
 from infusion.tokens import Word
 from ldm.util.cli import UserError, naming
@@ -199,14 +200,15 @@ class Concept:
         """Read a concept file of any form, or a file of another tool (docs/files.md).
 
         Args:
-            path: a file; or a diffusers folder, or one of an adapter.
+            path: a file; or a run folder, whose last file is read; or a diffusers folder, or one of an adapter.
             said: what another tool's file does not say or says otherwise: superclass, noun, templates, architecture.
 
         Raises:
             ValueError: the file is missing, damaged, nothing that is read as a concept, of a newer version, or has
                 unusable contents; the message names the file.
         """
-        if Path(path).is_dir():
+        path = concept_files(path)[-1]
+        if path.is_dir():
             return _others(path).load(path, said)
         with file.opened(path) as content:
             if not file.is_concept(content):

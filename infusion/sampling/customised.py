@@ -17,9 +17,10 @@ from infusion.methods.base import Method, by_layer
 from infusion.sampling.encode import Words, encode, own_embeddings
 from infusion.sampling.regions import weights
 from infusion.sampling.settings import Settings, for_each
-from ldm.models.attention import Context
+from ldm.models.attention import Context, as_long
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
+from ldm.util.templates import bare
 
 
 class Customised:
@@ -106,11 +107,12 @@ class Customised:
         A scale of 1 needs no negative prompt.
         """
         sd, settings = self.sd, self.settings
-        context, masks = encode(sd.text, prompts, self.nouns, self.tokens)  # masks are (B, K, L)
+        context, masks = encode(sd.text, prompts, self.nouns, self.tokens, whole=True)  # masks are (B, K, L)
         masks = masks.to(context.text.device)
         if settings.scale != 1:
             negative = [sd.text.unconditional(settings.negative_prompt)] * len(prompts)
             context = Context.cat([*negative, context])
+            _, masks = as_long([context.text.mT, masks], dim=2)  # a longer negative prompt has the text repeated
             masks = F.pad(masks, (0, 0, 0, 0, len(prompts), 0))  # no concept's tokens are in a negative prompt
         compared = sd.text.comparable(context.text)
         gates = [
@@ -247,7 +249,9 @@ def check_covariance(concepts: Sequence[Concept], inverse_covariance: Tensor | N
 
 def nouns_of(concepts: Sequence[Concept], noun: str | Sequence[str] | None = None) -> list[str]:
     """What stands in prompts for each concept; `noun`: see `Settings`."""
-    return [concept.noun for concept in concepts] if noun is None else for_each(noun, len(concepts), "noun")
+    if noun is None:
+        return [concept.noun for concept in concepts]
+    return [bare(word) for word in for_each(noun, len(concepts), "noun")]
 
 
 def _methods(sd: StableDiffusion, concepts: Sequence[Concept]) -> list[Method]:

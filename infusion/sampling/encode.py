@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from infusion.tokens import concept_places
-from ldm.models.attention import Context
+from ldm.models.attention import Context, as_long
 from ldm.models.text import TextEncoder
 from ldm.util.cli import UserError
 
@@ -19,6 +19,7 @@ def encode(
     templates: Sequence[str],
     nouns: Sequence[str],
     learned: Sequence[Words | None] | None = None,
+    whole: bool = False,
 ) -> tuple[Context, Tensor]:
     """Encode templates, with learned input embeddings in place of the first tokens of the concepts' nouns.
 
@@ -29,14 +30,16 @@ def encode(
         learned: for each concept (T, D), the embeddings of its noun's first T tokens; None keeps the vocabulary's.
             Where a concept has some for each transformer, prompts with a concept are encoded as often, and what is no
             layer reads the mean.
+        whole: long prompts are read in windows, n of them; in training what is beyond the first is cut.
 
     Returns:
-        B rows for the UNet, with gradients to what is learned, and bool masks (B, K, L) of the concepts' tokens.
+        B rows for the UNet, with gradients to what is learned, and bool masks (B, K, L), or (B, K, n·L), of the
+        concepts' tokens.
 
     Raises:
         ValueError: embeddings of another width, or a placeholder that is no word of its own or of no concept.
     """
-    tokens, rows, masks = token_ids(text, templates, nouns, learned)
+    tokens, rows, masks = token_ids(text, templates, nouns, learned, whole)
     if not isinstance(rows, Mapping):
         return text.context(tokens, rows), masks
     if not masks.any():
@@ -53,6 +56,7 @@ def token_ids(
     templates: Sequence[str],
     nouns: Sequence[str],
     learned: Sequence[Words | None] | None = None,
+    whole: bool = False,
 ) -> tuple[Tensor, Words | None, Tensor]:
     """What `encode` has the text encoder read, as `encode_tokens` takes it; arguments and errors as there.
 
@@ -60,10 +64,13 @@ def token_ids(
         Ids (B, L) int64, of which those beyond the vocabulary's are of learned rows; these rows, (T, D), or None, or
         where some concept has words for each transformer such rows for each (`choose`); and the masks (B, K, L).
     """
-    prompts, places = zip(*(concept_places(text.tokenizer, template, nouns) for template in templates), strict=True)
-    places = torch.stack(places)  # (B, K, L)
+    tokenizer = text.tokenizer
+    found = (concept_places(tokenizer, template, nouns, whole) for template in templates)
+    prompts, places = zip(*found, strict=True)
+    places = torch.stack(as_long(places, dim=1))  # (B, K, L)
     given = [(k, rows) for k, rows in enumerate(learned or ()) if rows is not None]
-    tokens, first = text.tokenizer(list(prompts)), text.vocab_size  # (B, L); the ids beyond the vocabulary's
+    tokens = tokenizer.windows(prompts) if whole else tokenizer(list(prompts))  # (B, L)
+    first = text.vocab_size  # of the ids beyond the vocabulary's
     if not given:
         return tokens, None, places >= 0
     for k, words in given:

@@ -28,11 +28,17 @@ PROMPTS = 10_000  # of a file, at most
 
 @dataclass(frozen=True)
 class Job:
-    """A prompt and how to draw it; `seed` is that of its first image, None where the line does not say."""
+    """A prompt and how to draw it.
+
+    Attributes:
+        seed: of its first image, None where the line does not say.
+        row: number of its line in a file.
+    """
 
     prompt: str
     settings: Settings
     seed: int | None = None
+    row: int | None = None
 
 
 def read_jobs(text: str, settings: Settings) -> list[Job]:
@@ -67,6 +73,6 @@ def read_line(line: str, row: int, settings: Settings) -> Job:
             raise UserError(f"line {row}: --{letter}: {str(error)[:100]}") from error
     first = chosen.pop("seed", None)
     try:
-        return Job(prompt.strip(), replace(settings, **chosen), first)
+        return Job(prompt.strip(), replace(settings, **chosen), first, row)
     except UserError as error:
         raise UserError(f"line {row}: {error}") from error

@@ -9,7 +9,7 @@ from torch import Tensor
 from infusion.concepts.concept import Concept
 from infusion.sampling.customised import Customised, nouns_of
 from infusion.sampling.settings import Settings
-from infusion.tokens import PLACEHOLDER, concept_masks
+from infusion.tokens import PLACEHOLDER, concept_places
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 
@@ -22,11 +22,13 @@ def check_prompts(
     concepts: Sequence[Concept] = (),
     noun: str | Sequence[str] | None = None,
 ) -> None:
-    """Raises ValueError for a prompt that cannot be drawn with these concepts; `noun`: see `Settings`."""
+    """Raises ValueError for a prompt that cannot be drawn whole with these concepts; `noun`: see `Settings`."""
     for prompt in prompts:
         if concepts:
-            concept_masks(sd.text.tokenizer, prompt, nouns_of(concepts, noun))
-        elif found := PLACEHOLDER.search(prompt):
+            concept_places(sd.text.tokenizer, prompt, nouns_of(concepts, noun), whole=True)
+            continue
+        sd.text.tokenizer.windows([prompt])
+        if found := PLACEHOLDER.search(prompt):
             raise UserError(f"there is no concept for {found[0]} in the prompt {prompt!r}")
 
 
@@ -66,6 +68,7 @@ def sample(
     """
     settings = replace(settings or Settings(), **choices)
     check_prompts(sd, prompts, concepts, settings.noun)
+    check_prompts(sd, [settings.negative_prompt])
     how = {name: getattr(settings, name) for name in OF_THE_BASE}
     how |= {"seed": seed, "batch_size": batch_size, "progress": progress}
     if not concepts:

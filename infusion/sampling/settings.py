@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 PRECISIONS, GATES = ("full", "autocast"), ("sigmoid", "hard", "global")
 BETA, TAU = 0.7, 0.15  # the gate when sampling; training uses 0.75 and 0.1
 PIXELS = 8192  # of a picture's side, at most
-LONGEST = 10_000  # characters of a prompt; text encoders read 75 tokens of it
+LONGEST = 10_000  # characters of a prompt; `ldm.models.tokenizer.WINDOWS` limits its tokens
 
 
 def setting(default: object, convert: Callable[[str], object], text: str, also: str = "", **flag: object) -> Any:

@@ -2,13 +2,14 @@
 
 import argparse
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from infusion.sampling.prompts import Job
 from infusion.sampling.settings import LONGEST
-from infusion.tokens import PLACEHOLDER, fill, point
+from infusion.tokens import PLACEHOLDER, fill, has, point
 from ldm.util.cli import UserError, naming
+from ldm.util.templates import foreign, foreign_warning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,15 +21,16 @@ logger = logging.getLogger(__name__)
 
 
 def check_words(flags: argparse.Namespace, jobs: list[Job]) -> None:
-    """Raises UserError for words that are too long, or that cannot be written in UTF-8."""
-    said = [("prompt", job.prompt) for job in jobs]
-    said += [("negative_prompt", job.settings.negative_prompt) for job in jobs]
-    said += [(name, word) for name in ("target_word", "noun") for word in getattr(flags, name) or ()]
+    """Warns of foreign syntax; UserError for words that are too long, or that cannot be written in UTF-8."""
+    texts = [(source(flags, job, name), text) for job in jobs for name, text in said_by(job).items()]
+    said = texts + [(f"--{name}", word) for name in ("target_word", "noun") for word in getattr(flags, name) or ()]
     for flag, text in said:
         if len(text) > LONGEST:
-            raise UserError(f"--{flag}: has {len(text):,} characters; at most {LONGEST:,} are read: {text[:20]!r} …")
+            raise UserError(f"{flag}: has {len(text):,} characters; at most {LONGEST:,} are read: {text[:20]!r} …")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise UserError(f"--{flag}: {text[:80]!r} is no text in UTF-8")
+            raise UserError(f"{flag}: {text[:80]!r} is no text in UTF-8")
+    if odd := foreign_warning(text for _, text in texts):
+        logger.warning("warning: %s: %s", next(flag for flag, text in texts if foreign(text)), odd)
 
 
 def fill_in(flags: argparse.Namespace, jobs: list[Job], concepts: "list[Concept]") -> list[str]:
@@ -47,9 +49,12 @@ def fill_in(flags: argparse.Namespace, jobs: list[Job], concepts: "list[Concept]
     if flags.target_word:
         with naming("--target_word"):
             templates = [point(template, flags.target_word) for template in templates]
+        for job, template in zip(jobs, templates, strict=True):
+            if more := [word for word in flags.target_word if has(template, word)]:
+                logger.info("%s: %r is there again; the concept is at {} in %r", source(flags, job), more[0], template)
     if concepts:
-        with naming(f"--{source(flags)}"):
-            for template in templates:
+        for job, template in zip(jobs, templates, strict=True):
+            with naming(source(flags, job)):
                 fill(template, [concept.superclass for concept in concepts])
         without = [template for template in templates if not PLACEHOLDER.search(template)]
         first = repr(without[0][:80]) if without else ""
@@ -61,9 +66,33 @@ def fill_in(flags: argparse.Namespace, jobs: list[Job], concepts: "list[Concept]
     return templates
 
 
-def source(flags: argparse.Namespace) -> str:
-    """The flag that the prompts came by."""
-    return "from-file" if flags.from_file else "prompt"
+def source(flags: argparse.Namespace, job: Job, name: str = "prompt") -> str:
+    """What a job's prompt, or its negative prompt, came by: a flag, or a line of a file."""
+    return f"--from-file: {flags.from_file}: line {job.row}" if job.row else f"--{name}"
+
+
+def said_by(job: Job) -> dict[str, str]:
+    """The texts of a job, by the names of their flags."""
+    return {"prompt": job.prompt, "negative_prompt": job.settings.negative_prompt}
+
+
+def check_texts(
+    sd: "StableDiffusion",
+    flags: argparse.Namespace,
+    jobs: list[Job],
+    templates: list[str],
+    concepts: "list[Concept]",
+    noun: Sequence[str] | None,
+) -> None:
+    """Raises UserError, which names the flag or line, for a text that this model cannot read whole."""
+    from infusion.sampling.sample import check_prompts
+
+    for job, template in zip(jobs, templates, strict=True):
+        with naming(source(flags, job)):
+            check_prompts(sd, [template], concepts, noun)
+    for negative, job in {job.settings.negative_prompt: job for job in reversed(jobs)}.items():
+        with naming(source(flags, job, "negative_prompt")):
+            sd.text.tokenizer.windows([negative])
 
 
 def check_concepts(sd: "StableDiffusion", files: "Mapping[str, Concept]", inverse: "Tensor | None") -> None:

@@ -22,7 +22,7 @@ from infusion.sampling.pictures import png
 from infusion.sampling.sample import sample
 from infusion.tokens import fill
 from infusion.training.trainer import ConceptTrainer
-from ldm.util.cli import UserError, find_device
+from ldm.util.cli import UserError, find_device, naming
 from ldm.util.files import write
 from ldm.util.templates import check_template
 
@@ -84,6 +84,8 @@ class BestConcept(pl.Callback):
         """Raises ValueError for a training of anything else than one concept."""
         if not isinstance(pl_module, ConceptTrainer):
             raise UserError("callbacks.best: it judges the training of one concept: leave it out of this one")
+        with naming("callbacks.best: prompts"):
+            pl_module.check_prompts(self.prompts)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._judge(trainer)  # of a run that is done already

@@ -12,7 +12,7 @@ from infusion.sampling.sample import sample
 from infusion.tokens import fill
 from infusion.training.trainer import ConceptTrainer
 from ldm.training.callbacks import EverySteps, write_grid
-from ldm.util.cli import UserError
+from ldm.util.cli import UserError, naming
 from ldm.util.templates import check_template
 
 
@@ -44,6 +44,11 @@ class ConceptSamples(EverySteps):
         self.prompts = list(prompts)
         self.settings = {"steps": steps, "scale": scale, "seed": seed}
         self._base: Tensor | None = None  # (B, 3, H, W): the same throughout
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: ConceptTrainer) -> None:
+        """Raises ValueError for a prompt that cannot be drawn."""
+        with naming("callbacks.samples: prompts"):
+            pl_module.check_prompts(self.prompts)
 
     def act(self, trainer: pl.Trainer, module: ConceptTrainer) -> None:
         if self._base is None:

@@ -1,5 +1,6 @@
 """Trains a concept by any method: the base model is frozen, and what is learned is edited into it."""
 
+import logging
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,13 +25,17 @@ from infusion.loss import masked_loss
 from infusion.methods.base import Method, by_layer
 from infusion.regularisers.base import Regulariser, Step
 from infusion.sampling.encode import each, encode
-from infusion.tokens import Word
+from infusion.tokens import Word, concept_places
 from infusion.training.learner import Learner, check_learning_rate
 from ldm.models.attention import Context
 from ldm.pipeline import StableDiffusion
 from ldm.training.callbacks import EverySteps
 from ldm.util.cli import UserError, naming
+from ldm.util.config import find
 from ldm.util.run import NonFinite
+from ldm.util.templates import bare, short
+
+logger = logging.getLogger(__name__)
 
 
 class ConceptTrainer(Learner):
@@ -55,6 +60,8 @@ class ConceptTrainer(Learner):
         seed: of timesteps and noise.
         covariance: of the gate; None is the identity.
         regularisers: name in the logs -> a term of the loss, or None.
+        start_from: a concept file, or a run folder whose last one is meant, of the same method and base model: what it
+            learned is where this training starts. Steps are counted from 0 again.
 
     Attributes:
         tensors: what the concept consists of, by name; those that require gradients are learned.
@@ -79,6 +86,7 @@ class ConceptTrainer(Learner):
         seed: int = 0,
         covariance: InverseCovariance | None = None,
         regularisers: Mapping[str, Regulariser | None] | None = None,
+        start_from: str | Path | None = None,
     ) -> None:
         super().__init__()
         check_learning_rate(learning_rate)
@@ -89,6 +97,7 @@ class ConceptTrainer(Learner):
             raise UserError(f"seed: must be from 0 to 2**32 - 1, not {seed}")
         self.sd = sd.requires_grad_(False).eval()
         self.method = method
+        superclass = bare(superclass)
         self.word = Word(superclass, tuple(templates))
         self.gate = Gate() if gate is None else gate
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
@@ -99,8 +108,13 @@ class ConceptTrainer(Learner):
             covariance.check_base(sd.architecture, sd.digests.get("text"), sd.text.width)
         self.noun = method.noun(superclass)
         check_words(superclass, self.word.templates, self.noun)  # what no concept file may say …
-        training_prompts(sd.text.tokenizer, replace(self.word, superclass=self.noun))  # … and what cannot be trained
+        prompts, _ = training_prompts(sd.text.tokenizer, replace(self.word, superclass=self.noun))  # … or be trained
+        for prompt in prompts:
+            if beyond := sd.text.tokenizer.beyond(prompt):
+                raise UserError(f"templates: {short(prompt)} is too long for training: {short(beyond)} is beyond")
         self.tensors = method.start(sd, self.word)
+        if start_from is not None:
+            self._start_from(find(start_from))
         self.tokens = method.tokens(self.tensors)
         self.words = nn.ParameterList([] if self.tokens is None else each(self.tokens))  # so that they are registered
         terms = method.terms(sd, self.tensors, self.word)
@@ -229,6 +243,11 @@ class ConceptTrainer(Learner):
                 shares[name] = residual_share(*tape[name], residuals).mean()
         return shares
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for a prompt with {} that cannot be drawn whole."""
+        for prompt in prompts:
+            concept_places(self.sd.text.tokenizer, prompt, [self.noun], whole=True)
+
     @contextmanager
     def unedited(self) -> Iterator[None]:
         """Inside the `with`, `sd` is the base model without what is being trained."""
@@ -272,6 +291,22 @@ class ConceptTrainer(Learner):
             batch_size=self._batch_size(),
         )
 
+    @torch.no_grad()
+    def _start_from(self, path: Path) -> None:
+        """Gives what is learned the values of a concept; ValueError for one of another method, size or base model."""
+        concept = Concept.load(path)
+        with naming(f"start_from: {path}"):
+            if concept.method != self.method.name:
+                raise UserError(f"learned by {concept.method}, and this training is of {self.method.name}")
+            concept.check_base(self.sd.architecture, self.sd.hash)
+            _check_alike(self.tensors, concept.tensors, "the concept does not fit the method")
+        if concept.superclass != self.word.superclass:
+            words = concept.superclass, self.word.superclass
+            logger.warning("warning: start_from: %s was trained as %r, and goes on as %r", path, *words)
+        for name, tensor in self.tensors.items():
+            tensor.copy_(concept.tensors[name])
+        logger.info("starts from %s, after its %d steps", path, concept.steps)
+
     def _batch_size(self) -> int:
         """Photos of an optimiser step, over accumulated batches and devices; 0 where no data say how many."""
         data = None if self._trainer is None else self.trainer.datamodule
@@ -285,12 +320,7 @@ class ConceptTrainer(Learner):
         return self
 
     def check_state(self, state_dict: Mapping[str, Tensor]) -> None:
-        if odd := sorted(set(self.tensors) ^ set(state_dict)):
-            raise UserError(f"the resume state does not fit the method: {odd[0]} is in one of them only")
-        for name, parameter in self.tensors.items():
-            if parameter.shape != state_dict[name].shape:
-                found = tuple(state_dict[name].shape)
-                raise UserError(f"the resume state does not fit: {name} is {found}, not {tuple(parameter.shape)}")
+        _check_alike(self.tensors, state_dict, "the resume state does not fit the method")
 
     def _encode(self, templates: Sequence[str]) -> tuple[Context, Tensor]:
         context, masks = encode(self.sd.text, templates, [self.noun], [self.tokens])  # masks are (B, 1, L)
@@ -307,6 +337,15 @@ class ConceptTrainer(Learner):
         """The rows of all processes, where every process encodes at every step: (B, …) -> (world · B, …)."""
         together = self.tokens is not None and self._trainer is not None and self._trainer.world_size > 1
         return self.all_gather(rows).flatten(0, 1) if together else rows
+
+
+def _check_alike(own: Mapping[str, Tensor], others: Mapping[str, Tensor], what: str) -> None:
+    """Raises ValueError for other names or shapes."""
+    if odd := sorted(own.keys() ^ others.keys()):
+        raise UserError(f"{what}: {odd[0]} is in one of them only")
+    for name, tensor in own.items():
+        if tensor.shape != others[name].shape:
+            raise UserError(f"{what}: {name} is {tuple(others[name].shape)}, not {tuple(tensor.shape)}")
 
 
 class SaveConcept(EverySteps):

@@ -39,6 +39,15 @@ def pixels(x: Tensor, size: torch.Size) -> Tensor:
     return rearrange(x, "b (h w) c -> b c h w", h=size[0]).contiguous()
 
 
+def as_long(rows: Sequence[Tensor], dim: int) -> list[Tensor]:
+    """Tensors repeated along a dimension until all are equally long.
+
+    Of text tokens it changes nothing: softmax shares a token's weight among its copies, whose values are the same.
+    """
+    length = math.lcm(*(row.shape[dim] for row in rows))
+    return [row if row.shape[dim] == length else torch.cat([row] * (length // row.shape[dim]), dim) for row in rows]
+
+
 @dataclass(frozen=True, eq=False)
 class Context:
     """What one UNet call hands to every cross-attention layer, untouched by the UNet itself.
@@ -77,11 +86,13 @@ class Context:
 
     @staticmethod
     def cat(contexts: "Sequence[Context]") -> "Context":
-        """The rows of contexts of one model, one below the other."""
-        columns = ([getattr(c, name) for c in contexts] for name in ("text", "pooled", "sizes"))
-        text, pooled, sizes = (None if rows[0] is None else torch.cat(rows) for rows in columns)
+        """The rows of contexts of one model, one below the other; shorter texts are repeated (`as_long`)."""
+        columns = ([getattr(c, name) for c in contexts] for name in ("pooled", "sizes"))
+        pooled, sizes = (None if rows[0] is None else torch.cat(rows) for rows in columns)
+        text = torch.cat(as_long([context.text for context in contexts], dim=1))
         names = dict.fromkeys(name for context in contexts for name in context.texts)
-        texts = {name: torch.cat([c.texts[name] if c.texts else c.text for c in contexts]) for name in names}
+        own = {name: [c.texts[name] if c.texts else c.text for c in contexts] for name in names}
+        texts = {name: torch.cat(as_long(rows, dim=1)) for name, rows in own.items()}
         return Context(text, pooled=pooled, sizes=sizes, texts=texts)
 
     def at(self, layer: str) -> Self:

@@ -1,10 +1,12 @@
 """Text encoders of Stable Diffusion: CLIP's text tower (SD 1.x), OpenCLIP's (SD 2.x), and both side by side (SDXL)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import open_clip
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -51,16 +53,20 @@ class TextEncoder(nn.Module):
         return self.encode_tokens(self.tokenizer(texts))
 
     def context(self, tokens: Tensor, learned: Tensor | None = None) -> Context:
-        """All that the UNet takes of B prompts; arguments as of `encode_tokens`."""
-        return Context(self.encode_tokens(tokens, learned))
+        """All that the UNet takes of B prompts; arguments as of `encode_tokens`, but for ids of n windows, (B, n·L).
+
+        Each window is encoded by itself, and the UNet takes them side by side, (B, n·L, D).
+        """
+        rows = rearrange(tokens, "b (n l) -> (b n) l", l=self.tokenizer.context_length)
+        return Context(rearrange(self.encode_tokens(rows, learned), "(b n) l d -> b (n l) d", b=len(tokens)))
 
     def conditioning(self, texts: Sequence[str]) -> Context:
         """All that the UNet takes of B strings, of which "" is no text: see `unconditional`."""
         return self.context(self.tokenizer(texts))
 
     def unconditional(self, negative_prompt: str = "") -> Context:
-        """What classifier-free guidance guides away from, one row."""
-        return self.conditioning([negative_prompt])
+        """What classifier-free guidance guides away from, one row; a long prompt is read whole."""
+        return self.context(self.tokenizer.windows([negative_prompt]))
 
     def comparable(self, encodings: Tensor) -> Tensor:
         """Encodings (…, D) as the gate compares them: here they have gone through the final norm already."""
@@ -260,14 +266,19 @@ class TextPair(TextEncoder):
         return torch.cat([text.encode_tokens(*read) for text, read in self._read(tokens, learned)], dim=-1)
 
     def context(self, tokens: Tensor, learned: Tensor | None = None) -> Context:
-        _, (second, read) = self._read(tokens, learned)
-        return Context(self.encode_tokens(tokens, learned), pooled=second.pooled(*read))
+        """As of any encoder; the pooled vector is that of the first window, as in AUTOMATIC1111 and compel."""
+        _, (second, read) = self._read(tokens[:, : self.tokenizer.context_length], learned)
+        return replace(super().context(tokens, learned), pooled=second.pooled(*read))
 
     def conditioning(self, texts: Sequence[str]) -> Context:
         """All zeros for an empty text, as SDXL was trained; anything else is encoded, also a space."""
         empty = torch.tensor([not text for text in texts])
         context = self.context(self.tokenizer(texts))
         return context.map(lambda rows: rows.masked_fill(empty.view(-1, *[1] * (rows.dim() - 1)).to(rows.device), 0))
+
+    def unconditional(self, negative_prompt: str = "") -> Context:
+        """As `conditioning` for an empty negative prompt."""
+        return super().unconditional(negative_prompt) if negative_prompt else self.conditioning([""])
 
     def comparable(self, encodings: Tensor) -> Tensor:
         """Each encoder's part under its own final norm, which SD 1.5's and 2.1's encodings have gone through."""

@@ -1,5 +1,6 @@
 """CLIP's byte-pair tokenizer, from the table that open_clip ships: no hub, no download."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -8,8 +9,10 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from ldm.util.cli import UserError
+from ldm.util.templates import short
 
 BYTES = 512  # 256 bytes, and the same 256 as the end of a word
+WINDOWS = 8  # of a text that is read whole, at most
 
 
 class Tokenizer:
@@ -58,6 +61,32 @@ class Tokenizer:
             tokens = [self.bos, *self.encode(text)[: self.context_length - 2], self.eos]
             row[: len(tokens)] = torch.tensor(tokens)
         return ids
+
+    def windows(self, texts: Sequence[str]) -> Tensor:
+        """Ids of whole texts, (B, n·L) int64: what does not fit into one row goes on in the next, framed as a row is.
+
+        So do AUTOMATIC1111 and compel with long prompts. A text of fewer windows than another of the list is repeated,
+        which no attention over its encodings can tell (`ldm.models.attention.as_long`).
+
+        Raises:
+            ValueError: a text of more than `WINDOWS`; the message has the part that is beyond.
+        """
+        inner, rows = self.context_length - 2, []
+        for text in texts:
+            if beyond := self.beyond(text, WINDOWS):
+                most = f"the {WINDOWS * inner} tokens that are read"
+                raise UserError(f"{short(text)} is longer than {most}: {short(beyond)} is beyond")
+            ids = self.encode(text)
+            rows.append([])
+            for start in range(0, max(len(ids), 1), inner):
+                row = [self.bos, *ids[start : start + inner], self.eos]
+                rows[-1] += row + [self.pad] * (self.context_length - len(row))
+        length = math.lcm(*map(len, rows))
+        return torch.tensor([row * (length // len(row)) for row in rows])
+
+    def beyond(self, text: str, windows: int = 1) -> str:
+        """The part of a text that does not fit into so many rows, as the tokenizer spells it; "" where all does."""
+        return self.table.decode(self.encode(text)[windows * (self.context_length - 2) :]).strip()
 
 
 def _keep_merges(table: SimpleTokenizer, merges: int) -> None:

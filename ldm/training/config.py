@@ -20,6 +20,7 @@ INPUTS = {  # where a config names a file or folder to read -> what it is
     "data_root": "folder",
     "covariance.params.path": "covariance file",
     "params.contextualizer": "contextualizer (docs/regularisers.md)",
+    "start_from": "concept file",
     "tools.params.clip": "folder",
     "tools.params.clipseg": "folder",
 }
@@ -69,7 +70,10 @@ def read_config(flags: Namespace) -> DictConfig:
     if flags.resume:
         files = [folder_of(flags.resume) / CONFIG]
         if not files[0].is_file():
-            raise UserError(f"--resume: {flags.resume} is not a run: it has no {CONFIG}; start one by --base")
+            advice = "start one by --base"
+            if files[0].parent.is_file():
+                advice = "a new run starts from a concept file by --base FILE start_from=FILE"
+            raise UserError(f"--resume: {flags.resume} is not a run: it has no {CONFIG}; {advice}")
         for word in flags.overrides:
             node = word.split("=")[0].split(".")[0]
             if node in FIXED or node not in NODES:

@@ -236,6 +236,11 @@ def seed(text: str) -> int:
     return _whole(text, 0, 2**63 - 1)
 
 
+def any_seed(text: str) -> int:
+    """As `seed`, or -1 for one that is yet to be drawn."""
+    return -1 if text.strip() == "-1" else seed(text)
+
+
 def _whole(text: str, least: int, most: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 100 and least <= int(text) <= most):
         raise argparse.ArgumentTypeError(f"`{text[:30]}` is not a whole number from {least} to {most:,}")

@@ -1,13 +1,19 @@
 """Prompts with a placeholder, such as "a photo of a {}", and the nouns that take its place."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from ldm.util.cli import UserError
 
 LONGEST, WORD = 20_000, 4000  # characters of a filled prompt, and of one word: tokenizing takes the square of it
 PLACEHOLDER = re.compile(r"\{(\d*)\}")  # "{}" for the only concept, "{1}", "{2}" for several
 ARTICLE = re.compile(r"(?<!\w)([Aa])n?(\s+)\Z")  # right before a placeholder
+OF_A_NOUN = re.compile(r"\A\s*(an?|the)\s+(?=\S)", re.IGNORECASE)
+FOREIGN = re.compile(  # of other tools: weights, networks, alternatives, wildcards, quotes around all, escapes
+    r"\([^()]*:\s*\d*\.?\d+\s*\)|\bBREAK\b|<\w+:[^<>]*>|\(\([^()]*\)\)|\[[^\[\]]+\]|\{[^{}]*\|[^{}]*\}|(?<![\w.])__\w+__(?!\w)"
+    r'|\A\s*"[^"]*"\s*\Z'
+    r"|\bembedding:\w+|\\[()]"
+)
 VOWEL = re.compile(r"(?!eu|ewe|one\b|u(ni|se|te|ku))[aeiou]|hour|heir|hono|hones", re.IGNORECASE)  # as it is spoken
 
 
@@ -56,6 +62,25 @@ def placeholders(template: str, concepts: int) -> Iterator[tuple[re.Match[str], 
                 f"{match.group()} in {short(template)} names no concept: there are {concepts}, counted from 1"
             )
         yield match, concept
+
+
+def bare(noun: str) -> str:
+    """A noun without its article: templates have their own."""
+    return OF_A_NOUN.sub("", noun)
+
+
+def foreign(text: str) -> list[str]:
+    """What in a text is syntax of other tools, such as `(sky:1.2)`; here it is read as letters."""
+    return [found[0] for found in FOREIGN.finditer(text)]
+
+
+def foreign_warning(texts: Iterable[str]) -> str:
+    """One line about the foreign syntax of some texts; "" where there is none."""
+    found = list(dict.fromkeys(part for text in texts for part in foreign(text)))
+    if not found:
+        return ""
+    shown = ", ".join(map(short, found[:5])) + (" …" if len(found) > 5 else "")
+    return f"{shown}: syntax of other tools, which is read as plain text here"
 
 
 def short(text: str) -> str:

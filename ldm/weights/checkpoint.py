@@ -59,6 +59,8 @@ def load_into(
         if use_ema and not any(name.startswith(EMA) for name in file.shapes):
             raise UserError(f"{path}: has no averaged weights ({EMA}*): load it without use_ema")
         found = match(file, modules, use_ema)
+        if len(found.missing) == found.expected:
+            raise UserError(f"{path}: has none of the {found.expected} expected tensors; {guess(file)}")
         if found.missing:
             raise UserError(
                 f"{path}: {len(found.missing)} of {found.expected} expected tensors are missing: "

@@ -72,6 +72,11 @@ def is_list_of_factors(file: File) -> bool:
     return len(shapes) > 1 and len(shapes) % 2 == 0 and all(map(str.isdigit, file.shapes)) and alike
 
 
+def is_state(file: File) -> bool:
+    """What Lightning resumes a training from; LDM's own checkpoints are such, and whole models."""
+    return holds("pytorch-lightning")(file) and not is_whole(file)
+
+
 def scheduler_says(key: str, *values: object) -> Callable[[File], bool]:
     """A folder's scheduler has one of these values."""
     return lambda file: isinstance(file, Folder) and file.scheduler.get(key) in values
@@ -84,6 +89,7 @@ def any_of(*rules: Callable[[File], bool]) -> Callable[[File], bool]:
 BASE = "base checkpoint"
 RELEASED = "a concept of Infusion's released code: convert it by scripts/convert_concept.py"
 ADDED = "a change to a base checkpoint, and no base checkpoint itself; --personalized_ckpt takes it"
+STATE = "the state of a training, which main.py --resume continues; what it learned is in step=*.safetensors beside it"
 EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 REFUSED: tuple[tuple[str, Callable[[File], bool]], ...] = (  # what would load, or nearly, and be something else
     ("CosXL, whose noise levels (EDM) no schedule here has", begins("edm_vpred.")),
@@ -109,6 +115,7 @@ KINDS: tuple[tuple[str, str, Callable[[File], bool]], ...] = (  # kind, what it 
     ),
     ("released concept", RELEASED, holds(LEARNED)),
     ("released concept", RELEASED, contains(f".to_v.{LEARNED}")),
+    ("training state", STATE, is_state),
     (
         "lora",
         f"a LoRA: {ADDED}",
@@ -143,11 +150,6 @@ KINDS: tuple[tuple[str, str, Callable[[File], bool]], ...] = (  # kind, what it 
     ("text encoder", "a text encoder alone; give it as parts.text", begins(PREFIXES["text"], PAIR)),
     ("clip", "CLIP's image and text towers, which metrics use", begins("vision.")),
     ("text encoder", "a CLIP text encoder alone; give it as parts.text", begins("text_model.")),
-    (
-        "training state",
-        "a training state of Lightning, not a base checkpoint",
-        holds("pytorch-lightning"),
-    ),
 )
 
 

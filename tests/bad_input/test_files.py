@@ -175,6 +175,69 @@ def test_a_whole_concept_is_drawn_converted_and_described(bench):
     assert (bench.folder / "out.safetensors").stat().st_size <= 11_264
 
 
+def state(path: Path, _: Path) -> None:
+    """What `--resume` takes of a training of Infusion."""
+    layer = "input_blocks.1.1.transformer_blocks.0.attn2"
+    torch.save({"pytorch-lightning_version": "2.6", "global_step": 3, "state_dict": {layer: torch.zeros(32)}}, path)
+
+
+def embedding(path: Path, _: Path) -> None:
+    torch.save({"string_to_param": {"*": torch.zeros(1, 768)}}, path)
+
+
+RECOGNISED: dict[str, tuple[Make, str]] = {  # what a file is -> what every command says of it
+    "web page": (NEITHER["html"], "a web page, not the file that it links to"),
+    "git-lfs": (NEITHER["git-lfs"], "a Git LFS pointer: get the file itself by `git lfs pull`"),
+    "state": (state, "the state of a training, which main.py --resume continues"),
+}
+ELSEWHERE = {  # kinds that one of the two takes
+    "lora": (lora, "a LoRA: a change to a base checkpoint"),
+    "embedding": (embedding, "a textual inversion embedding: a change to a base checkpoint"),
+}
+MET = [(command, case) for command in ("txt2img", "convert", "metrics") for case in RECOGNISED]
+MET += [("base of " + command, case) for command in BASES for case in RECOGNISED | ELSEWHERE]
+
+
+@pytest.mark.parametrize(("command", "case"), MET)
+def test_a_file_that_meets_the_wrong_flag_is_recognised(bench, command, case):
+    make, says = (RECOGNISED | ELSEWHERE)[case]
+    path = bench.folder / "file.ckpt"
+    make(path, bench.concept)
+    words = BASES[command[8:]] if command.startswith("base of ") else CONCEPTS[command]
+    line = bench.refuse(command.removeprefix("base of "), *[w.replace("FILE", str(path)) for w in words], says=says)
+    assert "damaged" not in line
+
+
+def test_a_state_is_described(bench):
+    state(bench.folder / "last.ckpt", bench.concept)
+    said = json.loads(bench.work("inspect", "last.ckpt").out)
+    assert said["kind"] == "training state" and "main.py --resume continues" in said["says"]
+
+
+def test_a_run_folder_is_taken_for_its_last_concept_file(bench):
+    models = bench.folder / "run/models"
+    models.mkdir(parents=True)
+    (bench.folder / "run/config.yaml").touch()
+    for step in (100, 200):
+        (models / f"step={step:06d}.safetensors").write_bytes(bench.concept.read_bytes())
+    words = {command: [word.replace("FILE", "run") for word in words] for command, words in CONCEPTS.items()}
+    bench.work("txt2img", *words["txt2img"], "--n_samples", "1", "--skip_grid")
+    said = json.loads(bench.work("inspect", "out/samples/00000.png").out)
+    assert said["kind"] == "picture" and said["made"]["personalized_ckpt"] == "run/models/step=000200.safetensors"
+    assert said["made"]["prompt"] == "a photo of a {}" and said["made"]["seed"] == "42"
+    assert json.loads(bench.work("inspect", "run").out)["file"] == "run/models/step=000200.safetensors"
+    bench.work("convert", *words["convert"])
+    assert (bench.folder / "out.safetensors").is_file()
+
+
+def test_a_picture_that_says_nothing_of_itself_is_described(bench):
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(bench.folder / "a.png")
+    said = json.loads(bench.work("inspect", "a.png").out)
+    assert said["kind"] == "picture" and "does not say how it was made" in said["says"] and "made" not in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "words"),

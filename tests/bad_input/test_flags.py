@@ -32,7 +32,7 @@ FLAGS: dict[str, tuple[list, dict[str, tuple[str, ...]]]] = {  # command -> flag
             "--n_rows": ("0",),
             "--height": ("0", "63", "100000"),
             "--width": ("63", "100000"),
-            "--seed": SEEDS,
+            "--seed": ("-2", *SEEDS[1:]),
             "--scale": REALS,
             "--beta": ("nan", "1,,2", "0.1,0.2"),
             "--tau": ("nan", "0", "-1"),

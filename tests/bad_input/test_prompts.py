@@ -23,9 +23,9 @@ PROMPTS: dict[str, tuple[str, str]] = {  # what is refused, and what is said
     "zero": ("a {0}", "{0}"),
     "second": ("a {1} and a {2}", "{2}"),
     "large": ("a {999999999999}", "{999999999999}"),
-    "places alone": ("{}" * 1000, "--prompt: {} in"),
+    "places alone": ("{}" * 1000, "is longer than the 240 tokens that are read"),
     "glued": ("a{}b", "--prompt: {} in 'a{}b' is glued"),
-    "beyond what is read": ("word " * 500 + "{}", "beyond"),
+    "longer than is read": ("red " * 600 + "{}", "--prompt: 'red red"),
     "10,000 words": ("a {} " + "word " * 10_000, f"--prompt: has 50,005 characters; at most {LONGEST:,}"),
     "a surrogate": ("a {} \udcff", "--prompt"),
     "escapes": ("a \x1b[31mred\x1b[0m thing\a", "has no {}"),
@@ -36,6 +36,31 @@ PROMPTS: dict[str, tuple[str, str]] = {  # what is refused, and what is said
 def test_a_prompt_that_cannot_be_drawn_is_named(bench, case):
     prompt, says = PROMPTS[case]
     bench.refuse("txt2img", *DRAW, f"--prompt={prompt}", says=says)
+
+
+def test_a_negative_prompt_longer_than_is_read_is_named(bench):
+    bench.refuse("txt2img", *DRAW, f"--negative_prompt={'red ' * 601}", says="--negative_prompt: 'red red")
+
+
+FOREIGN = {  # a prompt -> what of it is named
+    "a {} (on grass:1.2)": "'(on grass:1.2)'",
+    "a {} BREAK on grass": "'BREAK'",
+    "a {} <lora:style:0.8>": "'<lora:style:0.8>'",
+    "a {} [by night] ((red))": "'[by night]', '((red))'",
+    "a {} {red|blue} __colour__": "'{red|blue}', '__colour__'",
+}
+
+
+@pytest.mark.parametrize("prompt", FOREIGN)
+@pytest.mark.parametrize("place", ["--prompt", "--negative_prompt", "--from-file"])
+def test_syntax_of_other_tools_is_named(bench, prompt, place):
+    (bench.folder / "prompts.txt").write_text(f"a {{}}\n{prompt}\n")
+    value = {"--prompt": prompt, "--negative_prompt": prompt.replace("a {}", "a")}.get(place, "prompts.txt")
+    many = ["--n_samples", "2", "--n_iter", "1000000"]  # which are refused after what is said of the words
+    found = bench.run("txt2img", *DRAW, f"{place}={value}", *many)
+    assert found.status == 2
+    assert f"warning: {place}: " in found.err or "prompts.txt: line 2: " in found.err
+    assert f"{FOREIGN[prompt]}: syntax of other tools" in found.err
 
 
 @pytest.mark.parametrize("flag", ["--negative_prompt", "--noun", "--target_word"])
@@ -71,12 +96,17 @@ FILES: dict[str, tuple[bytes, str]] = {
     "utf-16 without a mark": ("ä {}\n".encode("utf-16-le"), "prompts.txt: cannot be read as text: save it as UTF-8"),
     "1 MB of zeros": (bytes(1_000_000), "prompts.txt: cannot be read as text: save it as UTF-8"),
     "10 MB": (b"a {} on grass\n" * 750_000, "prompts.txt: is larger than 2,000,000 bytes"),
+    "longer than is read": (b"a {}\na {}" + b" red" * 600, "prompts.txt: line 2: 'a dog red"),
+    "negative prompt longer than is read": (b"a {}\na {} --n" + b" red" * 601, "prompts.txt: line 2: 'red red"),
     "1 MB in a line": (b"a {} " + b"word " * 200_000, "characters; at most"),
     "1 MB, the last line wrong": (b"a {} on grass\n" * 70_000 + b"a {} --w many\n", "line 70001: --w: `many`"),
     "unknown option": (b"a {}\na {} --x 3\n", "prompts.txt: line 2: there is no option --x"),
     "no prompt": (b"--w 64\n", "prompts.txt: line 1: has options and no prompt"),
     "width of a word": (b"a {} --w wide\n", "prompts.txt: line 1: --w: `wide` is not a whole number"),
-    "width that cannot be halved": (b"a {}\na {} --w 63\n", "width must be a multiple of 16 pixels, not 63 (--width)"),
+    "width that cannot be halved": (
+        b"a {}\na {} --w 63\n",
+        "such as 48 or 64, not 63 (--width)",
+    ),
     "width of a wall": (b"a {}\na {} --w 100000\n", "width: must be from 1 to 8192"),
     "steps of many": (b"a {}\na {} --s 5000\n", "--steps: steps must lie between 1 and 999"),
     "scale": (b"a {}\na {} --l nan\n", "prompts.txt: line 2: --l: `nan` is not a finite number"),
@@ -96,6 +126,14 @@ def test_a_prompt_file_that_cannot_be_drawn_is_named(bench, case):
 def test_a_prompt_file_that_is_none_is_named(bench, name):
     (bench.folder / "folder").mkdir()
     bench.refuse("txt2img", *DRAW, "--from-file", name, says="--from-file")
+
+
+def test_apostrophes_in_prompts_and_brackets_in_folders_are_what_they_are(bench):
+    (bench.folder / "prompts.txt").write_text("it's a {}, isn't it\n")
+    for _ in range(2):
+        bench.work("txt2img", *DRAW, "--from-file", "prompts.txt", "--outdir", "FOLDER/out [1]")
+    said = [Image.open(bench.folder / f"out [1]/samples/0000{i}.png").text["prompt"] for i in (0, 1)]
+    assert said == ["it's a {}, isn't it"] * 2
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

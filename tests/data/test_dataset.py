@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.dataset import ConceptImages, read_captions
+from data.dataset import ConceptImages
 from data.images import read_image, read_mask
 
 
@@ -258,18 +258,6 @@ def test_label_masks_lie_beside_the_image_and_are_no_images(tmp_path):
 
 def test_no_masks_when_none_are_wanted(photos):
     assert ConceptImages(photos, 16, "cat", mask="none").masks is None
-
-
-def test_captions_name_the_concept_by_its_superclass(tmp_path):
-    path = tmp_path / "a.txt"
-    assert read_captions(path, "cat") == []
-    path.write_text("A Cat beside a catalogue\n\n a photo of {} \n")
-    assert read_captions(path, "cat") == ["A {} beside a catalogue", "a photo of {}"]
-    path.write_text("my stuffed  animal")
-    assert read_captions(path, "stuffed animal") == ["my {}"]
-    path.write_text("cats")
-    with pytest.raises(ValueError, match="a.txt: the caption 'cats' names no 'cat'"):
-        read_captions(path, "cat")
 
 
 def portrait(folder, top: int, bottom: int) -> None:

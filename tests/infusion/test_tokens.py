@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from infusion.tokens import concept_mask, concept_masks, concept_places, fill
+from infusion.tokens import concept_mask, concept_masks, concept_places, fill, has
 from ldm.models.tokenizer import Tokenizer
 
 
@@ -70,7 +71,7 @@ def test_truncation_keeps_what_remains(tokenizer):
 
 
 def test_a_concept_beyond_the_end_is_an_error(tokenizer):
-    with pytest.raises(ValueError, match="beyond the 77 tokens"):
+    with pytest.raises(ValueError, match="beyond the 75 tokens that are read.*'cat' is beyond"):
         concept_mask(tokenizer, "red " * 75 + "{}", "cat")
 
 
@@ -125,3 +126,26 @@ def test_placeholders_beyond_the_row_cost_nothing():
     tokenizer.encode = lambda text: encoded.append(text) or encode(text)
     _, places = concept_places(tokenizer, "{} " * 3000, ["cat"])
     assert (places >= 0).sum() == 14 and len(encoded) < 40
+
+
+def test_a_prompt_that_is_read_whole_has_its_concepts_in_every_window(tokenizer):
+    """Of 75 tokens each, between a begin and an end token of their own."""
+    prompt, places = concept_places(tokenizer, "red " * 74 + "{} " + "red " * 80 + "{}", ["stuffed animal"], whole=True)
+    ids = tokenizer.windows([prompt])[0]
+    assert places.shape == (1, 3 * 77)
+    at = (places[0] >= 0).nonzero().flatten().tolist()
+    assert at == [75, 77 + 1, 2 * 77 + 1 + 156 - 150, 2 * 77 + 1 + 157 - 150]
+    assert places[0, at].tolist() == [0, 1, 0, 1]  # the first noun lies in two windows
+    assert ids[places[0] == 0].tolist() == [tokenizer.encode("stuffed")[0]] * 2
+    assert ids[places[0] == 1].tolist() == [tokenizer.encode("animal")[0]] * 2
+
+
+def test_a_short_prompt_is_the_same_whole(tokenizer):
+    for template in ("a photo of a {}", "{}", "red " * 74 + "{}"):
+        cut, whole = (concept_places(tokenizer, template, ["cat"], whole=which) for which in (False, True))
+        assert cut[0] == whole[0] and torch.equal(cut[1], whole[1])
+
+
+def test_words_stand_by_themselves():
+    assert has("a Dog beside a cat", "dog") and has("a stuffed  animal", "stuffed animal")
+    assert not has("a doghouse", "dog")

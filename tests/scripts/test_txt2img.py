@@ -187,6 +187,22 @@ def test_a_picture_is_drawn_again_from_what_it_says(draw, concept, tiny, tmp_pat
     assert np.abs(pixels(tmp_path / "again/samples/00001.png").astype(int) - pixels(picture)).max() > 2
 
 
+def test_a_seed_that_is_drawn_is_printed(draw, caplog):
+    caplog.set_level("INFO")
+    which = ["--seed", "-1", "--n_samples", "1", "--skip_grid"]
+    out = [draw(*which) for _ in range(2)][0]
+    seeds = [text(out / f"samples/0000{i}.png")["seed"] for i in (0, 1)]
+    assert [message for message in caplog.messages if "seed" in message] == [f"seed {seed}" for seed in seeds]
+    assert seeds[0] != seeds[1] and all(0 <= int(seed) < 2**32 for seed in seeds)
+
+
+def test_a_word_that_is_there_twice_is_told(draw, caplog):
+    caplog.set_level("INFO")
+    which = ["--prompt", "a dog beside a Dog", "--n_samples", "1", "--skip_grid"]
+    draw(*which, "--target_word", "dog")
+    assert "--prompt: 'dog' is there again; the concept is at {} in 'a {} beside a Dog'" in caplog.messages
+
+
 def test_concepts_are_named_together_or_one_by_one(draw, concept, tmp_path):
     comma = tmp_path / "old, grey cat.safetensors"
     comma.write_bytes(concept.read_bytes())
@@ -328,7 +344,7 @@ def test_a_concept_trained_with_a_covariance_wants_its_file(draw, refused, sd, c
         (["--personalized_ckpt", "nowhere.safetensors"], "error: nowhere.safetensors: there is no such concept file"),
         (["--prompt", "a", "--from-file", "x"], "not allowed with argument"),
         (["--outdir", str(ROOT / "README.md/new")], "README.md: is a file; name a folder to write to"),
-        (["--H", "30"], "error: height must be a multiple of 4 pixels, not 30"),
+        (["--H", "30"], "error: height must be a multiple of 4 pixels, such as 28 or 32, not 30"),
         (["--tau", "0"], "--tau: must be above 0"),
         (["--strength", "1,2"], "give one strength for all concepts"),
         (["--ddim_eta", "0.5", "--sampler", "euler"], "only the ddim sampler"),

@@ -5,6 +5,7 @@ CLIP-I, CLIP-T and drift take a CLIP, DINO takes `facebook/dino-vits16` (the ViT
 """
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -28,7 +29,7 @@ from ldm.util.cli import UserError
 from ldm.util.config import ConfigError, find, instantiate, load_config, resolve
 from ldm.util.defaults import POCKET
 from ldm.util.defaults import POCKET_CLIP as POCKET_WEIGHTS
-from ldm.util.templates import fill
+from ldm.util.templates import fill, short
 from ldm.weights.checkpoint import load_into
 
 POCKET_CONFIG = Path("configs/pocket_clip.yaml")
@@ -208,6 +209,9 @@ class ClipBackbone(FolderBackbone):
         if self.tokenizer is None:
             raise UserError(f"backbone {self.name}: its folder has no tokenizer files, so no features of texts")
         longest = self.network.config.text_config.max_position_embeddings
+        if cut := [text for text in texts if len(self.tokenizer(text).input_ids) > longest]:
+            many = f"{self.name} reads {longest} tokens, and no more of {len(cut)} longer prompts"
+            warnings.warn(f"{many}, the first: {short(cut[0])}", stacklevel=2)
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         return F.normalize(self.network.get_text_features(**tokens.to(self.network.device)).pooler_output, dim=-1)
 

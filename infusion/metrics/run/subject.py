@@ -13,6 +13,7 @@ from torch import Tensor
 from infusion.concepts import file as concept_file
 from infusion.concepts.concept import Concept
 from infusion.concepts.others import IN_FOLDERS
+from infusion.concepts.runs import concept_files
 from infusion.gate import IDENTITY
 from infusion.methods import method_of
 from infusion.metrics.run.options import CONCEPT, PICTURES, WORDS
@@ -22,7 +23,7 @@ from ldm.util.cli import UserError
 from ldm.util.config import find
 
 LONGEST = 4096  # characters of a name in a report
-MODELS, RUN = "models", "step=*.safetensors"  # a run's folder of concept files, and their names
+MODELS = "models"  # a run's folder of concept files
 
 
 class ExactMeasures(Protocol):
@@ -243,21 +244,6 @@ def best_step(file: str) -> int | None:
         raise UserError(f"{path}: is no best.json of a training ({error}); remove it") from error
 
 
-def concept_files(path: str | Path) -> list[Path]:
-    """A concept file itself, or those of a run folder of main.py in the order of training.
-
-    Raises:
-        ValueError: there is no such file, or the folder has none.
-    """
-    found = find(path)
-    if not found.is_dir():
-        return [found]
-    files = sorted((found / MODELS).glob(RUN))
-    if not files:
-        raise UserError(f"--personalized_ckpt: {path} is a folder without {MODELS}/{RUN}, so no run of main.py")
-    return files
-
-
 def load_subjects(
     paths: Sequence[str],
     labels: Sequence[str] | None = None,
@@ -286,7 +272,7 @@ def load_subjects(
                 advice = "give it another by --labels" if flag == "labels" else "name it otherwise"
                 raise UserError(f"--{flag}: a report cannot show the name {word[:80]!a}: {advice}")
     return [
-        Subject(name, tuple(Checkpoint.load(file, said) for file in concept_files(path)), group=group)
+        Subject(name, tuple(Checkpoint.load(file, said) for file in concept_files(find(path))), group=group)
         for name, path, group in zip(names, paths, groups, strict=True)
     ]
 

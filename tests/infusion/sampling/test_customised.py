@@ -289,3 +289,38 @@ def test_one_latent_for_each_prompt(sd, latents):
         customised(PROMPTS)(latents[:1], T)
     with pytest.raises(ValueError, match="at least one prompt"):
         customised([])
+
+
+LONG = "red " * 90 + "{} on grass"
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_long_prompt_is_read_whole(sd, latents, own):
+    """In windows that are encoded each by itself and attended to together, with the concept in the second."""
+    concept = make_concept(sd, attention="own" if own else "foundation")
+    tokenizer = sd.text.tokenizer
+    inner = tokenizer.context_length - 2
+    ids = tokenizer.encode(LONG.format("cat"))
+    rows = [ids[start : start + inner] for start in range(0, len(ids), inner)]
+    framed = [[tokenizer.bos, *row, tokenizer.eos] for row in rows]
+    framed = torch.tensor([row + [tokenizer.pad] * (inner + 2 - len(row)) for row in framed])
+    text = sd.text.encode_tokens(framed).flatten(0, 1)[None].repeat(2, 1, 1)  # (2, n·L, D)
+    (cat,) = tokenizer.encode("cat")
+    gates = Gate("hard")(text, (framed.flatten() == cat)[None].repeat(2, 1), None)
+    residuals = {name: [tensor] for name, tensor in concept.tensors.items()}
+    _, customised, _ = reference(sd.unet, residuals, latents, T.expand(2), text, gates[:, None], own)
+    result = denoise(sd, [concept], [LONG] * 2, latents, gate="hard", scale=1)
+    torch.testing.assert_close(result, customised, atol=1e-4, rtol=1e-4)
+    other = denoise(sd, [concept], [LONG.replace("grass", "snow")] * 2, latents, gate="hard", scale=1)
+    assert (result - other).abs().max() > 1e-4
+
+
+def test_texts_of_other_lengths_beside_it_change_no_prompt(sd, latents):
+    """A shorter prompt is repeated, which softmax cannot tell: for prompts together, and for a long negative prompt."""
+    concept, negative = make_concept(sd), "blurry " * 50
+    together = denoise(sd, [concept], [LONG, "a {}"], latents, negative_prompt=negative)
+    for i, prompt in enumerate((LONG, "a {}")):
+        alone = denoise(sd, [concept], [prompt], latents[i : i + 1], negative_prompt=negative)
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
+    shorter = denoise(sd, [concept], ["a {}"], latents[1:], negative_prompt="blurry " * 5)
+    assert (together[1:] - shorter).abs().max() > 1e-4  # all of a negative prompt counts

@@ -59,3 +59,22 @@ def test_impossible_arguments_are_refused(options):
 def test_one_string_is_refused(small):
     with pytest.raises(ValueError, match="list of strings"):
         small("a photo of a cat")
+
+
+def test_windows_read_a_text_whole():
+    tokenizer = Tokenizer(pad="zero")
+    words = tokenizer.encode("red " * 80 + "cat")
+    long, short = tokenizer.windows(["red " * 80 + "cat", "a cat"])
+    assert long.tolist() == [BOS, *words[:75], EOS, BOS, *words[75:], EOS] + [0] * 69
+    assert torch.equal(short, tokenizer(["a cat"])[0].repeat(2))  # which attention cannot tell from once
+    assert torch.equal(tokenizer.windows(["", "a cat"]), tokenizer(["", "a cat"]))
+    assert tokenizer.windows(["red " * 100, "red " * 200]).shape == (2, 6 * 77)  # of 2 and 3
+
+
+def test_what_is_beyond_is_named():
+    tokenizer = Tokenizer()
+    assert tokenizer.beyond("red " * 75) == ""
+    assert tokenizer.beyond("red " * 74 + "on Grass, at night") == "grass , at night"
+    assert tokenizer.beyond("red " * 150 + "cat", windows=2) == "cat"
+    with pytest.raises(ValueError, match="'red red .* is longer than the 600 tokens that are read: 'cat' is beyond"):
+        tokenizer.windows(["red " * 600 + "cat"])

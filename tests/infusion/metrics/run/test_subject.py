@@ -6,7 +6,7 @@ import torch
 
 from infusion.concepts.concept import Concept
 from infusion.gate import Gate
-from infusion.metrics.run.subject import Checkpoint, Subject, best_step, concept_files, load_subjects
+from infusion.metrics.run.subject import Checkpoint, Subject, best_step, load_subjects
 from ldm.util.cli import UserError
 from ldm.weights.checkpoint import sha256
 from scripts.metrics import main
@@ -60,8 +60,8 @@ def test_groups(run, tmp_path, capsys):
 def test_what_is_no_concept(tmp_path):
     with pytest.raises(ValueError, match="no such concept file"):
         load_subjects([str(tmp_path / "nothing.safetensors")])
-    with pytest.raises(ValueError, match="--personalized_ckpt: .* no run of main.py"):
-        concept_files(tmp_path)
+    with pytest.raises(ValueError, match="no diffusers folder"):
+        load_subjects([str(tmp_path)])
 
 
 def test_a_concept_in_memory_is_known_by_its_contents():
