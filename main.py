@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     if requeued(flags.logdir):
         flags.resume, flags.base, flags.overrides = flags.logdir, [], []
         flags.logdir = flags.name = flags.seed = None
-    for word, value in zip(rest, [*rest[1:], "-"], strict=True):
+    for word, value in zip(rest, [*rest, "-"][1:], strict=True):
         if word.startswith("-") or "=" not in word:
             key, sign, own = word.lstrip("-").partition("=")
             value = own if sign else "…" if value.startswith("-") or "=" in value else value

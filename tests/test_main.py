@@ -137,13 +137,14 @@ def test_a_new_run_starts_from_what_another_learned(entry, command, tmp_path, ca
         ("infusion", "is in one of them only"),
     ],
 )
-def test_a_concept_that_a_run_cannot_start_from_is_named(sd, tmp_path, method, says):
+def test_a_concept_that_a_run_cannot_start_from_is_named(tiny, tmp_path, method, says):
     from infusion.concepts.concept import Concept
     from infusion.methods.infusion import Infusion
     from infusion.methods.lora import LoRA
     from infusion.training.trainer import ConceptTrainer
+    from ldm.pipeline import StableDiffusion
 
-    tensors = {"input_blocks.99": torch.ones(32)}
+    sd, tensors = StableDiffusion.from_checkpoint(tiny), {"input_blocks.99": torch.ones(32)}
     Concept(tensors, "cat", ("a {}",), sd.architecture, base_hash=sd.hash).save(tmp_path / "a.safetensors")
     start = {"templates": ["a {}"], "start_from": tmp_path / "a.safetensors"}
     with pytest.raises(ValueError, match=says):
