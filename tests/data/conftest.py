@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,9 @@ def attached(
     data: pl.LightningDataModule, vae: AutoencoderKL, global_step: int = 0, run: Path | None = None
 ) -> pl.LightningDataModule:
     """With a run folder, the trainer's process is the one that writes."""
+    sd = SimpleNamespace(vae=vae, latent_shape=latent_shape, text=SimpleNamespace(tokenizer=Tokenizer()))
     data.trainer = SimpleNamespace(
-        lightning_module=SimpleNamespace(sd=SimpleNamespace(vae=vae, latent_shape=latent_shape), unedited=nullcontext),
+        lightning_module=SimpleNamespace(sd=sd, unedited=nullcontext),
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
         global_step=global_step,
         accumulate_grad_batches=2,
