@@ -255,8 +255,8 @@ class UNet(nn.Module):
         sizes = context.sizes
         if sizes is None:
             height, width = (self.pixels * side for side in latents.shape[2:])
-            sizes = torch.tensor([[height, width, 0, 0, height, width]], device=latents.device)
-            sizes = sizes.expand(len(latents), -1)
+            sizes = torch.zeros(len(latents), SIZES, dtype=torch.int64, device=latents.device)
+            sizes[:, 0::4], sizes[:, 1::4] = height, width  # of the photo and of its crop, without a copy to the device
         return torch.cat([context.pooled, size_embedding(sizes).to(context.pooled.dtype)], dim=1).to(latents.dtype)
 
     def _run(self, block: Block, x: Tensor, time: Tensor, context: Context) -> Tensor:

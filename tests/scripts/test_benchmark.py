@@ -134,3 +134,47 @@ def test_a_file_and_a_table(tmp_path, capsys):
     assert found["command"].startswith("python scripts/benchmark.py --size pocket --latent 8")
     assert found["device"]["torch"] == torch.__version__ and found["device"]["name"]
     assert {base, concept, "unet", name} <= {line.split()[0] for line in shown.splitlines() if line}
+
+
+def test_operations_are_known_from_shapes_alone(tmp_path, pocket):
+    """As many as are counted where they are done; training holds more than a guided step does."""
+    file, names = tmp_path / "shapes.json", "guided_step_one_concept,train_step,train_step_checkpointing"
+    flags = ["--size", "pocket", "--latent", "8", "--batch", "2", "--device", "cpu", "--only", names]
+    main([*flags, "--estimate", "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert found["times"] == {} and list(found["flops"]) == names.split(",")
+    for name, flops in found["flops"].items():
+        assert flops == pytest.approx(benchmark.count_flops(name, pocket, SETTINGS), rel=0.02)
+    above = {name: memory["above_loaded_bytes"] for name, memory in found["memory"].items()}
+    assert 0 < above["guided_step_one_concept"] < above["train_step"]
+    weights = sum(parameter.nbytes for parameter in pocket.parameters())
+    assert found["memory"]["train_step"]["loaded_bytes"] == pytest.approx(weights, rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_battery_is_rehearsed_without_a_gpu(tmp_path, capsys):
+    file = tmp_path / "gpu.json"
+    main(["--rehearse", "--device", "cpu", "--json", str(file)])
+    found, shown = json.loads(file.read_text()), capsys.readouterr().out
+    assert list(found["sizes"]) == ["pocket", "pocket_xl"] and found["command"].endswith(str(file))
+    for size in found["sizes"].values():
+        measured = size["measured"]
+        step = "train_step" if size["settings"]["size"] == "pocket" else "train_step_checkpointing"  # as its recipe
+        assert list(measured["seconds"]) == [*benchmark.TIMED] and all(measured["seconds"].values())
+        assert size["concept_photos"] == 8000 and size["utilisation"]["unet"] > 0
+        assert size["concept_s"] == pytest.approx(8000 * measured["seconds"][step] / benchmark.PHOTOS)
+        assert size["fp16_scaler"]["finite"] and size["cuda_graph"] == "needs CUDA"
+        assert size["compiled"]["plain_s"] > 0 and size["compiled"]["compiled_s"] > 0
+    assert {"concept_s", "utilisation.unet", "measured.seconds.image"} <= {
+        line.split()[0] for line in shown.splitlines() if line
+    }
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--battery"], "--battery: name the file"), (["--battery", "--json", "x.json"], "--battery: needs CUDA, not cpu"),
+])  # fmt: skip
+def test_the_battery_needs_a_file_and_a_gpu(flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main([*flags, "--device", "cpu"])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
