@@ -93,6 +93,23 @@ def test_a_methods_recipe_is_the_same_in_every_order_of_the_files(method: str):
     assert configs[0].batch_size == {"dreambooth": 1, "t_lora": 1, "custom_diffusion": 8, "p_plus": 8}.get(method, 4)
 
 
+def test_sdxls_recipes_for_smaller_cards_have_as_many_photos_a_step():
+    """Those of docs/sdxl.md: 24, 12 and 8 GB."""
+    entry, card = CONFIGS / "infusion_sdxl.yaml", str(CONFIGS / "with/small_card.yaml")
+    configs = [
+        read(entry),
+        read(entry, "batch_size=2", "trainer.accumulate_grad_batches=8", "callbacks.samples=null"),
+        read(entry, "--base", str(entry), card, "weights=bfloat16", "trainer.precision=bf16-mixed"),
+    ]
+    assert [config.data.params.batch_size for config in configs] == [4, 2, 1]
+    for config in configs:
+        assert config.data.params.batch_size * config.trainer.accumulate_grad_batches == 16
+        assert (config.weights, config.trainer.precision) == ("bfloat16", "bf16-mixed")
+        assert config.model.params.sd.params.unet.params.checkpoint
+    assert [config.callbacks.samples is None for config in configs] == [False, True, True]
+    assert list(configs[2].callbacks.offload.params.parts) == ["vae", "text"]
+
+
 def test_residual_keys_double_the_numbers():
     model = setup.build_model(read(CONFIGS / "infusion_custom_own_keys.yaml"), meta=True)
     assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == 24960
