@@ -28,7 +28,8 @@ def test_train_export_load_and_sample(command, configs: Path, tmp_path: Path):
     text = tmp_path / "text/models/weights.safetensors"
 
     rng = np.random.default_rng(0)
-    shard = {"latents": torch.randn(4, 12, 16, 16).half(), "table": table_of([draw_scene(rng) for _ in range(4)])}
+    shard = {"latents": torch.randn(4, 12, 16, 16).half(), "halves": torch.randn(4, 12, 8, 8).half()}
+    shard |= {"objects": torch.zeros(4, 1, 16, 16).byte(), "table": table_of([draw_scene(rng) for _ in range(4)])}
     fingerprint = str(sum(parameter.detach().double().abs().sum().item() for parameter in start.vae.parameters()))
     write(tmp_path / "latents/00000.safetensors", shard, {"fingerprint": fingerprint})
     given = [f"parts.vae={tmp_path / 'vae.safetensors'}", f"parts.text={text}", "data.params.count=10000"]

@@ -73,7 +73,9 @@ def test_train_save_sample_and_measure(command, config, file, photos, sd, tmp_pa
     run = tmp_path / "run"
     entry = config.parents[1] / "infusion_sdxl.yaml"
     command("--base", entry, config, "-t", "--logdir", run, f"ckpt={file}", f"data_root={photos}", *SMALL, *QUIET)
-    assert len(seen) == 4 and all(sizes.tolist() == [[20, 24, 0, 7, 64, 64]] * 2 for sizes in seen)  # of 77 × 64
+    assert len(seen) == 4 and all(
+        sizes.tolist() == [[20, 24, 0, 13, 64, 64]] * 2 for sizes in seen
+    )  # of 77 × 64, to the mask
 
     concept = Concept.load(run / "models/step=000002.safetensors")
     assert (concept.architecture, concept.base_hash) == ("pocket_xl", sha256(file))

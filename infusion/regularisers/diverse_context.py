@@ -31,6 +31,7 @@ from ldm.util.cli import UserError, naming
 
 WEIGHTS = {  # method -> λ there, of several the middle one, and the learning rate that it went with
     "textual_inversion": (5e-5, 2e-3),
+    "infusion_word": (5e-5, 2e-3),  # ours: its word is learned as Textual Inversion's
     "p_plus": (2.5e-4, 5e-4),
     "custom_diffusion": (5e-4, 4e-5),
     "dreambooth": (5e-4, 1e-6),

@@ -82,5 +82,5 @@ def whole(launch: Callable[..., Ended], entry: Path, tmp_path_factory: pytest.Te
     states = ["models/last.ckpt", *(f"models/step={step:06d}.ckpt" for step in (4, 5, 6))]
     concepts = [f"models/step={step:06d}.safetensors" for step in (2, 4, 6)]
     images = [f"images/step={step:06d}.png" for step in (3, 6)]
-    assert sorted(contents(folder)) == sorted(["config.yaml", *states, *concepts, *images])
+    assert sorted(contents(folder)) == sorted(["config.yaml", "photos.png", *states, *concepts, *images])
     return folder, ended.seconds

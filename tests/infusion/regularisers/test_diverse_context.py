@@ -251,7 +251,7 @@ def test_arguments_out_of_range_are_refused(term, option, value):
 def test_a_prompt_beyond_what_the_encoder_reads_is_refused_before_training(sd, contextualizer, tmp_path):
     (tmp_path / "long.txt").write_text("very " * 80 + "old {}\n")
     term = DiverseContext(str(contextualizer), str(tmp_path / "long.txt"), weight=0.5)
-    with pytest.raises(UserError, match="long.txt.*beyond the 77 tokens"):
+    with pytest.raises(UserError, match="long.txt.*beyond the 75 tokens"):
         make(sd, "textual_inversion", term)
 
 

@@ -131,7 +131,7 @@ def test_pixels_are_not_read(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert recall(huge) == SAID
-    assert "cannot be read" in refused(handmade(tmp_path / "b.png", *texts, chunk(b"IDAT", b""), size=(2**30, 2**30)))
+        assert recall(handmade(tmp_path / "b.png", *texts, chunk(b"IDAT", b""), size=(2**30, 2**30))) == SAID
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a" + bytes(99), b"P6 2 2 255\n" + bytes(99)])

@@ -8,15 +8,15 @@ USUAL = Settings(steps=20, scale=5.0)
 
 def test_a_line_without_options_is_drawn_as_usual():
     assert read_jobs("\n a {} on a hill \n# not drawn\nthe {}\n", USUAL) == [
-        Job("a {} on a hill", USUAL),
-        Job("the {}", USUAL),
+        Job("a {} on a hill", USUAL, row=1),
+        Job("the {}", USUAL, row=4),
     ]
 
 
 def test_options_follow_the_prompt():
     (job,) = read_jobs("a {}, close-up -- nice --n dull, grey --w 640 --h 512 --s 30 --l 6.5 --d 12", USUAL)
     own = Settings(steps=30, scale=6.5, negative_prompt="dull, grey", width=640, height=512)
-    assert job == Job("a {}, close-up -- nice", own, 12)
+    assert job == Job("a {}, close-up -- nice", own, 12, row=1)
 
 
 @pytest.mark.parametrize(

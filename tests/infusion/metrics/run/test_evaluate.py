@@ -73,7 +73,7 @@ def test_a_concept_that_learned_nothing_is_the_base_model(sd, protocol, every, t
 
 
 def test_figures_are_those_of_the_definitions(sd, protocol, every, tools, known):
-    learned = known("lora", learning_rate=0.5)
+    learned = known("lora", learning_rate=0.05)
     result = evaluate(sd, learned, protocol, every, Cache(), tools)
     templates = protocol.prompts(CONTEXT, "cat") * 2
     drawing = {"steps": 2, "scale": 2.0, "seed": EVALUATION_SEED}
@@ -108,7 +108,7 @@ def test_figures_are_those_of_the_definitions(sd, protocol, every, tools, known)
 
 
 def test_best_and_worst_samples_have_their_prompts_and_seeds(sd, protocol, every, tools, known):
-    learned = known("lora", learning_rate=0.5)
+    learned = known("lora", learning_rate=0.05)
     pictures = evaluate(sd, learned, protocol, every, Cache(), tools)["pictures"]
     scores = [card["score"] for card in pictures["best"]] + [card["score"] for card in pictures["worst"]][::-1]
     assert pictures["ranked_by"] == "clip" and len(scores) == 4 and scores == sorted(scores, reverse=True)
@@ -255,7 +255,7 @@ def test_dino_and_lpips_where_there_are_some(sd, protocol, options, tools, known
 
     tools = replace(tools, dino=Dino(), hashes={"clip": "1", "dino": "2"})
     options = replace(options, metrics=("dino", "pres", "div", "clip_i"))
-    figures = evaluate(sd, known("lora", learning_rate=0.5), protocol, options, Cache(), tools)["figures"]
+    figures = evaluate(sd, known("lora", learning_rate=0.05), protocol, options, Cache(), tools)["figures"]
     assert figures["dino"]["settings"]["backbone"] == figures["pres"]["settings"]["backbone"] == "dino"
     assert figures["clip_i"]["settings"]["backbone"] == "fake" and "dino" in figures["div"]["settings"]["distance"]
     assert figures["dino"]["value"] > 0.9 > figures["clip_i"]["value"]  # mean colours are alike

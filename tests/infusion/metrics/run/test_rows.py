@@ -103,7 +103,7 @@ def test_one_row_of_words_for_a_concept_however_often_it_was_learned(subject):
 
 def test_pictures_are_measured_as_they_are(sd, protocol, whole, everything, subject):
     """A concept's own samples, as pictures, have the concept's figures."""
-    learned = subject("lora", learning_rate=0.5).with_photos(PHOTOS, "cats")
+    learned = subject("lora", learning_rate=0.05).with_photos(PHOTOS, "cats")
     options, cache = replace(whole, metrics=(*OF_SAMPLES, "identity", "lfd", "drift", "pres")), Cache()
     theirs = evaluate(sd, learned, protocol, options, cache, everything)
     images = sample(sd, list(protocol.concept) * 2, [learned.concept], **DRAWING)
