@@ -23,7 +23,12 @@ from ldm.util.config import ROOT
 
 SECONDS, HANGS, LONGEST = 5.0, 20, 420  # of a mistake; of any command; characters of a mistake's line
 POCKET = str(ROOT / "configs/backbone/pocket.yaml")
-TOLD = ("trainable parameters, ", " photos of ", "; masks: ")  # of a model and photos that were read without a mistake
+TOLD = (
+    "trainable parameters, ",
+    " photo of ",
+    " photos of ",
+    "; masks: ",
+)  # of a model and photos that were read without a mistake
 COMMANDS = {  # as users type them -> module
     "main.py": "main",
     "soft_segment": "data.soft_segment",

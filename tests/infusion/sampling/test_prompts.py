@@ -8,7 +8,7 @@ USUAL = Settings(steps=20, scale=5.0)
 
 def test_a_line_without_options_is_drawn_as_usual():
     assert read_jobs("\n a {} on a hill \n# not drawn\nthe {}\n", USUAL) == [
-        Job("a {} on a hill", USUAL, row=1),
+        Job("a {} on a hill", USUAL, row=2),
         Job("the {}", USUAL, row=4),
     ]
 
