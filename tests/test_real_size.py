@@ -73,5 +73,5 @@ def test_two_steps_of_stable_diffusion_move_every_residual_and_leave_the_base_al
         assert residual.isfinite().all() and 0.002 < residual.abs().mean() <= 0.0201, name
     assert (concept.steps, concept.architecture, concept.base_hash) == (2, "sd15", before)
     assert sha256(checkpoint) == before
-    said = "4 photos of 90×70 to 80×100 pixels; the centred square of 66 to 80 is used at 64×64; masks cover "
+    said = "4 photos of 90×70 to 80×100 pixels; the square of 66 to 80 around the subject is used at 64×64; masks ("
     assert said in caplog.text and "12,480 trainable parameters" in caplog.text
