@@ -15,13 +15,12 @@ from tqdm import tqdm
 from data.pocket_two.captions import PLACE_WORDS, caption
 from data.pocket_two.scene import CHOICES, Scene, SceneWords, ThingWords
 from data.pocket_two.world import SIZE, World, draw_scene
-from ldm.models.autoencoder import coverage
 from ldm.util.cli import UserError
 from ldm.weights.checkpoint import write
 
 THING = ("noun", "colour", "second", "texture", "size", "place")
 SHARD = 10_000  # scenes in a file of latents
-LATENTS = ("latents", "halves", "objects", "table")  # tensors of such a file, as `LatentBatches` takes them
+LATENTS = ("latents", "halves", "table")  # tensors of such a file, as `LatentBatches` takes them
 ABSENT = 255  # in a table's columns of a second object that is not there
 
 
@@ -57,8 +56,7 @@ def words_of(table: Tensor) -> list[SceneWords]:
 class WorldBatches(IterableDataset):
     """Endless batches, drawn as they are asked for; batch i depends on (seed, i) only.
 
-    Yields images (B, 3, H, W) in [-1, 1], a table (B, 14) uint8 (`table_of`) and captions (list of B); of whole scenes
-    also objects (B, 1, H, W) in [0, 1], where any object is.
+    Yields images (B, 3, H, W) in [-1, 1], a table (B, 14) uint8 (`table_of`) and captions (list of B).
 
     Args:
         everything: include what a generator is not to be trained on: combinations, drawings, overlays.
@@ -88,12 +86,11 @@ class WorldBatches(IterableDataset):
             count = self.batch_size if self.crop is None else self.batch_size // 2
             which = None if self.everything else False
             scenes = [draw_scene(rng, which, self.pairs, held=self.everything) for _ in range(count)]
-            images, masks = world.render(scenes, rng)
-            batch = {"objects": masks.sum(1, keepdim=True)}
+            images, _ = world.render(scenes, rng)
             if self.crop is not None:
-                scenes, images, batch = scenes * 2, cut(images.repeat(2, 1, 1, 1), self.crop, rng), {}
+                scenes, images = scenes * 2, cut(images.repeat(2, 1, 1, 1), self.crop, rng)
             captions = [caption(scene.words(), rng) for scene in scenes]
-            yield batch | {"images": images * 2 - 1, "table": table_of(scenes), "captions": captions}
+            yield {"images": images * 2 - 1, "table": table_of(scenes), "captions": captions}
             index += step
 
 
@@ -131,15 +128,12 @@ class WorldData(pl.LightningDataModule):
 class LatentBatches(IterableDataset):
     """Endless batches from a fixed set of latents; captions are drawn anew every time.
 
-    Yields latents (B, C, h, w) float32, weights (B, 1, h, w) float32 of the loss, and captions (list of B). Batch i
-    depends on (seed, i) only.
+    Yields latents (B, C, h, w) float32 and captions (list of B). Batch i depends on (seed, i) only.
 
     Args:
         latents: (N, C, h, w) float16.
         halves: (N, C, h / 2, w / 2) float16, the same scenes at half the side.
-        objects: (N, 1, h, w) uint8, 255 where there is nothing but objects.
         table: (N, 14) uint8, see `table_of`.
-        object_weight: weights are 1 where there is no object and so much more on one.
         half_steps: number of first batches that are of `halves`; each holds twice as many.
         places_alone: share of captions of single objects that say where the object is, and nothing else.
     """
@@ -148,17 +142,15 @@ class LatentBatches(IterableDataset):
         self,
         latents: Tensor,
         halves: Tensor,
-        objects: Tensor,
         table: Tensor,
         batch_size: int,
         seed: int,
         start: int = 0,
-        object_weight: float = 0.0,
         half_steps: int = 0,
         places_alone: float = 0.0,
     ):
-        self.latents, self.halves, self.objects, self.table = latents, halves, objects, table
-        self.batch_size, self.seed, self.start, self.object_weight = batch_size, seed, start, object_weight
+        self.latents, self.halves, self.table = latents, halves, table
+        self.batch_size, self.seed, self.start = batch_size, seed, start
         self.half_steps, self.places_alone = half_steps, places_alone
 
     def __iter__(self) -> Iterator[dict]:
@@ -172,8 +164,7 @@ class LatentBatches(IterableDataset):
             for words in words_of(self.table[rows]):
                 alone = len(words.things) == 1 and rng.random() < self.places_alone
                 captions.append(PLACE_WORDS[words.things[0].place] if alone else caption(words, rng))
-            weights = 1 + self.object_weight * coverage(self.objects[rows] / 255, latents.shape[2:])
-            yield {"latents": latents[rows].float(), "weights": weights, "captions": captions}
+            yield {"latents": latents[rows].float(), "captions": captions}
             index += 1
 
 
@@ -184,7 +175,6 @@ class LatentWorldData(pl.LightningDataModule):
         count: number of scenes, a multiple of `SHARD`.
         cache: folder of safetensors files of `SHARD` scenes each; those that are missing are made, so that an
             interrupted encoding continues. Each holds the autoencoder's fingerprint; others' are refused.
-        object_weight: see `LatentBatches`. Objects take a quarter of a scene, and are harder than what is around them.
         half_steps: see `LatentBatches`. What words mean is learned for a quarter of the price on scenes of half the
             side, as Stable Diffusion 1 saw 256 pixels before 512.
         places_alone: share of captions such as "on the left". Among the other words, which change the image more, a
@@ -198,7 +188,6 @@ class LatentWorldData(pl.LightningDataModule):
         count: int,
         cache: str,
         seed: int = 0,
-        object_weight: float = 0.0,
         half_steps: int = 0,
         places_alone: float = 0.0,
         workers: int = 0,
@@ -207,7 +196,7 @@ class LatentWorldData(pl.LightningDataModule):
         if count % SHARD:
             raise UserError(f"count must be a multiple of {SHARD}, not {count}")
         self.batch_size, self.count, self.cache, self.seed = batch_size, count, Path(cache), seed
-        self.object_weight, self.half_steps, self.places_alone = object_weight, half_steps, places_alone
+        self.half_steps, self.places_alone = half_steps, places_alone
         self.workers = workers
 
     def setup(self, stage: str) -> None:
@@ -238,8 +227,6 @@ class LatentWorldData(pl.LightningDataModule):
             with self.trainer.precision_plugin.forward_context():
                 parts["latents"].append(vae.encode(images).half().cpu())
                 parts["halves"].append(vae.encode(smaller).half().cpu())
-            objects = coverage(batch["objects"], parts["latents"][-1].shape[2:])
-            parts["objects"].append((objects * 255).round().byte())
             parts["table"].append(batch["table"])
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, {name: torch.cat(tensors) for name, tensors in parts.items()}, {"fingerprint": fingerprint})
@@ -250,7 +237,6 @@ class LatentWorldData(pl.LightningDataModule):
             batch_size=self.batch_size,
             seed=self.seed,
             start=self.trainer.global_step,
-            object_weight=self.object_weight,
             half_steps=self.half_steps,
             places_alone=self.places_alone,
         )

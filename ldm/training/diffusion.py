@@ -23,8 +23,7 @@ class LatentDiffusion(pl.LightningModule):
     min(SNR, γ) / SNR, so that steps with little noise do not take most of the capacity. `clean_weight` adds so much of
     the loss on the clean latents, which is the one on ε by the SNR, and `layout_share` of the timesteps come from the
     last fifth alone: where things stand is decided there, and ε hardly depends on it. Batches: {"latents":
-    (B, C, h, w), "captions": list of B}, and if need be "sizes": (B, 6), see `Context`, for what are no whole pictures,
-    and "weights": (B, 1, h, w) of the loss, where some places matter more.
+    (B, C, h, w), "captions": list of B}, and if need be "sizes": (B, 6), see `Context`, for what are no whole pictures.
     """
 
     def __init__(
@@ -59,8 +58,7 @@ class LatentDiffusion(pl.LightningModule):
         # the backward pass of the fused CPU kernel takes a third of a step at these sizes
         with sdpa_kernel(SDPBackend.MATH) if latents.device.type == "cpu" else nullcontext():
             prediction = self.predict(noisy, timesteps, context)
-        errors = F.mse_loss(prediction.float(), noise, reduction="none") * batch.get("weights", 1.0)
-        errors = errors.mean((1, 2, 3))  # (B,)
+        errors = F.mse_loss(prediction.float(), noise, reduction="none").mean((1, 2, 3))  # (B,)
         signal = self.sd.schedule.alphas_cumprod.to(latents.device)[timesteps]
         snr = signal / (1 - signal)
         loss = (errors * (snr.clamp(max=self.min_snr) + self.clean_weight) / snr).mean()

@@ -37,12 +37,8 @@ def test_crops_are_cut_from_scenes():
 
 
 def latents_of(table: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Latents of scenes with an object in the upper half."""
-    objects = torch.zeros(len(table), 1, 4, 4, dtype=torch.uint8)
-    objects[:, :, :2] = 255
     shape = (len(table), 12)
-    return {"latents": torch.ones(*shape, 4, 4).half(), "halves": torch.zeros(*shape, 2, 2).half(),
-            "objects": objects, "table": table}  # fmt: skip
+    return {"latents": torch.ones(*shape, 4, 4).half(), "halves": torch.zeros(*shape, 2, 2).half(), "table": table}
 
 
 def test_captions_of_latents_are_drawn_anew_each_time():
@@ -66,22 +62,13 @@ def test_the_first_batches_are_of_half_the_side_and_of_twice_as_many():
     assert resumed["latents"].shape == (6, 12, 2, 2)
 
 
-@pytest.mark.parametrize("half_steps", [0, 1])
-def test_objects_weigh_more_at_either_size(half_steps):
-    table = table_of([draw_scene(np.random.default_rng(4))])
-    how = {"batch_size": 1, "seed": 0, "object_weight": 2.0, "half_steps": half_steps}
-    batch = next(iter(LatentBatches(**latents_of(table), **how)))
-    upper, lower = batch["weights"].chunk(2, 2)
-    assert (upper == 3).all() and (lower == 1).all() and batch["weights"].shape[2:] == batch["latents"].shape[2:]
-
-
-def test_encoded_scenes_are_kept_and_fit_their_objects(tmp_path, monkeypatch):
+def test_encoded_scenes_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "SHARD", 100)
     vae = AutoencoderKL(ch=4, ch_mult=[1, 1, 1], num_res_blocks=1, z_channels=2, embed_dim=2, mid_attention=False,
                         norm_groups=1)  # fmt: skip
 
     def data() -> LatentWorldData:
-        made = LatentWorldData(batch_size=2, count=100, cache=str(tmp_path), seed=3, object_weight=1.0)
+        made = LatentWorldData(batch_size=2, count=100, cache=str(tmp_path), seed=3)
         made.trainer = SimpleNamespace(
             global_step=0,
             lightning_module=SimpleNamespace(sd=SimpleNamespace(vae=vae)),
@@ -96,11 +83,9 @@ def test_encoded_scenes_are_kept_and_fit_their_objects(tmp_path, monkeypatch):
     assert torch.equal(first.parts["table"], drawn["table"])
     assert torch.equal(first.parts["latents"], vae.encode(drawn["images"]).half())
     assert first.parts["halves"].shape == (100, 2, 8, 8)
-    whole = first.parts["objects"].float().mean((1, 2, 3)) / 255
-    assert torch.allclose(whole, drawn["objects"].mean((1, 2, 3)), atol=2e-3)
     monkeypatch.setattr(LatentWorldData, "encode", None)  # nothing is encoded again
     assert torch.equal(data().parts["latents"], first.parts["latents"])
-    assert next(iter(first.train_dataloader()))["weights"].shape == (2, 1, 16, 16)
+    assert next(iter(first.train_dataloader()))["latents"].shape == (2, 2, 16, 16)
     vae.decoder.conv_out.bias.data += 1
     with pytest.raises(ValueError, match="another autoencoder"):
         data()

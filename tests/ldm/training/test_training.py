@@ -85,20 +85,6 @@ def test_diffusion_loss_of_a_model_that_predicts_nothing(sd, clean_weight):
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-4)
 
 
-def test_places_of_no_weight_do_not_count(sd):
-    module = logged(LatentDiffusion(sd, caption_dropout=0.0))
-    batch = {"latents": torch.randn(4, 4, 8, 8), "captions": ["a cat"] * 4}
-    weights = torch.tensor([2.0, 0.0]).repeat_interleave(4).view(1, 1, 8, 1).expand(4, 1, 8, 8)
-
-    def loss(**weighted):
-        torch.manual_seed(2)
-        return module.training_step(batch | weighted, 0).item()
-
-    upper, lower = loss(weights=weights), loss(weights=2 - weights)
-    assert (upper + lower) / 2 == pytest.approx(loss(), rel=1e-5) and upper != pytest.approx(lower, rel=1e-3)
-    assert loss(weights=torch.full((4, 1, 8, 8), 2.0)) == pytest.approx(2 * loss(), rel=1e-5)
-
-
 def test_a_share_of_the_timesteps_is_for_the_layout(sd):
     torch.manual_seed(0)
     for share in (0.0, 0.5, 1.0):
