@@ -200,6 +200,13 @@ def check_samples(options: Options, prompts: int = 0) -> None:
         )
 
 
+def check_pictures(options: Options, count: int, folder: str) -> None:
+    """Raises ValueError for too few pictures of a folder."""
+    for name, least in CLOUDS.items():
+        if options.wants(name) and count < least:
+            raise UserError(f"--pictures: {folder} has {count} pictures, and {name} needs at least {least}")
+
+
 def lacks_tool(metric: str, there: Collection[str]) -> str:
     """What to do for a metric that has none of its networks among those that there are; "" where it has one."""
     tools = METRICS[metric].tools

@@ -129,6 +129,12 @@ def test_pictures_of_a_prompt_each_have_no_diversity_and_need_no_more_samples(sd
     assert set(figures) == {"clip_t"} and figures["clip_t"]["n"] == 5
 
 
+def test_too_few_pictures_for_a_distance_between_clouds_are_named(sd, protocol, options, tools):
+    row = Subject("two", pictures=Pictures("drawn/two", torch.rand(2, 3, 16, 16), ("a {}",)), superclass="cat")
+    with pytest.raises(ValueError, match="--pictures: drawn/two has 2 pictures, and kid needs at least 3"):
+        evaluate(sd, row, protocol, replace(options, metrics=("kid",)), Cache(), tools)
+
+
 @pytest.mark.parametrize("method", ["infusion", "lora", "custom_diffusion", "perfusion"])
 def test_every_divergence_has_that_of_the_untrained_method(sd, protocol, options, tools, subject, method):
     options = replace(options, metrics=("lfd",))
