@@ -264,7 +264,7 @@ def read_concept(path):
     with safe_open(path, "pt") as file:
         said = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if said.get("format") != "infusion-concept" or int(said["format_version"]) > 2:
+    if said.get("format") != "infusion-concept" or int(said["format_version"]) > 3:
         raise ValueError(f"{path}: no concept file that these nodes read")
     trained = {name: said[name] for name in ("method", "attention", "covariance")}
     if trained != {"method": "infusion", "attention": "foundation", "covariance": "identity"}:
@@ -294,7 +294,7 @@ def read_compact(layers, numbers):
     description = json.loads(zlib.decompress(layers))
     tensors, start = {}, 0
     for name, (shape, peak, spread, length) in description["layers"].items():
-        if not (0 <= peak < 2**13 and 0 <= math.prod(shape) <= 50_000):
+        if not (0 <= peak < 2**13 and 0 <= math.prod(shape) <= 100_000):
             raise ValueError(f"damaged: {name} is out of range")
         weights = [1 + (spread**2 << 16) // (spread + q * q) ** 2 for q in range(-peak, peak + 1)]
         below = [0, *accumulate(weights)]

@@ -102,6 +102,15 @@ def test_one_concept(nodes, sd, folder, patcher, values):
     assert distance(against, plain(sd, negative[0][0])) < 1e-5
 
 
+def test_a_compact_concept_of_sdxls_size_is_read(nodes, tmp_path):
+    names = [f"input_blocks.8.1.transformer_blocks.{i}.attn2" for i in range(60)]
+    concept = Concept({name: torch.randn(1280) for name in names}, "cat", ("{}",), "sdxl")
+    concept.save(tmp_path / "large.safetensors", "compact")
+    found = nodes.read_concept(tmp_path / "large.safetensors")["residuals"]
+    expected = Concept.load(tmp_path / "large.safetensors").tensors
+    assert len(found) == 60 and all(map(torch.equal, found.values(), expected.values()))
+
+
 def test_several_in_one_prompt_and_in_several(nodes, sd, folder, patcher):
     """Of one and two tokens, one of them twice; combined conditioning; and a concept in the negative prompt."""
     clip, model = comfy.Clip(sd), run(nodes.ApplyInfusion, model=patcher)
