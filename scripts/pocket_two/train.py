@@ -19,12 +19,13 @@ from ldm.util.cli import Parser, report
 
 PARTS = ("autoencoder", "text", "ldm", "classifier", "identity", "clip", "clipseg")  # in the order of need
 ALL = (*PARTS, "xl_text", "xl")
+LATENTS_GPU = ["data.params.batch_size=512", "data.params.workers=12", "data.params.half_steps=3000"]
 GPU = {  # what differs on a GPU: the same number of pictures or more, in larger batches
     "autoencoder": ["data.params.batch_size=256", "data.params.workers=12", "trainer.max_steps=4000"],
     "text": ["data.params.batch_size=256", "trainer.max_steps=2500"],
-    "ldm": ["data.params.batch_size=512", "data.params.half_steps=3000", "trainer.max_steps=8000"],
+    "ldm": [*LATENTS_GPU, "trainer.max_steps=8000"],
     "xl_text": ["data.params.batch_size=256", "trainer.max_steps=2500"],
-    "xl": ["data.params.batch_size=512", "data.params.half_steps=3000", "trainer.max_steps=8000"],
+    "xl": [*LATENTS_GPU, "trainer.max_steps=8000"],
     "classifier": ["data.params.batch_size=256", "data.params.workers=12", "trainer.max_steps=3000"],
     "identity": ["data.params.families=32", "data.params.workers=12", "trainer.max_steps=3000"],
     "clip": ["data.params.batch_size=384", "data.params.workers=12", "trainer.max_steps=2000"],

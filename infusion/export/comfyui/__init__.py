@@ -294,7 +294,7 @@ def read_compact(layers, numbers):
     description = json.loads(zlib.decompress(layers))
     tensors, start = {}, 0
     for name, (shape, peak, spread, length) in description["layers"].items():
-        if not (0 <= peak < 2**13 and 0 <= math.prod(shape) <= 100_000):
+        if not (0 <= peak < 2**13 and 0 <= math.prod(shape) <= 50_000):
             raise ValueError(f"damaged: {name} is out of range")
         weights = [1 + (spread**2 << 16) // (spread + q * q) ** 2 for q in range(-peak, peak + 1)]
         below = [0, *accumulate(weights)]

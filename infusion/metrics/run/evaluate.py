@@ -28,7 +28,7 @@ from infusion.metrics.run.options import (
     WORDS,
     Options,
     Tools,
-    check_pictures,
+    check_clouds,
     check_samples,
     lacks,
     metrics_of,
@@ -75,7 +75,8 @@ def check(subject: Subject, protocol: Protocol, options: Options, tools: Tools) 
     if subject.pictures is None:
         check_samples(options, len(protocol.concept))
     elif subject.pictures.images is not None:
-        check_pictures(options, len(subject.pictures.images), subject.pictures.folder)
+        folder, count = subject.pictures.folder, len(subject.pictures.images)
+        check_clouds(options, count, "--pictures", f"pictures in {folder}")
     for name in metrics_of(subject, options.metrics):
         if complaint := lacks(name, subject, tools.there):
             raise UserError(complaint)

@@ -188,11 +188,7 @@ class Tools:
 
 def check_samples(options: Options, prompts: int = 0) -> None:
     """Raises ValueError, which names the flag, for too few samples, of so many prompts where their number is known."""
-    for name, least in CLOUDS.items():
-        if options.wants(name) and options.samples < least:
-            raise UserError(
-                f"--samples: a distance between clouds ({name}) needs at least {least} samples, not {options.samples}"
-            )
+    check_clouds(options, options.samples, "--samples", "samples")
     if options.wants("div") and options.samples <= prompts:
         raise UserError(
             f"--samples: div compares samples of one prompt, and of {prompts} prompts none is drawn twice with "
@@ -200,11 +196,11 @@ def check_samples(options: Options, prompts: int = 0) -> None:
         )
 
 
-def check_pictures(options: Options, count: int, folder: str) -> None:
-    """Raises ValueError for too few pictures of a folder."""
+def check_clouds(options: Options, count: int, flag: str, things: str) -> None:
+    """Raises ValueError, which names the flag, for fewer things than a distance between clouds needs."""
     for name, least in CLOUDS.items():
         if options.wants(name) and count < least:
-            raise UserError(f"--pictures: {folder} has {count} pictures, and {name} needs at least {least}")
+            raise UserError(f"{flag}: a distance between clouds ({name}) needs at least {least} {things}, not {count}")
 
 
 def lacks_tool(metric: str, there: Collection[str]) -> str:
