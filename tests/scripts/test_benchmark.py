@@ -8,10 +8,11 @@ from infusion.attention import EditedCrossAttention
 from infusion.sampling.customised import Customised
 from infusion.sampling.sample import sample
 from ldm.pipeline import StableDiffusion
-from scripts import benchmark
-from scripts.benchmark import CASES, RATIOS, Settings, build_model, main, noise, random_concepts
+from scripts.benchmark import main
+from scripts.benchmarks import battery, measure
+from scripts.benchmarks.cases import CASES, RATIOS, Settings, build_model, noise, random_concepts
 
-SETTINGS, MIB = Settings("cpu", "pocket", latent=8, batch=2, steps=2), 2**20
+SETTINGS = Settings("cpu", "pocket", latent=8, batch=2, steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +60,6 @@ def test_the_unet_is_diffusers(pocket):
     pocket.unet.out[2].bias.sub_(0.1)
 
 
-def test_other_predictions_than_diffusers_are_an_error(pocket, monkeypatch):
-    @contextmanager
-    def case(sd, settings, diffusers=False):
-        yield lambda: torch.full((2,), 1.0 if diffusers else 1.1)
-
-    monkeypatch.setattr(benchmark, "unet", case)
-    with pytest.raises(RuntimeError, match=r"unet and unet_diffusers differ by 1.0e-01"):
-        benchmark.check_agreement(pocket, SETTINGS)
-
-
 @pytest.mark.parametrize("name", ["train_step", "train_step_checkpointing"])
 def test_a_training_step_learns(pocket, name):
     with CASES[name](pocket, SETTINGS) as run:
@@ -77,7 +68,7 @@ def test_a_training_step_learns(pocket, name):
     assert all(parameter.grad is None for parameter in pocket.parameters()) and not pocket.unet.checkpoint
 
 
-def test_cases_take_turns_and_only_their_runs_are_timed(monkeypatch):
+def test_cases_take_turns_and_only_their_runs_are_timed(pocket, monkeypatch):
     now, order = [0.0], []
 
     def case(name, seconds):
@@ -93,27 +84,10 @@ def test_cases_take_turns_and_only_their_runs_are_timed(monkeypatch):
 
         return ready
 
-    monkeypatch.setattr(benchmark, "CASES", {"a": case("a", 5), "b": case("b", 7)})
-    assert benchmark.take_turns(["a", "b"] * 2, None, SETTINGS, lambda: now[0]) == {"a": [5, 5], "b": [7, 7]}
+    monkeypatch.setattr(measure, "CASES", {"a": case("a", 5), "b": case("b", 7)})
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    assert measure.take_turns(["a", "b"] * 2, pocket, SETTINGS) == {"a": [5, 5], "b": [7, 7]}
     assert order == ["a", "b", "a", "b"]
-
-
-def test_a_peak_is_what_the_case_takes_at_most_after_the_model_was_built(pocket, monkeypatch):
-    """The model takes 300 MiB while it is built; the case takes 100 for a moment, and keeps none."""
-
-    @contextmanager
-    def case(sd, settings):
-        yield lambda: torch.ones(100 * MIB // 4)
-
-    def build(settings):
-        torch.ones(300 * MIB // 4)
-        return pocket
-
-    monkeypatch.setattr(benchmark, "build_model", build)
-    monkeypatch.setitem(CASES, "image", case)
-    found = benchmark.peak_here("image", SETTINGS)
-    assert 90 * MIB < found["above_loaded_bytes"] < 130 * MIB
-    assert found["peak_bytes"] == found["loaded_bytes"] + found["above_loaded_bytes"]
 
 
 def test_a_file_and_a_table(tmp_path, capsys):
@@ -123,14 +97,10 @@ def test_a_file_and_a_table(tmp_path, capsys):
     main([*flags, "--json", str(file)])
     found, shown = json.loads(file.read_text()), capsys.readouterr().out
     base, concept = RATIOS[name][::-1]
-    assert list(found["times"]) == list(found["flops"]) == [base, concept, "unet"] and found["memory"] == {}
-    assert all(
-        0 < t["min_s"] <= t["q1_s"] <= t["median_s"] <= t["q3_s"] and t["n"] == 3 for t in found["times"].values()
-    )
-    assert found["flops"]["unet"] * 2 == found["flops"][base]  # guidance has two rows for each image
-    ratio = found["ratios"][name]
-    assert ratio["value"] == found["times"][concept]["median_s"] / found["times"][base]["median_s"]
-    assert 1.3 < ratio["flops"] < 1.6  # three rows instead of two, of which one has no cross-attention of its own
+    cases, ratio = found["cases"], found["ratios"][name]
+    assert list(cases) == [base, concept, "unet"]
+    assert all(0 < case["q1"] <= case["median"] <= case["q3"] for case in (*cases.values(), ratio))
+    assert cases["unet"]["flops"] * 2 == cases[base]["flops"]  # guidance has two rows for each image
     assert found["command"].startswith("python scripts/benchmark.py --size pocket --latent 8")
     assert found["device"]["torch"] == torch.__version__ and found["device"]["name"]
     assert {base, concept, "unet", name} <= {line.split()[0] for line in shown.splitlines() if line}
@@ -138,17 +108,17 @@ def test_a_file_and_a_table(tmp_path, capsys):
 
 def test_operations_are_known_from_shapes_alone(tmp_path, pocket):
     """As many as are counted where they are done; training holds more than a guided step does."""
-    file, names = tmp_path / "shapes.json", "guided_step_one_concept,train_step,train_step_checkpointing"
-    flags = ["--size", "pocket", "--latent", "8", "--batch", "2", "--device", "cpu", "--only", names]
+    file, wanted = tmp_path / "shapes.json", "guided_step_with_concept_vs_base,train_step,train_step_checkpointing"
+    flags = ["--size", "pocket", "--latent", "8", "--batch", "2", "--only", wanted]
     main([*flags, "--estimate", "--json", str(file)])
     found = json.loads(file.read_text())
-    assert found["times"] == {} and list(found["flops"]) == names.split(",")
-    for name, flops in found["flops"].items():
-        assert flops == pytest.approx(benchmark.count_flops(name, pocket, SETTINGS), rel=0.02)
-    above = {name: memory["above_loaded_bytes"] for name, memory in found["memory"].items()}
-    assert 0 < above["guided_step_one_concept"] < above["train_step"]
+    assert 1.3 < found["ratios"]["guided_step_with_concept_vs_base"]["flops"] < 1.6  # a third row of its two
+    for name, case in found["cases"].items():
+        assert case["flops"] == pytest.approx(measure.warm_up(name, pocket, SETTINGS)["flops"], rel=0.02)
     weights = sum(parameter.nbytes for parameter in pocket.parameters())
-    assert found["memory"]["train_step"]["loaded_bytes"] == pytest.approx(weights, rel=0.01)
+    step, training = (found["cases"][name] for name in ("guided_step_one_concept", "train_step"))
+    assert step["weights_bytes"] == pytest.approx(weights, rel=0.01)
+    assert step["weights_bytes"] < step["peak_bytes"] < training["peak_bytes"]
 
 
 @pytest.mark.slow
@@ -157,24 +127,31 @@ def test_the_battery_is_rehearsed_without_a_gpu(tmp_path, capsys):
     main(["--rehearse", "--device", "cpu", "--json", str(file)])
     found, shown = json.loads(file.read_text()), capsys.readouterr().out
     assert list(found["sizes"]) == ["pocket", "pocket_xl"] and found["command"].endswith(str(file))
-    for size in found["sizes"].values():
-        measured = size["measured"]
-        step = "train_step" if size["settings"]["size"] == "pocket" else "train_step_checkpointing"  # as its recipe
-        assert list(measured["seconds"]) == [*benchmark.TIMED] and all(measured["seconds"].values())
-        assert size["concept_photos"] == 8000 and size["utilisation"]["unet"] > 0
-        assert size["concept_s"] == pytest.approx(8000 * measured["seconds"][step] / benchmark.PHOTOS)
-        assert size["fp16_scaler"]["finite"] and size["cuda_graph"] == "needs CUDA"
-        assert size["compiled"]["plain_s"] > 0 and size["compiled"]["compiled_s"] > 0
-    assert {"concept_s", "utilisation.unet", "measured.seconds.image"} <= {
-        line.split()[0] for line in shown.splitlines() if line
-    }
+    for name, size in found["sizes"].items():
+        assert set(battery.PARTS) <= set(size)
+        step = "train_step" if name == "pocket" else "train_step_checkpointing"  # as its recipe
+        assert size["concept_photos"] == 8000
+        assert size["concept_s"] == pytest.approx(8000 * size[step][step]["median"] / battery.PHOTOS)
+        assert size["utilisation"]["unet"] > 0 and size["fp16_scaler"]["finite"] and size["cuda_graph"] == "needs CUDA"
+        assert size["compiled"]["plain"] > 0 and size["compiled"]["compiled"] > 0
+    shown = {line.split()[0] for line in shown.splitlines() if line}
+    assert {"concept_s", "utilisation.unet", "image.image.median"} <= shown
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--battery"], "--battery: name the file"), (["--battery", "--json", "x.json"], "--battery: needs CUDA, not cpu"),
-])  # fmt: skip
-def test_the_battery_needs_a_file_and_a_gpu(flags, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_battery_needs_a_gpu(capsys):
     with pytest.raises(SystemExit) as stopped:
-        main([*flags, "--device", "cpu"])
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+        main(["--battery", "--device", "cpu"])
+    assert stopped.value.code == 2 and "--battery: needs CUDA, not cpu" in capsys.readouterr().err
+
+
+def test_a_part_that_fails_leaves_the_others(monkeypatch):
+    def fail(sd, settings):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(battery, "SIZES", battery.SMALL)
+    parts = {name: (0, fail) for name in battery.PARTS}
+    parts |= {"fp16_scaler": (0, lambda sd, settings: 3), "image": (10**6, fail)}
+    monkeypatch.setattr(battery, "PARTS", parts)
+    found = battery.battery(torch.device("cpu"), rehearse=False, save=lambda sizes: None)
+    assert found["pocket"]["train_step"] == "failed: no memory" and found["pocket_xl"]["fp16_scaler"] == 3
+    assert found["pocket"]["image"] == "left out: no time"
