@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,17 @@ import main as training
 import scripts.metrics as metrics
 from data.photos import PhotoFolder
 from infusion.concepts.base import check_there
-from infusion.metrics.run.protocol import Protocol
-from infusion.metrics.run.subjects import read
+from infusion.metrics.run.protocol import KEYS, Protocol
+from infusion.metrics.run.subjects import BenchmarkSubject, read
 from ldm.training.config import check_inputs, check_nodes, read_config
 from ldm.util.cli import UserError, naming, suggestion
 from ldm.util.config import ConfigError, check_params, find, load_config
 from ldm.util.defaults import POCKET
-from scripts.subjects import protocol_file
+from ldm.util.files import write
 
 POCKET_TWO = "pocket_two"
 NETWORKS = ("clip", "clipseg", "dino", "dinov2", "identity", "lpips", "covariance")  # files and folders of `measure`
-FILLED_IN = (
-    "personalized_ckpt",
-    "labels",
-    "groups",
-    "images",
-    "out",
-    "cache",
-)  # its flags that each row has its own of
+FILLED_IN = ("personalized_ckpt", "labels", "groups", "images", "out", "cache")  # its flags that each row has
 NAME = re.compile(r"[\w.+-][\w .+-]*")  # of subjects and variants: parts of paths, and of lists with commas
 
 
@@ -99,10 +93,12 @@ class Experiment:
 
     def runs(self) -> list[tuple[Variant, Subject, int | None]]:
         """What is trained or taken from elsewhere, which has no seed."""
-        seeds = {
-            variant.name: (variant.seeds or self.seeds) if variant.config else (None,) for variant in self.variants
-        }
-        return [(v, subject, seed) for v in self.variants for subject in self.subjects for seed in seeds[v.name]]
+        return [
+            (variant, subject, seed)
+            for variant in self.variants
+            for subject in self.subjects
+            for seed in (variant.seeds or self.seeds if variant.config else (None,))
+        ]
 
     def only(self, names: Sequence[str]) -> "Experiment":
         """Of these variants and these subjects; where none of a kind is named, of all."""
@@ -110,8 +106,9 @@ class Experiment:
         for name in names:
             if name not in known:
                 raise UserError(f"--only: there is no variant or subject `{name}`{suggestion(name, known)}")
-        both = ([one for one in ones if one.name in names] or ones for ones in (self.variants, self.subjects))
-        return replace(self, **dict(zip(("variants", "subjects"), both, strict=True)))
+        variants = [one for one in self.variants if one.name in names] or self.variants
+        subjects = [one for one in self.subjects if one.name in names] or self.subjects
+        return replace(self, variants=variants, subjects=subjects)
 
 
 def arguments(variant: Variant, subject: Subject, seed: int, data_root: str | Path) -> list[str]:
@@ -138,17 +135,19 @@ def read_experiment(path: str, overrides: Sequence[str], protocols: Path) -> Exp
     Raises:
         UserError: a mistake, which the message names.
     """
-    usual = {"subjects": {}, "variants": {}, "seeds": [0], "masks": None, "measure": {}, "cores": 1, "gpus": None}
-    config = load_config(find(path), overrides, usual, Experiment)
-    values = OmegaConf.to_container(config, resolve=True)
-    values |= {"name": Path(path).stem}
+    usual = {"subjects": {}, "variants": {}, "base": []}
+    usual |= {"seeds": [0], "masks": None, "measure": {}, "cores": 1, "gpus": None}
+    values = OmegaConf.to_container(load_config(find(path), overrides, usual, Experiment), resolve=True)
     with naming(path):
-        check_params(Experiment, values | {"subjects": [], "variants": []}, "")
         for key in ("subjects", "variants"):
             if not isinstance(values[key], dict) or not values[key]:
                 raise ConfigError(f"{key}: a mapping of names is wanted")
-        values["subjects"] = read_subjects(values["subjects"], protocols)
-        values["variants"] = [as_variant(name, said) for name, said in values["variants"].items()]
+        values |= {
+            "name": Path(path).stem,
+            "subjects": read_subjects(values["subjects"], protocols),
+            "variants": read_variants(values["variants"], values.pop("base")),
+        }
+        check_params(Experiment, values, "")
         experiment = Experiment(**values)
         check(experiment)
     return experiment
@@ -171,7 +170,7 @@ def known_subjects(source: str, names: Sequence[str] | None, protocols: Path) ->
     if source not in (POCKET, POCKET_TWO):
         with naming("subjects.from"):
             listed = read(source, names)
-        return [Subject(s.name, str(s.photos), s.superclass, protocol_file(s, str(protocols))) for s in listed]
+        return [Subject(s.name, str(s.photos), s.superclass, protocol_file(s, protocols)) for s in listed]
     if source == POCKET:
         from data.pocket.scene import CONCEPTS
 
@@ -186,15 +185,42 @@ def known_subjects(source: str, names: Sequence[str] | None, protocols: Path) ->
     return [Subject(name, f"data/{source}/concepts/{name}", nouns[name]) for name in chosen]
 
 
-def as_variant(name: str, said: object) -> Variant:
-    """A config file, a list of these, or a mapping."""
-    values = dict(said) if isinstance(said, dict) else {"config": said}
-    if isinstance(values.get("config"), str):
-        values["config"] = [values["config"]]
-    check_params(Variant, values | {"name": name}, f"variants.{name}")
-    if sum(bool(values.get(kind)) for kind in ("config", "file", "pictures")) != 1:
-        raise ConfigError(f"variants.{name}: give one of config, file and pictures")
-    return Variant(name, **values)
+def protocol_file(subject: BenchmarkSubject, folder: Path) -> str:
+    """The shipped file with a subject's prompts, or one that is written; a file with other contents is left alone."""
+    if subject.protocol:
+        return subject.protocol
+    content, path = subject.as_protocol().as_dict(), folder / f"{subject.name}.yaml"
+    text = OmegaConf.to_yaml({key: content[key] for key in KEYS})
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise UserError(f"{path} exists already, with other prompts; name another folder by --out")
+    write(path, text.encode())
+    return str(path)
+
+
+def read_variants(said: dict[str, Any], base: str | list[str]) -> list[Variant]:
+    """A config file, a list of these, or a mapping, in which `trials:` stands for a variant of each combination of the
+    values of some keys. `base` comes after every variant's own config."""
+    found = []
+    for name, own in said.items():
+        values = dict(own) if isinstance(own, dict) else {"config": own}
+        if sum(bool(values.get(kind)) for kind in ("config", "file", "pictures")) != 1:
+            raise ConfigError(f"variants.{name}: give one of config, file and pictures")
+        if values.get("config"):
+            values["config"] = [*as_list(values["config"]), *as_list(base)]
+        trials = values.pop("trials", {})
+        if not isinstance(trials, dict) or not all(isinstance(tried, list) for tried in trials.values()):
+            raise ConfigError(f"variants.{name}.trials: a mapping of keys to lists of values is wanted")
+        for chosen in product(*trials.values()):
+            words = [f"{key}={value}" for key, value in zip(trials, chosen, strict=True)]
+            one = values | {"name": " ".join(map(str, (name, *chosen)))}
+            one |= {"overrides": [*as_list(one.get("overrides", [])), *words]} if words else {}
+            check_params(Variant, one, f"variants.{name}")
+            found.append(Variant(**one))
+    return found
+
+
+def as_list(said: Any) -> list:
+    return said if isinstance(said, list) else [said]
 
 
 def check(experiment: Experiment) -> None:

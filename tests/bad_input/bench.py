@@ -39,7 +39,6 @@ COMMANDS = {  # as users type them -> module
     "demo": "scripts.demo",
     "inspect": "scripts.inspect_file",
     "metrics": "scripts.metrics",
-    "subjects": "scripts.subjects",
     "txt2img": "scripts.infusion_txt2img",
 }
 

@@ -131,7 +131,6 @@ FLAGS: dict[str, tuple[list, dict[str, tuple[str, ...]]]] = {  # command -> flag
         CONVERT,
         {"--form": ("tiny",), "--superclass": ("cat",), "--gate": ("soft",), "--architecture": ("sd9",)},
     ),
-    "subjects": (["FOLDER"], {"--subjects": ("dog,", "unicorn"), "--protocols": ("FOLDER/file",)}),
 }
 CASES = [
     (command, flag, value)

@@ -44,7 +44,9 @@ def test_a_list_of_subjects_that_is_none_is_named(bench, photos, case):
     content, says = LISTS[case]
     (bench.folder / "prompts.txt").write_text("a {} on grass\n")
     (bench.folder / "dataset.json").write_text(content)
-    bench.refuse("subjects", "FOLDER", "--protocols", "FOLDER/protocols", says=says)
+    said = f"subjects: {{from: {bench.folder}}}\nvariants: {{demo: configs/pocket_demo.yaml}}\n"
+    (bench.folder / "experiment.yaml").write_text(said)
+    bench.refuse("experiment", "FOLDER/experiment.yaml", "--out", "FOLDER/out", says=says)
 
 
 WHOLE = (

@@ -43,6 +43,7 @@ ABSENT = {  # whose weights or photos are not in the repository
         (["measure.dino=nowhere"], "measure: --dino: there is no file nowhere"),
         (["measure.out=x"], "measure: out: each row has its own; leave it out"),
         (["variants.drawn.pictures=."], "measure: with pictures: name the base model by `config`, and take subjects"),
+        (["variants.infusion.trials={seed: 3}"], "variants.infusion.trials: a mapping of keys to lists"),
         (["cores=0"], "cores must be at least 1"),
         (["--only", "lora"], "--only: there is no variant or subject `lora`"),
     ],
@@ -68,6 +69,15 @@ def test_seeds_of_its_own_and_rows_without(experiment, tmp_path):
     words = ["variants.infusion.seeds=[5,6]", f"variants.mine.file={file}", "seeds=[1]"]
     runs = read_experiment(str(experiment()), words, tmp_path).runs()
     assert [seed for variant, subject, seed in runs if subject.name == "this cat"] == [5, 6, 1, None]
+
+
+def test_trials_are_variants_of_each_combination_and_the_base_comes_last(experiment, tmp_path):
+    words = ["variants.infusion.trials={learning_rate: [0.1, 0.3], batch_size: [1, 2]}", "base=last.yaml"]
+    with pytest.raises(UserError, match=r"variants.infusion 0.1 1: last.yaml: no such config file"):
+        read_experiment(str(experiment()), words, tmp_path)
+    found = read_experiment(str(experiment()), words[:1], tmp_path).variants
+    assert [one.name for one in found] == [*(f"infusion {a} {b}" for a in (0.1, 0.3) for b in (1, 2)), "dreambooth"]
+    assert found[1].overrides == ["learning_rate=0.1", "batch_size=2"] and found[1].config == found[0].config
 
 
 @pytest.mark.parametrize("name", ["pocket", "pocket_ablations"])

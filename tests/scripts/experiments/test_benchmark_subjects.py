@@ -1,4 +1,4 @@
-"""The command, and what docs/protocol.md says to run."""
+"""Subjects of published benchmarks, and what docs/protocol.md says to run."""
 
 import json
 import re
@@ -10,12 +10,11 @@ import pytest
 import main as training
 import scripts.experiment
 import scripts.experiments.config
-import scripts.subjects
 from infusion.metrics.run.protocol import Protocol
-from infusion.metrics.run.subjects import dreambooth_prompts
+from infusion.metrics.run.subjects import dreambooth_prompts, read
+from ldm.util.cli import UserError
 from ldm.util.config import ROOT
-from scripts.experiments.config import arguments, read_experiment
-from scripts.subjects import main
+from scripts.experiments.config import Subject, arguments, known_subjects, read_experiment
 
 METHODS = ("infusion", "textual_inversion", "perfusion", "lora", "custom_diffusion", "dreambooth")
 
@@ -28,38 +27,22 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "dreambooth"
 
 
-def test_a_line_for_each_subject(root, capsys):
-    main([str(root), "--subjects", "dog8,bear_plushie"])
-    assert capsys.readouterr().out == (
-        f"dog8\tdog\t{root}/dog8\tconfigs/protocol/dreambooth_live.yaml\n"
-        f"bear_plushie\tstuffed animal\t{root}/bear_plushie\tconfigs/protocol/dreambooth_object.yaml\n"
-    )
-    with pytest.raises(SystemExit, match="2"):
-        main([str(root)])
-    out, error = capsys.readouterr()
-    assert out == "" and error.startswith("error: backpack: there is no folder")
-
-
-def test_protocols_are_written_for_prompts_that_none_has(tmp_path, capsys):
+def test_protocols_are_written_for_prompts_that_none_has(tmp_path):
     (tmp_path / "photos/my_cat").mkdir(parents=True)
     (tmp_path / "photos/my_cat/0.png").touch()
     (tmp_path / "cat.txt").write_text("a {} in ice\nphoto of a {}\n")
     entry = {"class_prompt": "cat", "instance_data_dir": "photos/my_cat", "prompt_filename": "cat.txt"}
     (tmp_path / "dataset.json").write_text(json.dumps([entry]))
-    with pytest.raises(SystemExit, match="2"):
-        main([str(tmp_path)])
-    assert "error: --protocols: name a folder" in capsys.readouterr().err
-    file, arguments = tmp_path / "out/my_cat.yaml", [str(tmp_path), "--protocols", str(tmp_path / "out")]
-    main(arguments)
-    assert capsys.readouterr().out == f"my_cat\tcat\t{tmp_path}/photos/my_cat\t{file}\n"
+    (subject,) = known_subjects(str(tmp_path), None, tmp_path / "out")
+    file = tmp_path / "out/my_cat.yaml"
+    assert subject == Subject("my_cat", f"{tmp_path}/photos/my_cat", "cat", str(file))
     protocol = Protocol.load(file)
-    assert protocol.concept == ("a {} in ice", "photo of a {}")
-    assert protocol == scripts.subjects.read(tmp_path)[0].as_protocol()
-    main(arguments)  # again: the same prompts
+    assert protocol.concept == ("a {} in ice", "photo of a {}") and protocol == read(tmp_path)[0].as_protocol()
+    known_subjects(str(tmp_path), None, tmp_path / "out")  # again: the same prompts
     file.write_text("mine")
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-    assert "my_cat.yaml exists already" in capsys.readouterr().err and file.read_text() == "mine"
+    with pytest.raises(UserError, match="my_cat.yaml exists already"):
+        known_subjects(str(tmp_path), None, tmp_path / "out")
+    assert file.read_text() == "mine"
 
 
 def test_the_commands_of_the_page_are_what_the_program_takes(root, tmp_path, monkeypatch):
