@@ -21,8 +21,7 @@ from infusion.concepts.concept import Concept
 from infusion.covariance import InverseCovariance
 from infusion.sampling.sample import sample
 from infusion.sampling.settings import Settings
-from ldm.pipeline import StableDiffusion
-from ldm.util.cli import Parser, add_base_flags, count, find_device, number, report, seed
+from ldm.util.cli import Parser, add_base_flags, count, find_device, report, seed
 from ldm.util.config import find
 
 
@@ -32,60 +31,39 @@ def psnr(images: Tensor, reference: Tensor) -> list[float]:
     return values.tolist()
 
 
-def compare_forms(
-    sd: StableDiffusion,
-    concept: Concept,
-    prompts: list[str],
-    seeds: list[int],
-    settings: Settings,
-    inverse_covariance: Tensor | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Form -> `bytes`, `relative_error` of the numbers, and of the samples `psnr` (dB, one each) and `worst_psnr`.
-
-    The reference is the full form, which has no `psnr`. An image that equals the full form's bit for bit counts null.
-    """
-    forms: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for form in FORMS:
-            path = Path(folder) / f"{form}.safetensors"
-            concept.save(path, form)
-            loaded = Concept.load(path)
-            images = sample(sd, prompts, [loaded], settings, seed=seeds, inverse_covariance=inverse_covariance)
-            forms[form] = {"bytes": path.stat().st_size, "relative_error": loaded.relative_error(concept)}
-            if form == FORMS[0]:
-                reference = images
-            else:
-                decibels = psnr(images, reference)
-                finite = [value if math.isfinite(value) else None for value in decibels]
-                worst = min((value for value in finite if value is not None), default=None)
-                forms[form] |= {"psnr": finite, "worst_psnr": worst}
-    return forms
-
-
 @report
 def main(arguments: list[str] | None = None) -> None:
-    usual = Settings()
     parser = Parser(description="Bytes of a concept's forms, and PSNR of their samples to the full form's, as JSON.")
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="backbone config")
     add_base_flags(parser)
     add("--concept", required=True, metavar="FILE", help="concept file, of the form full")
-    add("--prompt", nargs="+", help="{} is the concept; taken in turn", default=["a photo of a {}"])
+    add("--prompt", help="{} is the concept", default="a photo of a {}")
     add("--n_samples", type=count, help="images", default=4)
-    add("--steps", type=count, help="sampling steps", default=usual.steps)
-    add("--scale", type=number, help="classifier-free guidance; 1 is none", default=usual.scale)
+    add("--steps", type=count, help="sampling steps", default=Settings().steps)
     add("--seed", type=seed, help="of the first image; image i has the seed + i", default=0)
     add("--covariance", metavar="FILE", help="C⁻¹ that the concept was trained with; None: the identity")
     add("--device", help="such as cpu or cuda:1; auto: CUDA where there is some", default="auto")
     flags = parser.parse_args(arguments)
     concept, inverse = Concept.load(find(flags.concept)), InverseCovariance(flags.covariance)
-    device = find_device(flags.device)
-    sd = load_base(flags, find(flags.config), [concept], device)
-    prompts = [flags.prompt[i % len(flags.prompt)] for i in range(flags.n_samples)]
+    sd = load_base(flags, find(flags.config), [concept], find_device(flags.device))
     seeds = [flags.seed + i for i in range(flags.n_samples)]
-    settings = Settings(steps=flags.steps, scale=flags.scale)
-    forms = compare_forms(sd, concept, prompts, seeds, settings, inverse.matrix)
-    print(json.dumps({"numbers": concept.numbers, "prompts": prompts, "seeds": seeds, "forms": forms}, indent=2))
+    forms: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for form in FORMS:  # the full form first
+            path = Path(folder) / f"{form}.safetensors"
+            concept.save(path, form)
+            loaded, prompts = Concept.load(path), [flags.prompt] * flags.n_samples
+            settings = Settings(steps=flags.steps)
+            images = sample(sd, prompts, [loaded], settings, seed=seeds, inverse_covariance=inverse.matrix)
+            forms[form] = {"bytes": path.stat().st_size, "relative_error": loaded.relative_error(concept)}
+            if form == FORMS[0]:
+                reference = images
+            else:
+                decibels = [value if math.isfinite(value) else None for value in psnr(images, reference)]
+                worst = min((value for value in decibels if value is not None), default=None)
+                forms[form] |= {"psnr": decibels, "worst_psnr": worst}  # None: the same image, bit for bit
+    print(json.dumps({"numbers": concept.numbers, "prompt": flags.prompt, "seeds": seeds, "forms": forms}, indent=2))
 
 
 if __name__ == "__main__":
