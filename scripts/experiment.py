@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(Costs(out).table(graph, driver))
             return
         driver.run(graph.tasks, flags.retry_failed)
-        rows = [row for row, task in zip(graph.rows, graph.measures, strict=False) if task.is_done]
+        measured = zip(graph.rows, graph.measures, strict=True) if graph.measures else ()
+        rows = [row for row, task in measured if task.is_done]
         page = graph.report(rows) if rows else None
         if page:
             driver.run([*graph.tasks, page], flags.retry_failed)

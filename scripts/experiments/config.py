@@ -202,20 +202,19 @@ def read_variants(said: dict[str, Any], base: str | list[str]) -> list[Variant]:
     values of some keys. `base` comes after every variant's own config."""
     found = []
     for name, own in said.items():
-        values = dict(own) if isinstance(own, dict) else {"config": own}
-        if sum(bool(values.get(kind)) for kind in ("config", "file", "pictures")) != 1:
-            raise ConfigError(f"variants.{name}: give one of config, file and pictures")
+        values = (dict(own) if isinstance(own, dict) else {"config": own}) | {"name": name}
+        trials = values.pop("trials", {})
         if values.get("config"):
             values["config"] = [*as_list(values["config"]), *as_list(base)]
-        trials = values.pop("trials", {})
+        check_params(Variant, values, f"variants.{name}")
+        if sum(bool(values.get(kind)) for kind in ("config", "file", "pictures")) != 1:
+            raise ConfigError(f"variants.{name}: give one of config, file and pictures")
         if not isinstance(trials, dict) or not all(isinstance(tried, list) for tried in trials.values()):
             raise ConfigError(f"variants.{name}.trials: a mapping of keys to lists of values is wanted")
         for chosen in product(*trials.values()):
             words = [f"{key}={value}" for key, value in zip(trials, chosen, strict=True)]
-            one = values | {"name": " ".join(map(str, (name, *chosen)))}
-            one |= {"overrides": [*as_list(one.get("overrides", [])), *words]} if words else {}
-            check_params(Variant, one, f"variants.{name}")
-            found.append(Variant(**one))
+            one = {"name": " ".join(map(str, (name, *chosen))), "overrides": [*values.get("overrides", []), *words]}
+            found.append(Variant(**values | one))
     return found
 
 

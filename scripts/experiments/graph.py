@@ -183,10 +183,8 @@ class Graph:
             "labels": [row.label for row in concepts],
             "groups": [row.variant.name.replace("_", " ") for row in rows],
             "images": [str(row.photos.result) for row in rows],
-            "protocol": [row.subject.protocol for row in rows],
+            "protocol": [row.subject.protocol for row in rows if row.subject.protocol],
         }
-        if not any(columns["protocol"]):
-            del columns["protocol"]
         flags = dict(self.experiment.measure) | {key: values for key, values in columns.items() if values}
         words = as_flags(flags | {"cache": str(self.out / "cache")})
         for row in rows[len(concepts) :]:

@@ -158,7 +158,7 @@ def test_training_is_a_command_of_this_python(monkeypatch):
         (["--base", "nowhere.yaml"], "error: nowhere.yaml: no such config file"),
         (["--concepts", "zigzag_hut"], "there is no `zigzag_hut`; did you mean `zigzag_hat`?"),
         (["--samples", "1"], "--samples: at least 2 are needed, not 1"),
-        (["max_steps"], "write an override as key=value"),
+        (["max_steps"], "override `max_steps`: write it as key=value"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(run, capsys, tmp_path, arguments, complaint):
