@@ -1,7 +1,6 @@
 """Fine-tuned checkpoints, in LDM's layout or diffusers' folders, as concepts of DreamBooth: every weight is another."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from infusion.concepts.concept import Concept
@@ -41,7 +40,5 @@ def load(file: TensorFile | Folder, said: Mapping[str, Any]) -> Concept:
         for name, tensor in module.state_dict().items():
             if stored := found.sources[prefixes[component]][name]:
                 tensors[start + name + WHOLE] = read_tensor(name, tensor.shape, file, stored)
-    path = Path(file.path)
-    options = {"identifier": ""}
-    facts = history(file.metadata, said, path)
-    return Concept(tensors, architecture=architecture, method="dreambooth", options=options, **facts)
+    facts = history(file, said)
+    return Concept(tensors, architecture=architecture, method="dreambooth", options={"identifier": ""}, **facts)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, Self
 
 import torch
@@ -26,6 +25,10 @@ MODELSPEC_ARCHITECTURES = {
     "sd21_768": "stable-diffusion-v2-768-v",
     "sdxl": "stable-diffusion-xl-v1-base",
 }
+REQUIRED = (  # of a file's metadata
+    *("method", "attention", "superclass", "templates", "gate", "beta", "tau", "covariance", "layers"),
+    *("base_architecture", "base_sha256", "steps", "learning_rate", "seed", "date"),
+)
 TWINS = {"sd21", "sd21_768"}  # of the same tensors: files of other tools often do not say which one they are for
 
 
@@ -208,25 +211,26 @@ class Concept:
                 unusable contents; the message names the file.
         """
         path = concept_files(path)[-1]
-        if path.is_dir():
-            return _others(path).load(path, said)
-        with file.opened(path) as content:
-            if not file.is_concept(content):
-                return _others(path).read(content, said)
-            with naming(str(path)):
-                tensors, metadata = file.contents(content)
-                if said:
-                    raise UserError(f"a concept file, which says itself what its {next(iter(said))} is")
-                try:
+        if not path.is_dir():
+            with file.opened(path) as content, naming(str(path)):
+                if file.is_concept(content):
+                    tensors, metadata = file.contents(content)
+                    if said:
+                        raise UserError(f"a concept file, which says itself what its {next(iter(said))} is")
                     return cls._from_metadata(tensors, metadata)
-                except KeyError as error:
-                    raise UserError(f"the metadata lacks {error}") from error
+        try:  # it knows all models, which a machine that only reads concepts need not have
+            from infusion.concepts import others
+        except ModuleNotFoundError as error:
+            raise UserError(f"{path}: no concept file; {file.UNKNOWN}") from error
+        return others.load(path, said)
 
     @classmethod
     def _from_metadata(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Self:
         def parsed(name: str, kind: type, default: str | None = None) -> Any:
             return fields.as_json(name, metadata.get(name, default) if default else metadata[name], kind)
 
+        if lacking := [name for name in REQUIRED if name not in metadata]:
+            raise UserError(f"the metadata lacks {lacking[0]!r}")
         layers = parsed("layers", list)
         if not all(isinstance(name, str) for name in layers) or set(layers) != set(tensors):
             raise UserError("the layers that the metadata lists are not those of the tensors")
@@ -250,15 +254,6 @@ class Concept:
             batch_size=parsed("batch_size", int, "0"),
             date=metadata["date"],
         )
-
-
-def _others(path: str | Path) -> ModuleType:
-    """What reads other tools' files. It knows all models, which a machine that only reads concepts need not have."""
-    try:
-        from infusion.concepts import others
-    except ModuleNotFoundError as error:
-        raise UserError(f"{path}: no concept file; {file.UNKNOWN}") from error
-    return others
 
 
 def _short(base_hash: str | None) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from infusion.concepts.concept import Concept
-from infusion.concepts.embeddings import noun_of, stacked
-from infusion.concepts.places import Place, find_architecture, find_place, history, key, places, skeleton
+from infusion.concepts.embeddings import PLACEHOLDER, stacked
+from infusion.concepts.places import find_architecture, find_place, history, key, places, skeleton
 from infusion.deltas import DOWN, UP, WHOLE
 from infusion.methods.base import TOKENS
 from ldm.util.cli import UserError
@@ -36,13 +36,11 @@ def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
     changes, words = _contents(file)
     width = next((shape[-1] for name, shape in _shapes(changes).items() if re.search(r"to_[kv]\.weight", name)), None)
     architecture = find_architecture(file.metadata, said, width)
-    known = {ending: places(skeleton(architecture), ending) for ending in (".weight", ".bias")}
+    known = {ending: places(skeleton(architecture), f".{ending}") for ending in ("weight", "bias")}
     tensors: dict[str, Tensor] = {}
     for name, change in changes.items():
         module, _, ending = name.rpartition(".")
-        place: Place | None = find_place(known.get(f".{ending}", {}), key("unet", module))
-        if place is None:
-            raise UserError(f"has a tensor {name[:100]!r}, which {architecture} does not have")
+        place = find_place(known.get(ending, {}), key("unet", module), architecture)
         if isinstance(change, Tensor):
             tensors[place.tensor + WHOLE] = change
         else:
@@ -50,12 +48,11 @@ def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
             tensors |= {place.tensor + DOWN: down, place.tensor + UP: up}
     if not tensors:
         raise UserError("has words of Custom Diffusion and no weights")
-    token = ""
+    token = placeholder = ""
     if words:
         token, tensors[TOKENS] = stacked(words)
-    facts = history(file.metadata, said, file.path, re.sub(r"[<>]", "", token))
-    if words:
-        facts["noun"] = noun_of(said, tensors[TOKENS], behind=said.get("superclass", ""))
+        placeholder = PLACEHOLDER * len(tensors[TOKENS]) + said.get("superclass", "")
+    facts = history(file, said, token, placeholder)
     return Concept(tensors, architecture=architecture, method="custom_diffusion", options={"identifier": ""}, **facts)
 
 

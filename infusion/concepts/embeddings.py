@@ -3,7 +3,6 @@
 A file has T vectors in place of one word. Here they take the place of T tokens of the prompt, whatever these are.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,8 +53,7 @@ def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
     found, vectors = stacked(words)
     token = token if isinstance(token, str) and token else found or file.path.stem
     architecture = find_architecture(file.metadata, said, vectors.shape[1])
-    facts = history(file.metadata, said, file.path, re.sub(r"[<>]", "", token))
-    facts["noun"] = noun_of(said, vectors)
+    facts = history(file, said, token, PLACEHOLDER * len(vectors))
     return Concept({TOKENS: vectors}, architecture=architecture, method="textual_inversion", **facts)
 
 
@@ -73,8 +71,3 @@ def stacked(words: Mapping[str, Tensor]) -> tuple[str, Tensor]:
     if len({row.shape[1] for row in rows}) != 1 or not 0 < sum(map(len, rows)) <= 75:
         raise UserError(f"its words have vectors {[tuple(row.shape) for row in rows][:9]}, which is no learned word")
     return "".join(names), torch.cat(rows)
-
-
-def noun_of(said: Mapping[str, Any], vectors: Tensor, behind: str = "") -> str:
-    """What stands in prompts for T vectors (T, D): as the user says, or a placeholder for each, and words behind."""
-    return said.get("noun") or f"{PLACEHOLDER * len(vectors)}{behind}".strip()

@@ -5,24 +5,15 @@ al. 2023, arXiv 2309.14859) are read too; DoRA's are not, since they are no sum 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from infusion.concepts.concept import Concept
-from infusion.concepts.embeddings import noun_of, stacked
-from infusion.concepts.places import (
-    Place,
-    as_mapping,
-    find_architecture,
-    find_place,
-    history,
-    key,
-    places,
-    skeleton,
-)
+from infusion.concepts.embeddings import PLACEHOLDER, stacked
+from infusion.concepts.places import as_mapping, find_architecture, find_place, history, key, places, skeleton
 from infusion.deltas import ALPHA, DOWN, UP, in_model
 from infusion.methods.base import TOKENS
 from ldm.models.attention import BasicTransformerBlock
@@ -40,6 +31,8 @@ FACTORS = r"(?:lora|lora_linear_layer)[._](down|up|mid|A|B)(?:\.default)?\.weigh
 ROLE = re.compile(rf"(.+)\.(?:{FACTORS}|(alpha|dora_scale|diff|diff_b|hada_\w+|lokr_\w+|lora_magnitude_vector.*))")
 PEFT = {"A": "down", "B": "up"}
 WORDS = re.compile(r"bundle_emb\.(.+)\.(clip_[lg]|string_to_param\.\*)|(<.+>)")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+BLOCK = (*(f"attn1.{part}" for part in ATTENTION), "ff.net.0.proj", *(f"attn2.{part}" for part in ATTENTION))
 NUMBERED = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
 
 Module = dict[str, Tensor]  # role, such as "down" -> tensor
@@ -60,35 +53,40 @@ def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
             words[f"{match[1] or match[3]}:{match[2] or ''}"] = file.read(name)
         else:
             module, role = _split(name)
-            _add(modules.setdefault(module, {}), role, file.read(name))
+            roles = modules.setdefault(module, {})
+            if role in roles:
+                raise UserError(f"it has {role!r} of {module} twice, under names of different tools")
+            roles[role] = file.read(name)
     architecture = find_architecture(file.metadata, said, _width(modules))
     sd = skeleton(architecture)
     if any(":" in module for module in modules):
         modules = _in_order(sd, modules)
     weights, biases = places(sd), places(sd, ".bias")
     adapter = _settings(file)
-    parts: dict[str, dict[Place, Module]] = {}
+    changes: dict[str, dict[int, Module]] = {}
     tensors: dict[str, Tensor] = {}
     for module, roles in modules.items():
         if "diff_b" in roles:
-            tensors[_place(biases, module, architecture).tensor] = roles.pop("diff_b")
+            tensors[find_place(biases, module, architecture).tensor] = roles.pop("diff_b")
         if roles:
-            place = _place(weights, module, architecture)
-            roles = _low_rank(module, roles, _default_alpha(adapter, module))
+            place = find_place(weights, module, architecture)
+            change = _low_rank(module, roles, _default_alpha(adapter, module))
             shape = sd.get_parameter(in_model(place.tensor)).shape
-            _add(parts.setdefault(place.tensor, {}), place, _shaped(module, roles, shape, place.parts))
-    for name, pieces in parts.items():
-        tensors |= _joined(name, pieces)
-    token = ""
+            parts = changes.setdefault(place.tensor, dict.fromkeys(range(place.parts)))
+            if parts[place.part] is not None:
+                raise UserError(f"changes {module!r} twice, under names of different tools")
+            parts[place.part] = _shaped(module, change, shape, place.parts)
+    for name, parts in changes.items():
+        tensors |= _joined(name, [parts[i] for i in parts])
+    token = placeholder = ""
     if words:
         token, tensors[TOKENS] = stacked(words)
+        placeholder = PLACEHOLDER * len(tensors[TOKENS])
     ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(DOWN)} or {1}
     alphas = {tensor.item() for name, tensor in tensors.items() if name.endswith(ALPHA)}
     if len(ranks) == len(alphas) == 1:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(ALPHA)}
-    facts = history(file.metadata, said, file.path, token)
-    if words:
-        facts["noun"] = noun_of(said, tensors[TOKENS])
+    facts = history(file, said, token, placeholder)
     options = {"rank": max(ranks), "alpha": max(alphas, default=1.0), "identifier": ""}
     return Concept(tensors, architecture=architecture, method="lora", options=options, **facts)
 
@@ -112,12 +110,6 @@ def _split(name: str) -> tuple[str, str]:
     return key(PARTS[start], kept + match[1].removeprefix(start)), role
 
 
-def _add(found: dict, name: Any, value: Any) -> None:
-    if name in found:
-        raise UserError(f"it has {name!r} of a layer twice, under names of different tools")
-    found[name] = value
-
-
 def _width(modules: Mapping[str, Module]) -> int | None:
     """Of the text that the base model's UNet takes: by its cross-attentions, else by the text encoders."""
     found: dict[str, int] = {}
@@ -129,12 +121,6 @@ def _width(modules: Mapping[str, Module]) -> int | None:
                 found[module.split("_")[0]] = down.shape[1]
     texts = [width for part, width in found.items() if part != "unet"]
     return found.get("unet") or sum(texts) + 768 * (found.keys() == {"te2"}) or None
-
-
-def _place(known: Mapping[str, Place], module: str, architecture: str) -> Place:
-    if (place := find_place(known, module)) is None:
-        raise UserError(f"changes {module[:100]!r}, which {architecture} does not have")
-    return place
 
 
 def _settings(file: TensorFile) -> dict[str, Any]:
@@ -214,27 +200,22 @@ def _shaped(module: str, roles: Module, shape: torch.Size, parts: int) -> Module
     raise UserError(f"the change of {module} is {found}, the weight {tuple(wanted)}")
 
 
-def _joined(name: str, pieces: Mapping[Place, Module]) -> dict[str, Tensor]:
-    """One tensor's change, of those of the parts that it consists of.
+def _joined(name: str, parts: Sequence[Module | None]) -> dict[str, Tensor]:
+    """One tensor's change, of those of the parts below each other that it consists of.
 
-    B's columns of the parts stand beside each other, so that the sum of all is one low-rank change, exactly.
+    B of all is block-diagonal, so that the sum of the parts' changes is one low-rank change, exactly.
     """
-    (place, first), *others = pieces.items()
-    if place.parts == 1 and not others:
+    first = next(part for part in parts if part)
+    if len(parts) == 1:
         if "diff" in first:
             return {name: first["diff"]}
         return {name + DOWN: first["down"], name + UP: first["up"], name + ALPHA: first["alpha"]}
-    if any("diff" in piece for piece in pieces.values()):
+    if any(part and "diff" in part for part in parts):
         raise UserError(f"the change of a part of {name} is not of low rank, which is not read")
-    if len({place.part for place in pieces}) < len(pieces) or len({len(p["up"]) for p in pieces.values()}) > 1:
-        raise UserError(f"the parts of {name} are changed more than once, or differ in size")
-    rows, rank = len(first["up"]), sum(len(piece["down"]) for piece in pieces.values())
-    down, up, start = torch.cat([piece["down"] for piece in pieces.values()]), torch.zeros(place.parts * rows, rank), 0
-    for place, piece in pieces.items():
-        end = start + len(piece["down"])
-        up[place.part * rows : (place.part + 1) * rows, start:end] = piece["alpha"] / (end - start) * piece["up"]
-        start = end
-    return {name + DOWN: down, name + UP: up, name + ALPHA: torch.tensor(float(rank))}
+    unchanged = torch.zeros(len(first["up"]), 0)
+    up = torch.block_diag(*(p["alpha"] / len(p["down"]) * p["up"] if p else unchanged for p in parts))
+    down = torch.cat([part["down"] for part in parts if part])
+    return {name + DOWN: down, name + UP: up, name + ALPHA: torch.tensor(float(len(down)))}
 
 
 def _in_order(sd: StableDiffusion, modules: Mapping[str, Module]) -> dict[str, Module]:
@@ -253,9 +234,7 @@ def _unet_order(sd: StableDiffusion) -> Iterator[str]:
     for side in ("input_blocks", "output_blocks", "middle_block"):
         for path, block in getattr(sd.unet, side).named_modules(prefix=side):
             if isinstance(block, BasicTransformerBlock):
-                for end in ("attn1", "ff.net.0.proj", "attn2"):
-                    ends = [end] if end.startswith("ff") else [f"{end}.to_{part}" for part in ("q", "k", "v", "out.0")]
-                    yield from (key("unet", f"{path}.{last}") for last in ends)
+                yield from (key("unet", f"{path}.{layer}") for layer in BLOCK)
 
 
 def _text_order(sd: StableDiffusion) -> Iterator[str]:

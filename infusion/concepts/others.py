@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from infusion.concepts import checkpoints, custom_diffusion, embeddings, lora
+from infusion.concepts.concept import Concept
 from ldm.util.cli import UserError, naming
-from ldm.weights.diffusers_layout import Folder, open_checkpoint
-from ldm.weights.files import TensorFile
+from ldm.weights.diffusers_layout import open_checkpoint
 from ldm.weights.recognise import guess, recognise
 
-if TYPE_CHECKING:
-    from infusion.concepts.concept import Concept
-
+FAMILIES = (custom_diffusion, lora, embeddings, checkpoints)  # the first that fits a file reads it
 RELEASED = "released concept"  # a kind of file
 IN_FOLDERS = [
     f"{stem}{ending}"
@@ -20,33 +19,19 @@ IN_FOLDERS = [
 ]
 
 
-def load(path: str | Path, said: Mapping[str, Any]) -> "Concept":
+def load(path: str | Path, said: Mapping[str, Any]) -> Concept:
     """The concept in a file or a folder of another tool.
 
     Args:
         said: what the file does not say or says otherwise, see `Concept.load`.
 
     Raises:
-        ValueError: the file cannot be read, or as `read`.
+        ValueError: no family reads it, or it has something that is not read; the message names the file.
     """
     path = Path(path)
     path = next((path / name for name in IN_FOLDERS if (path / name).is_file()), path)
-    with open_checkpoint(path) as file:
-        return read(file, said)
-
-
-def read(file: TensorFile | Folder, said: Mapping[str, Any]) -> "Concept":
-    """The same, of what is open already.
-
-    Raises:
-        ValueError: no family reads it, or it has something that is not read; the message names the file.
-    """
-    from infusion.concepts import checkpoints, custom_diffusion, embeddings, lora  # not above: they make concepts
-
-    with naming(str(file.path)):
-        if recognise(file).name == RELEASED:
-            raise UserError(f"no concept file; {guess(file)}")
-        for family in (custom_diffusion, lora, embeddings, checkpoints):  # the first that fits reads it
+    with open_checkpoint(path) as file, naming(str(path)):
+        for family in FAMILIES if recognise(file).name != RELEASED else ():
             if family.fits(file):
                 return family.load(file, said)
         raise UserError(f"no concept file; {guess(file)}")

@@ -12,21 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from infusion.concepts.concept import MODELSPEC_ARCHITECTURES
 from infusion.concepts.fields import WORD, shown
 from ldm.models.text import ClipText, OpenClipText
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 from ldm.util.config import instantiate
 from ldm.weights import recognise
-from ldm.weights.diffusers_layout import diffusers_names
+from ldm.weights.diffusers_layout import Folder, diffusers_names
+from ldm.weights.files import TensorFile
 
 logger = logging.getLogger(__name__)
 ENCODERS = ("te", "te2")  # what a model's text encoders are called here, in their order
 VERSIONS = {"sd_v1": "sd15", "sd_v2": "sd21", "sd_v2_v": "sd21_768", "sdxl_base_v1-0": "sdxl"}  # by sd-scripts
-SPECS = {  # by ModelSpec
-    **{"stable-diffusion-v1": "sd15", "stable-diffusion-v2-512": "sd21", "stable-diffusion-v2-768-v": "sd21_768"},
-    "stable-diffusion-xl-v1-base": "sdxl",
-}
+SPECS = {theirs: ours for ours, theirs in MODELSPEC_ARCHITECTURES.items()}
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,11 @@ def key(part: str, path: str) -> str:
     return f"{part}_{path}".replace(".", "_").replace("_text_model_", "_", 1)
 
 
-def find_place(found: Mapping[str, Place], name: str) -> Place | None:
-    """Of a module by its key; diffusers' old files say `to_out` for `to_out.0`."""
-    return found.get(name) or found.get(f"{name}_0")
+def find_place(found: Mapping[str, Place], name: str, architecture: str) -> Place:
+    """Of a module by its key; diffusers' old files say `to_out` for `to_out.0`. ValueError where there is none."""
+    if place := found.get(name) or found.get(f"{name}_0"):
+        return place
+    raise UserError(f"changes {name[:100]!r}, which {architecture} does not have")
 
 
 def find_architecture(metadata: Mapping[str, str], said: Mapping[str, Any], width: int | None) -> str:
@@ -105,22 +106,23 @@ def find_architecture(metadata: Mapping[str, str], said: Mapping[str, Any], widt
     named = said.get("architecture") or metadata.get("base_architecture")
     version, spec = metadata.get("ss_base_model_version"), metadata.get("modelspec.architecture", "").split("/")[0]
     named = named or VERSIONS.get(version or "", version) or SPECS.get(spec, spec)
-    fitting = [name for name, own in widths.items() if own == width]
-    if not named and not fitting:
-        kind = "it does not say what base model it is for" if width is None else f"no base model has text {width} wide"
-        raise UserError(f"{kind}: --architecture names one of {', '.join(widths)}")
-    if named and named not in widths:
-        raise UserError(f"it is for {shown(named)}, which is none of {', '.join(widths)}: --architecture names another")
-    if named and width is not None and named not in fitting:
-        raise UserError(f"it is said to be for {named}, and takes text {width} wide, as {', '.join(fitting) or 'none'}")
-    return named or fitting[0]
+    for name, own in widths.items():
+        if name == named and width in (None, own) or not named and width == own:
+            return name
+    base = f"for {shown(named)}" if named else "for a base model that it does not name"
+    text = "" if width is None else f", with text {width} wide"
+    raise UserError(f"it is {base}{text}: --architecture names one of {', '.join(widths)} that fits")
 
 
-def history(metadata: Mapping[str, str], said: Mapping[str, Any], path: Path, token: str = "") -> dict[str, Any]:
+def history(
+    file: TensorFile | Folder, said: Mapping[str, Any], token: str = "", placeholder: str = ""
+) -> dict[str, Any]:
     """What a concept says beside its tensors: words, base model and training, as far as anything says so.
 
     Words come from the user, the file's own token, its metadata, the most frequent tag of its captions, or its name.
+    A placeholder stands for learned vectors in prompts.
     """
+    metadata, path, token = file.metadata, Path(file.path), re.sub("[<>]", "", token)
     noun = said.get("noun") or token or metadata.get("modelspec.trigger_phrase", "") or _tag(metadata)
     noun = " ".join(noun.split()) if noun.isprintable() and len(noun) <= WORD else ""
     superclass = said.get("superclass") or metadata.get("superclass") or noun
@@ -133,7 +135,7 @@ def history(metadata: Mapping[str, str], said: Mapping[str, Any], path: Path, to
     date = metadata.get("date") or metadata.get("modelspec.date") or ""
     return {
         "superclass": superclass,
-        "noun": noun or superclass,
+        "noun": said.get("noun") or placeholder.strip() or noun or superclass,
         "templates": tuple(said.get("templates") or _templates(metadata)),
         "base_hash": digest if re.fullmatch("[0-9a-f]{64}", digest) else None,
         "base_use_ema": metadata.get("base_use_ema") == "true",

@@ -9,15 +9,14 @@ or at the top, and with the UNet's place in the model before the names, are read
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from infusion.attention import key_name
 from infusion.concepts.concept import Concept
+from infusion.concepts.places import find_architecture, skeleton
 from infusion.gate import Gate
 from infusion.inject import cross_attention_layers
 from ldm.util.cli import UserError, naming
-from ldm.util.config import backbones, instantiate
 from ldm.weights.files import TensorFile, tensors_of
 from ldm.weights.names import PREFIXES
 from ldm.weights.recognise import LEARNED
@@ -53,7 +52,8 @@ def load(
         tensors = {name: file.read(name) for name in file.shapes}
         tensors |= tensors_of(learned if isinstance(learned, Mapping) else {})
         steps = file.content.get("global_step")
-        architecture = architecture or _architecture(tensors.get("target_input"))
+        width = next(iter(tensors["target_input"].shape[-1:]), None) if "target_input" in tensors else None
+        architecture = find_architecture({}, {"architecture": architecture}, width)
         values, keys = (_residuals(tensors, part, architecture) for part in ("to_v", "to_k"))
         if not values:
             raise UserError(f"no concept of the released code: no tensor is named *.to_v.{LEARNED}")
@@ -75,21 +75,9 @@ def load(
         )
 
 
-def _architecture(target_input: Tensor | None) -> str:
-    """By the width of text encodings, which is what tells SD 1.5 from 2.1 here."""
-    widths = {name: node["params"]["unet"]["params"]["context_dim"] for name, node in backbones().items()}
-    for name, width in widths.items():
-        if target_input is not None and target_input.shape[-1:] == (width,):
-            return name
-    raise UserError(f"it does not say what base model it is for: --architecture {{{','.join(widths)}}}")
-
-
 def _residuals(tensors: Mapping[str, Tensor], part: str, architecture: str) -> dict[str, Tensor]:
     """Layer name -> residual (C,) of "to_v" or "to_k", in the UNet's order, where each is as wide as its layer."""
-    if architecture not in backbones():
-        raise UserError(f"the architecture must be one of {', '.join(backbones())}, not {architecture!r}")
-    with torch.device("meta"):
-        layers = cross_attention_layers(instantiate(backbones()[architecture], "sd").unet)
+    layers = cross_attention_layers(skeleton(architecture).unet)
     end, found = f".{part}.{LEARNED}", {}
     for name, tensor in tensors.items():
         if name.endswith(end):

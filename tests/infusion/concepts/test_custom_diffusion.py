@@ -65,5 +65,5 @@ def test_the_authors_files_are_the_same_concept(known, models, pipeline, tmp_pat
 def test_what_has_no_place_is_named(known, tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"down_blocks.7.attn2.processor.to_k_custom_diffusion.weight": torch.ones(32, 32)}, path)
-    with pytest.raises(ValueError, match=r"down_blocks\.7\.attn2\.to_k\.weight"):
+    with pytest.raises(ValueError, match="down_blocks_7_attn2_to_k"):
         Concept.load(path)
