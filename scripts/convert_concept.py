@@ -29,7 +29,7 @@ OURS, LAYOUTS = "infusion", ("infusion", "kohya", "diffusers", "a1111", "folder"
 WORDS = ("superclass", "noun", "templates", "architecture")  # that another file may not say
 RELEASED = ("gate", "attention", "values_only")  # besides, of a released .ckpt
 SPEC = ("author", "license", "tags", "description")  # of ModelSpec; and a thumbnail
-LONGEST, SIDE = 2000, 256  # characters of these; pixels of a thumbnail
+SIDE = 256  # pixels of a thumbnail
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -50,53 +50,53 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     said("--values_only", action="store_true", help="leave out residual keys of a released .ckpt")
     spec = parser.add_argument_group("what others should know of OUT (ModelSpec, model card)").add_argument
     for name in SPEC:
-        spec(f"--{name}", metavar="TEXT", help={"tags": "with commas between them"}.get(name, "a text"))
+        spec(f"--{name}", metavar="TEXT", help="a text")
     spec("--thumbnail", metavar="FILE", help="a picture, which is made small")
     spec("--card", action="store_true", help="write a model card beside OUT")
     base = parser.add_argument_group("the base model, for layouts of whole weights")
     base.add_argument("--config", metavar="FILE", help="backbone config; None: the one that the concept names")
     add_base_flags(base)
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    if flags.form == "compact" and flags.to != OURS:
+        parser.error("--form: compact is a form of this project's own files")
+    return flags
 
 
 def read(flags: argparse.Namespace) -> "Concept":
-    from infusion.concepts import released  # after the flags: it takes seconds
+    from infusion.concepts import others, released  # after the flags: it takes seconds
     from infusion.concepts.concept import Concept
-    from ldm.weights.diffusers_layout import open_checkpoint
+    from ldm.weights.files import TensorFile
     from ldm.weights.recognise import recognise
 
     flags.source = str(concept_file(flags.source))
     said = {name: getattr(flags, name) for name in (*WORDS, *RELEASED) if getattr(flags, name)}
-    kind = "folder"
-    if not Path(flags.source).is_dir():
-        with open_checkpoint(flags.source) as file:
-            kind = recognise(file).name
-    if kind == "concept" and said:
-        raise UserError(f"--{next(iter(said))}: {flags.source} is a concept file, which says so itself")
-    if kind == "released concept":
-        if "superclass" not in said:
-            raise UserError(f"--superclass: {flags.source} does not say what stands for the concept; name it")
-        if "noun" in said:
-            raise UserError("--noun: a concept of the released code has none but its --superclass")
-        return released.load(flags.source, **said)
-    for name in RELEASED:
+    is_released = False
+    if Path(flags.source).is_file():
+        with TensorFile(flags.source) as file:
+            is_released = recognise(file).name == others.RELEASED
+    for name in ("noun",) if is_released else RELEASED:
         if name in said:
-            raise UserError(f"--{name}: {flags.source} is no concept of the released code")
-    return Concept.load(flags.source, **said)
+            what = "a" if is_released else "no"
+            raise UserError(f"--{name}: {flags.source} is {what} concept of the released code, so leave the flag out")
+    if not is_released:
+        return Concept.load(flags.source, **said)
+    if "superclass" not in said:
+        raise UserError(f"--superclass: {flags.source} does not say what stands for the concept; name it")
+    return released.load(flags.source, **said)
 
 
 def describe(flags: argparse.Namespace) -> dict[str, str]:
     """What the flags, or else the metadata of IN, say for others to read."""
+    from infusion.concepts.fields import check_text
     from ldm.weights.files import TensorFile
 
     metadata = {}
     if Path(flags.source).is_file():
         with TensorFile(flags.source) as file:
             metadata = file.metadata
-    said = {name: getattr(flags, name) or metadata.get(f"modelspec.{name}") for name in SPEC}
+    said = {name: getattr(flags, name) or metadata.get(f"modelspec.{name}") or "" for name in SPEC}
     for name, text in said.items():
-        if text and (len(text) > LONGEST or not text.isprintable()):
-            raise UserError(f"--{name}: a printable text of at most {LONGEST:,} characters is wanted")
+        check_text(f"--{name}", text)
     said["thumbnail"] = picture(flags.thumbnail) if flags.thumbnail else metadata.get("modelspec.thumbnail")
     return {name: text for name, text in said.items() if text}
 
@@ -148,8 +148,6 @@ def write(flags: argparse.Namespace, concept: "Concept", path: Path, said: dict[
         complete = said or (flags.form != "compact" and concept.architecture in backbones())
         concept.save(path, flags.form, other.spec(concept, said, stored) if complete else None)
         return
-    if flags.form == "compact":
-        raise UserError("--form: compact is a form of this project's own files")
     base = None
     if other.needs_base(concept, flags.to):
         config = find(flags.config) if flags.config else BACKBONES / f"{concept.architecture}.yaml"
@@ -174,19 +172,15 @@ def main(arguments: list[str] | None = None) -> None:
         with naming(f"--to: {flags.source}"):
             other.check_layout(concept, flags.to)
     said, path = describe(flags), find_target(flags, concept)
-    try:
-        write(flags, concept, path, said)
-        if flags.card:
-            files.create(card_of(path, path.is_dir()), other.card(concept, said).encode())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    write(flags, concept, path, said)
+    if flags.card:
+        files.create(card_of(path, path.is_dir()), other.card(concept, said).encode())
     if flags.values_only:
         print("residual keys, if there were any, are left out")
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")))
-    kind = f"{flags.form}" if flags.to == OURS else f"{flags.to}, {flags.form}"
-    line = f"{path}: {kind}, {size:,} bytes, {concept.numbers:,} numbers"
+    kind = flags.form if flags.to == OURS else f"{flags.to}, {flags.form}"
     error = f", relative error {Concept.load(path).relative_error(concept):.1e}" if flags.to == OURS else ""
-    print(line + error)
+    print(f"{path}: {kind}, {size:,} bytes, {concept.numbers:,} numbers{error}")
 
 
 if __name__ == "__main__":

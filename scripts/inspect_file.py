@@ -18,14 +18,6 @@ PNG = b"\x89PNG\r\n\x1a\n"
 ADAPTERS = ("lora", "textual inversion", "custom diffusion")  # kinds of files of other tools that are concepts
 
 
-def is_png(path: Path) -> bool:
-    """Whether a file begins as a PNG does."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(PNG)) == PNG
-
-
 def recipe(path: Path) -> dict[str, Any]:
     """How a picture says that it was made, by the names of the sampling command's flags."""
     from infusion.sampling.png import recall  # after the flags: it takes seconds
@@ -47,10 +39,8 @@ def facts(path: Path) -> dict[str, Any]:
 
     found = inspect(path)
     if found["kind"] == "concept":
-        found |= describe(path)
-    if found["kind"] in ADAPTERS:
-        found["as_concept"] = summary(path)
-    return found
+        return found | describe(path)
+    return found | ({"as_concept": summary(path)} if found["kind"] in ADAPTERS else {})
 
 
 @report
@@ -58,8 +48,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(description="Prints what a file of tensors, a folder or a picture holds as JSON.")
     parser.add_argument("file", metavar="FILE", help="a .safetensors or .ckpt file, a run or diffusers folder, a PNG")
     flags = parser.parse_args(arguments)
-    file = concept_file(flags.file)
-    print(json.dumps(recipe(file) if is_png(file) else facts(file), indent=2, ensure_ascii=False))
+    file, start = concept_file(flags.file), b""
+    if file.is_file():
+        with file.open("rb") as content:
+            start = content.read(len(PNG))
+    print(json.dumps(recipe(file) if start == PNG else facts(file), indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

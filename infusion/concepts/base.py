@@ -34,11 +34,10 @@ def architecture_of(path: Path) -> str | None:
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if size <= HEADER else None
-        name = header["__metadata__"]["base_architecture"]
+            name = json.loads(file.read(min(size, HEADER)))["__metadata__"]["base_architecture"]
+        return name if re.fullmatch(r"\w[\w .+-]{0,63}", name) else None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    return name if isinstance(name, str) and re.fullmatch(r"\w[\w .+-]{0,63}", name) else None
 
 
 def check_concepts_there(names: Sequence[str]) -> None:
@@ -99,12 +98,19 @@ def load_base(
     them and the file has some; a line says where that would be wanted and is not done.
     """
     from ldm.pipeline import StableDiffusion
+    from ldm.weights.checkpoint import has_averages
 
-    weights = find(flags.ckpt) if flags.ckpt else None
-    use_ema = flags.use_ema
-    if use_ema is None and any(concept.base_use_ema for concept in concepts) and "unet" not in (flags.part or {}):
-        file = weights or usual_weights(config)
-        use_ema = _takes_averages(file, concepts) if file is not None and file.exists() else None
+    weights, use_ema = find(flags.ckpt) if flags.ckpt else None, flags.use_ema
+    averaged = [concept.base_use_ema for concept in concepts]
+    file = weights or usual_weights(config)
+    if use_ema is None and any(averaged) and "unet" not in (flags.part or {}) and file is not None and file.exists():
+        use_ema = all(averaged) and has_averages(file)
+        if not all(averaged):
+            logger.warning(
+                "warning: some of the concepts were trained on averaged weights: --use_ema takes them for all"
+            )
+        elif not use_ema:
+            logger.warning("warning: the concept was trained on averaged weights, and %s has none", file)
     return StableDiffusion.from_checkpoint(config, weights, device=device, use_ema=use_ema, parts=flags.part)
 
 
@@ -112,16 +118,3 @@ def usual_weights(config: Path) -> Path | None:
     """The file, or diffusers folder, that a backbone's config takes its weights from; None where it names none."""
     name = OmegaConf.select(load_config(config), "sd.params.checkpoint", throw_on_resolution_failure=False)
     return find(name) if isinstance(name, str) else None
-
-
-def _takes_averages(weights: Path, concepts: "Sequence[Concept]") -> bool:
-    """Whether to take the averaged weights of a file, when at least one of the concepts was trained on averages."""
-    from ldm.weights.checkpoint import has_averages
-
-    if not all(concept.base_use_ema for concept in concepts):
-        logger.warning("warning: some of the concepts were trained on averaged weights: --use_ema takes them for all")
-        return False
-    if not has_averages(weights):
-        logger.warning("warning: the concept was trained on averaged weights, and %s has none", weights)
-        return False
-    return True

@@ -27,6 +27,12 @@ from ldm.weights.export import export_diffusers
 from ldm.weights.files import serialise
 
 WHOLE_MODELS = ("folder", "checkpoint")
+EQUALS = {  # method -> the layouts that have what it learns
+    "lora": ("kohya", "a1111", "diffusers", *WHOLE_MODELS),
+    "textual_inversion": ("kohya", "a1111", "diffusers"),
+    "custom_diffusion": ("diffusers",),
+    "dreambooth": WHOLE_MODELS,
+}
 WEIGHTS = "pytorch_custom_diffusion_weights.bin"
 PARTS = {"unet": "unet", "te": "text_encoder", "te2": "text_encoder_2"}  # as diffusers calls them
 BUNDLED = {"emb_params": "string_to_param.*"}  # what a learned word is called beside a LoRA
@@ -34,33 +40,27 @@ DOCS = "docs/files.md says what opens where"
 CARD = """---
 {front}---
 
-# {title}
+# {concept.superclass} ({concept.method})
 
 {description}
 
 - Trigger: `{noun}`
-- Method: {method}; {numbers:,} parameters, {steps} steps, learning rate {rate}
-- Base model: {base}{digest}
+- Method: {concept.method}; {concept.numbers:,} parameters
+- Training: {concept.steps} steps, learning rate {concept.learning_rate:g}
+- Base model: {concept.architecture}{digest}
 """
 
 
 def check_layout(concept: Concept, layout: str) -> None:
     """Raises UserError where a layout has nothing that equals the concept."""
-    method, word = concept.method, TOKENS in concept.tensors
-    equals = {
-        "lora": ("kohya", "a1111", "diffusers", *WHOLE_MODELS),
-        "textual_inversion": ("kohya", "a1111", "diffusers"),
-        "custom_diffusion": ("diffusers",),
-        "dreambooth": WHOLE_MODELS,
-    }.get(method, ())
-    if not equals:
-        raise UserError(f"what {method} learns has no exact equal in files of other tools ({DOCS})")
-    if layout not in equals:
-        raise UserError(f"{method} has no equal in the layout {layout}; it has in {', '.join(equals)} ({DOCS})")
+    method, equals = concept.method, EQUALS.get(concept.method, ())
     if method == "custom_diffusion" and len(encoders(skeleton(concept.architecture))) > 1:
-        raise UserError(f"{method} of {concept.architecture} has no equal in files of other tools ({DOCS})")
-    if word and method == "lora" and layout not in ("kohya", "a1111"):
-        raise UserError(f"its learned word has no place in the layout {layout}: use kohya ({DOCS})")
+        equals = ()
+    if method == "lora" and TOKENS in concept.tensors:
+        equals = ("kohya", "a1111")
+    if layout not in equals:
+        others = f"the layout {layout}; it has in {', '.join(equals)}" if equals else "files of other tools"
+        raise UserError(f"what {method} learned of {concept.architecture} has no exact equal in {others} ({DOCS})")
 
 
 def needs_base(concept: Concept, layout: str) -> bool:
@@ -135,15 +135,10 @@ def card(concept: Concept, said: Mapping[str, str]) -> str:
     }
     return CARD.format(
         front="".join(f"{name}: {json.dumps(value)}\n" for name, value in front.items() if value),
-        title=f"{concept.superclass} ({concept.method})",
         description=said.get("description", f"A concept of {concept.architecture}, learned by {concept.method}."),
         noun=_trigger(concept),
-        method=concept.method,
-        numbers=concept.numbers,
-        steps=concept.steps,
-        rate=f"{concept.learning_rate:g}",
-        base=concept.architecture,
         digest=f", SHA-256 `{concept.base_hash}`" if concept.base_hash else "",
+        concept=concept,
     )
 
 

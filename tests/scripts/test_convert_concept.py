@@ -85,7 +85,7 @@ def test_nothing_is_overwritten(concept, tmp_path, fails):
     assert "is there already" in fails(source, source, "--form", "compact")
     assert "is there already" in fails(source, tmp_path / "b.safetensors", "--form", "half")
     assert target.read_text() == "mine" and source.read_bytes() == before
-    assert "cannot be written" in fails(source, target / "c.safetensors")
+    assert str(target) in fails(source, target / "c.safetensors")
     assert ".safetensors" in fails(source, tmp_path / "c.ckpt")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
@@ -94,7 +94,7 @@ def test_what_it_cannot_convert(concept, tmp_path, fails):
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     concept.save(source)
     assert str(tmp_path / "none") in fails(tmp_path / "none", target)
-    assert "--superclass" in fails(source, target, "--superclass", "dog")
+    assert "its superclass" in fails(source, target, "--superclass", "dog")
     assert "--form" in fails(source, target, "--form", "tiny")
     source.write_bytes(source.read_bytes()[:-1])
     assert str(source) in fails(source, target)

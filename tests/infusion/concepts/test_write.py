@@ -156,13 +156,15 @@ def test_what_has_no_equal_is_said(known, learned):
     for method, layout, says in (
         ("infusion", "kohya", "no exact equal"),
         ("perfusion", "diffusers", "no exact equal"),
-        ("p_plus", "a1111", "what p_plus learns has no exact equal"),
-        ("custom_diffusion", "kohya", "no equal in the layout kohya"),
-        ("textual_inversion", "checkpoint", "no equal in the layout checkpoint"),
+        ("p_plus", "a1111", "what p_plus learned of tiny has no exact equal"),
+        ("custom_diffusion", "kohya", "no exact equal in the layout kohya; it has in diffusers"),
+        ("textual_inversion", "checkpoint", "no exact equal in the layout checkpoint"),
     ):
         with pytest.raises(ValueError, match=says):
             write.check_layout(learned("tiny", method), layout)
-    with pytest.raises(ValueError, match="of tinyxl has no equal"):  # diffusers' file has one word, SDXL two encoders
+    with pytest.raises(
+        ValueError, match="of tinyxl has no exact equal"
+    ):  # diffusers' file has one word, SDXL two encoders
         write.check_layout(learned("tinyxl", "custom_diffusion"), "diffusers")
 
 
