@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
+from reprlib import repr as shown  # a value in a message: short, and on one line
 from typing import Any
 
 import torch
@@ -93,11 +94,3 @@ def as_json(name: str, text: str, kind: type) -> Any:
     if type(value) is not kind:
         raise UserError(f"{name}: {WANTED[kind]} is wanted, not {shown(text)}")
     return value
-
-
-def shown(value: object) -> str:
-    """A value in a message: short, and on one line."""
-    if isinstance(value, int | float):
-        return f"{value:.6g}" if abs(value) < 1e300 else "a number out of range"
-    said = ascii(value[:80]) if isinstance(value, str) else type(value).__name__
-    return said if len(said) <= 100 else f"{said[:97]}…"

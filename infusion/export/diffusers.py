@@ -47,15 +47,6 @@ PLACED = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]  
 APPENDED = ("sample", "timestep", "class_labels", "timestep_cond", "attention_mask", "added_cond_kwargs",
             "down_block_additional_residuals", "mid_block_additional_residual",
             "down_intrablock_additional_residuals")  # fmt: skip
-ELSEWHERE = {  # method -> the layout of scripts/convert_concept.py that diffusers has for it, and what reads it
-    "lora": ("diffusers", "pipe.load_lora_weights(OUT)"),
-    "textual_inversion": ("diffusers", "pipe.load_textual_inversion(OUT)"),
-    "custom_diffusion": (
-        "diffusers",
-        "pipe.unet.load_attn_procs(OUT, weight_name='pytorch_custom_diffusion_weights.bin', _pipeline=pipe)",
-    ),
-    "dreambooth": ("folder", "DiffusionPipeline.from_pretrained(OUT)"),
-}
 
 
 @dataclass(frozen=True)
@@ -319,16 +310,10 @@ def _residuals(pipe: Any, concept: Concept) -> dict[str, Tensor]:
     noun, unet = concept.superclass, plain(getattr(pipe, "unet", None))
     if not isinstance(unet, UNet2DConditionModel):
         raise UserError(f"{type(pipe).__name__} has no UNet2DConditionModel: concepts are of SD 1.5, SD 2.1 and SDXL")
-    if concept.method in ELSEWHERE:
-        layout, reads = ELSEWHERE[concept.method]
-        raise UserError(
-            f"{noun!r} was learned by {concept.method}, which diffusers has itself: "
-            f"`scripts/convert_concept.py FILE OUT --to {layout}`, then `{reads}` (docs/files.md)"
-        )
     if concept.method != "infusion" or concept.attention != "foundation":
         raise UserError(
             f"{noun!r} was learned by {concept.method} with {concept.attention} attention; this is for the method "
-            "infusion with the foundation's"
+            "infusion with the foundation's, and others are converted (scripts/convert_concept.py, docs/files.md)"
         )
     here = unet.config.cross_attention_dim, pipe.scheduler.config.get("prediction_type", "epsilon")
     base = BASES.get(concept.architecture, here)

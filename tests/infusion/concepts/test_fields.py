@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +24,11 @@ def file(concept: Concept, tmp_path: Path) -> Path:
     return tmp_path / "c.safetensors"
 
 
-def rewrite(path: Path, **metadata: str) -> None:
+def rewrite(path: Path, **metadata: str | None) -> None:
+    """The file with some metadata changed; None: left out."""
     with safe_open(path, "pt") as content:
-        old = content.metadata()
-    save_file(load_file(path), path, metadata=old | metadata)
+        said = content.metadata() | metadata
+    save_file(load_file(path), path, metadata={key: value for key, value in said.items() if value is not None})
 
 
 def refused(path: Path) -> str:
@@ -34,7 +36,7 @@ def refused(path: Path) -> str:
         Concept.load(path)
     said = str(error.value)
     assert said.startswith(f"{path}: ") and "\n" not in said and len(said) < len(str(path)) + 300
-    return said
+    return said.removeprefix(f"{path}: ")
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -52,38 +54,44 @@ METADATA = [
     ("base_parts", json.dumps({"vae": "a/b"}), "base_parts.vae: "),
     ("attention", "other", "attention: 'other'"),
     ("superclass", "\x1b]0;pwned\x07", "superclass: has the character"),
+    ("superclass", " ", "superclass: a concept needs"),
+    ("superclass", None, "the metadata lacks 'superclass'"),
     ("superclass", "x" * 201, "superclass: has 201 characters"),
     ("modelspec.trigger_phrase", "\u202ecat", "noun: has the character"),
     ("templates", DEEP, "templates: a JSON list"),
     ("templates", "[" + "9" * 5000 + "]", "templates: a JSON list"),
+    *(("templates", text, "templates: a JSON list") for text in ("a photo", '{"a": 1}')),
     ("templates", json.dumps([["a {}"]]), "templates: a text"),
+    ("templates", "[]", "training prompts"),
     ("templates", json.dumps(["a {}"] * 10_001), "templates: .* not 10,001"),
     ("templates", json.dumps(["x" * 2001]), "templates: has 2,001 characters"),
     ("layers", DEEP, "layers: a JSON list"),
-    ("layers", json.dumps([LAYER, "other"]), "not those of the tensors"),
+    *(("layers", json.dumps(names), "not those of the tensors") for names in ([LAYER, "other"], [])),
     ("options", "[]", "options: a JSON mapping"),
     ("options", '{"rank": [1]}', "options.rank: a number"),
     ("options", '{"rank": NaN}', "options.rank: a number"),
-    ("options", '{"rank": ' + "9" * 4000 + "}", "options.rank: a number .*out of range"),
+    ("options", '{"rank": ' + "9" * 4000 + "}", "options.rank: a number .*999"),
     ("options", '{"__class__": 1}', "options: '__class__'"),
     ("options", json.dumps({f"x{i}": i for i in range(101)}), "options: a mapping of a few"),
+    ("batch_size", "-4", "batch_size: a whole number"),
     *(("steps", text, "steps: a whole number") for text in ("9" * 5000, "-1", "1_000", "٣", "9" * 20, "1e3", "true")),
     *(("learning_rate", text, "learning_rate: a number") for text in ("nan", "inf", "NaN", "1" * 400, "1e300", "x")),
     *(("beta", text, "beta") for text in ("NaN", "-1e30")),
     *(("tau", text, "tau") for text in ("Infinity", "-1", "0")),
     ("gate", "soft", "gate"),
     ("date", "\x07", "date: has the character"),
-    ("format", "x" * 5000, "no concept file"),
+    *(("format", text, "no concept file") for text in ("x" * 5000, "pt", None)),
+    ("format_version", "4", "newer version"),
     *(("format_version", text, "is no number") for text in ("9" * 5000, "²")),
     ("form", "x" * 5000, "its form is"),
+    ("form", "compact", "two tensors"),
 ]
 
 
 @pytest.mark.parametrize(("key", "value", "message"), METADATA, ids=range(len(METADATA)))
 def test_every_field_is_checked(file, key, value, message):
     rewrite(file, **{key: value})
-    pytest.raises(ValueError, Concept.load, file).match(message)
-    refused(file)
+    assert re.search(message, refused(file))
 
 
 TENSORS = [
@@ -102,8 +110,7 @@ def test_tensors_that_no_concept_has(file, tensors, message):
     with safe_open(file, "pt") as content:
         metadata = content.metadata()
     file.write_bytes(save(tensors, metadata | {"layers": json.dumps(list(tensors))}))
-    assert pytest.raises(ValueError, Concept.load, file).match(message)
-    refused(file)
+    assert re.search(message, refused(file))
 
 
 def test_what_a_concept_file_may_not_say_no_concept_can_be_made_of(concept):

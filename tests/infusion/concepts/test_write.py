@@ -1,6 +1,5 @@
 import copy
 import hashlib
-import re
 from dataclasses import replace
 
 import pytest
@@ -11,10 +10,8 @@ from safetensors.torch import load_file
 
 from infusion.concepts import write
 from infusion.concepts.concept import Concept
-from infusion.export.diffusers import ELSEWHERE, load_concept
 from infusion.methods import find_method
 from infusion.tokens import Word
-from ldm.util.cli import UserError
 from tests.infusion.concepts.conftest import NODES, SINGLE
 
 pytestmark = pytest.mark.filterwarnings("ignore:the concept 'dog' was trained on another checkpoint")
@@ -126,30 +123,6 @@ def test_whole_models(known, models, learned, ours, theirs, agree, tmp_path, nam
         pipe = DiffusionPipeline.from_pretrained(path, local_files_only=True)
         pipe.set_progress_bar_config(disable=True)
         agree(name, image, theirs(pipe, name, prompt), PROMPT)
-
-
-@pytest.mark.parametrize("method", ELSEWHERE)
-def test_the_adapter_says_what_opens_a_concept_that_is_not_for_it(
-    known, models, learned, ours, theirs, pipeline, tmp_path, method
-):
-    """Its line, run: the layout is written, and what diffusers reads it by draws the same image."""
-    concept, pipe = learned("tiny", method), pipeline("tiny")
-    if method == "dreambooth":  # whose every weight is changed
-        concept = replace(concept, tensors={name: 0.2 * tensor for name, tensor in concept.tensors.items()})
-    with pytest.raises(UserError, match=f"learned by {method}, which diffusers has itself") as refused:
-        load_concept(pipe, concept, token="<rex>")
-    layout, call = re.search(r"OUT --to (\w+)`, then `(.+)` \(docs", str(refused.value)).groups()
-    path = tmp_path / f"a{'' if layout == 'folder' or method == 'custom_diffusion' else '.safetensors'}"
-    write.write(concept, path, layout, {}, copy.deepcopy(models["tiny"]))
-    shown = {"pipe": pipe, "OUT": str(path), "DiffusionPipeline": DiffusionPipeline}
-    exec(f"found = {call}", shown)
-    if method == "dreambooth":
-        pipe = shown["found"]
-    elif method == "custom_diffusion":
-        pipe.load_textual_inversion(str(path), weight_name="<new1>.bin")
-    pipe.set_progress_bar_config(disable=True)
-    trigger = {"textual_inversion": "<dog>", "custom_diffusion": "<new1> dog"}.get(method, "sks dog")
-    assert (ours("tiny", [concept], PROMPT) - theirs(pipe, "tiny", PROMPT.replace("{}", trigger))).abs().max() <= 2e-4
 
 
 def test_what_has_no_equal_is_said(known, learned):
