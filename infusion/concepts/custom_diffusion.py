@@ -21,7 +21,6 @@ from ldm.weights.files import TensorFile, tensors_of
 THEIRS = re.compile(r"(?:unet\.)?(.+)\.processor\.(to_[kqv]|to_out)_custom_diffusion(\.0)?\.(weight|bias)")
 WEIGHT = re.compile(r"(.+\.attn2\.to_[kqv]|.+\.attn2\.to_out\.0)\.(weight|bias)")
 LDM = PREFIXES["unet"]
-ENDS = {1: ("",), 2: ("clip_l", "clip_g")}  # text encoders -> what `stacked` calls them
 
 
 def fits(file: TensorFile) -> bool:
@@ -34,7 +33,8 @@ def fits(file: TensorFile) -> bool:
 def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
     """Raises ValueError for a tensor that has no place in the base model."""
     changes, words = _contents(file)
-    width = next((shape[-1] for name, shape in _shapes(changes).items() if re.search(r"to_[kv]\.weight", name)), None)
+    taking = (change for name, change in changes.items() if re.search(r"to_[kv]\.weight", name))  # text
+    width = next(((c if isinstance(c, Tensor) else c[0]).shape[-1] for c in taking), None)
     architecture = find_architecture(file.metadata, said, width)
     known = {ending: places(skeleton(architecture), f".{ending}") for ending in ("weight", "bias")}
     tensors: dict[str, Tensor] = {}
@@ -56,7 +56,7 @@ def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
     return Concept(tensors, architecture=architecture, method="custom_diffusion", options={"identifier": ""}, **facts)
 
 
-def _contents(file: TensorFile) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _contents(file: TensorFile) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
     """The UNet's tensor -> its new value, or A and B of its change; words, as `stacked` takes them."""
     if "modifier_token" in file.content:
         unet, tokens = (file.content.get(name) for name in ("unet", "modifier_token"))
@@ -71,23 +71,19 @@ def _contents(file: TensorFile) -> tuple[dict[str, Any], dict[str, Tensor]]:
         words = {}
         for token, found in tokens.items():
             vectors = found if isinstance(found, list | tuple) else [found]
-            if (ends := ENDS.get(len(vectors))) is None:
+            words[str(token)] = list(tensors_of({str(i): vector for i, vector in enumerate(vectors)}).values())
+            if not len(vectors) == len(words[str(token)]) <= 2:
                 raise UserError(f"the word {str(token)[:60]} has {len(vectors)} vectors: 1 is wanted, of SDXL 2")
-            words |= {f"{token}:{end}": vector for end, vector in zip(ends, vectors, strict=True)}
-        return changes, tensors_of(words)
+        return changes, words
     changes, words = {}, {}
     for name in file.shapes:
         if name == "embed":
-            words = {"<new1>:": file.read(name)}
+            words = {"<new1>": [file.read(name)]}
         elif match := THEIRS.fullmatch(name):
             changes[f"{match[1]}.{match[2]}{match[3] or ''}.{match[4]}"] = file.read(name)
         else:
             changes[name.removeprefix(LDM)] = file.read(name)
     for beside in sorted([*file.path.parent.glob("<*>.bin"), *file.path.parent.glob("<*>.safetensors")]):
         with TensorFile(beside) as other:
-            words |= {f"{name}:": other.read(name) for name in other.shapes}
+            words |= {name: [other.read(name)] for name in other.shapes}
     return changes, words
-
-
-def _shapes(changes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple((c if isinstance(c, Tensor) else c[0]).shape) for name, c in changes.items()}

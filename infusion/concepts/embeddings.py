@@ -3,7 +3,7 @@
 A file has T vectors in place of one word. Here they take the place of T tokens of the prompt, whatever these are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,24 +32,22 @@ def fits(file: TensorFile) -> bool:
 
 def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
     """Raises ValueError for vectors that fit no base model."""
-    words = {name: file.read(name) for name in file.shapes}
-    token = ""
-    if "string_to_param" in file.content or "emb_params" in words:
-        token = file.content.get("name")
-        if len(words) != 1:
-            raise UserError(f"a learned word is one tensor, this file has {len(words)}: {', '.join(words)[:100]}")
-        words = {":": next(iter(words.values()))}
-    elif pair := next((pair for pair in PAIRS if set(pair) & words.keys()), None):
-        if words.keys() != set(pair):
-            raise UserError(f"a learned word of SDXL has {' and '.join(pair)}, this file {', '.join(words)[:100]}")
-        words = {":clip_l": words[pair[0]], ":clip_g": words[pair[1]]}
+    read = {name: file.read(name) for name in file.shapes}
+    token = file.content.get("name")  # of A1111's files
+    if "string_to_param" in file.content or "emb_params" in read:
+        if len(read) != 1:
+            raise UserError(f"a learned word is one tensor, this file has {len(read)}: {', '.join(read)[:100]}")
+        words = {"": list(read.values())}
+    elif pair := next((pair for pair in PAIRS if set(pair) & read.keys()), None):
+        if read.keys() != set(pair):
+            raise UserError(f"a learned word of SDXL has {' and '.join(pair)}, this file {', '.join(read)[:100]}")
+        words = {"": [read[name] for name in pair]}
     else:
-        words = {f"{name}:": vectors for name, vectors in words.items()}
+        words = {name: [vectors] for name, vectors in read.items()}
         if (second := file.path.with_name(f"{file.path.stem}_2{file.path.suffix}")).is_file():
             with TensorFile(second) as other:  # SDXL's second encoder, by diffusers
-                if words.keys() == {f"{name}:" for name in other.shapes}:
-                    words = {f"{name}clip_l": vectors for name, vectors in words.items()}
-                    words |= {f"{name}:clip_g": other.read(name) for name in other.shapes}
+                if words.keys() == other.shapes.keys():
+                    words = {name: [*own, other.read(name)] for name, own in words.items()}
     found, vectors = stacked(words)
     token = token if isinstance(token, str) and token else found or file.path.stem
     architecture = find_architecture(file.metadata, said, vectors.shape[1])
@@ -57,14 +55,12 @@ def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
     return Concept({TOKENS: vectors}, architecture=architecture, method="textual_inversion", **facts)
 
 
-def stacked(words: Mapping[str, Tensor]) -> tuple[str, Tensor]:
-    """`<word>:<encoder>` -> vectors, as the words in one, and (T, D): the encoders' vectors side by side."""
-    names = sorted({name.rpartition(":")[0] for name in words}, key=lambda name: (len(name), name))  # <s2> before <s10>
+def stacked(words: Mapping[str, Sequence[Tensor]]) -> tuple[str, Tensor]:
+    """Word -> its vectors for each text encoder; as all words in one, and (T, D), the encoders side by side."""
+    names = sorted(words, key=lambda name: (len(name), name))  # <s2> before <s10>
     rows = []
     for name in names:
-        ends = ("clip_l", "clip_g", "", "string_to_param.*")
-        own = [words[f"{name}:{end}"] for end in ends if f"{name}:{end}" in words]
-        own = [vectors.float()[None] if vectors.ndim == 1 else vectors.float() for vectors in own]
+        own = [torch.atleast_2d(vectors.float()) for vectors in words[name]]
         if any(vectors.ndim != 2 for vectors in own) or len({len(vectors) for vectors in own}) != 1:
             raise UserError(f"the word {name[:60]!r} has vectors {[tuple(vectors.shape) for vectors in own]}")
         rows.append(torch.cat(own, dim=1))

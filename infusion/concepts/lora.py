@@ -45,12 +45,13 @@ def fits(file: TensorFile) -> bool:
 def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
     """Raises ValueError for a tensor that has no place in the base model, or a kind of change that is not read."""
     modules: dict[str, Module] = {}
-    words: dict[str, Tensor] = {}
+    words: dict[str, list[Tensor]] = {}
     for name in file.shapes:
         if match := NUMBERED.fullmatch(name):
             modules.setdefault(f"{match[1]}:{match[2]}", {})[match[3]] = file.read(name)
         elif match := WORDS.fullmatch(name):
-            words[f"{match[1] or match[3]}:{match[2] or ''}"] = file.read(name)
+            own = words.setdefault(match[1] or match[3], [])
+            own.insert(0 if match[2] == "clip_l" else len(own), file.read(name))
         else:
             module, role = _split(name)
             roles = modules.setdefault(module, {})

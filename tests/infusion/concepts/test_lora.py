@@ -10,9 +10,6 @@ from infusion.concepts.concept import Concept
 from infusion.deltas import DOWN, detach, weights_edited
 from infusion.inject import cross_attention_layers
 from infusion.methods import method_of
-from ldm.models.text import ClipText, OpenClipText
-from ldm.models.tokenizer import Tokenizer
-from ldm.models.unet import UNet
 from tests.infusion.concepts.conftest import SINGLE
 
 RANK, ALPHA = 3, 6.0
@@ -118,27 +115,6 @@ def test_the_images_are_those_of_diffusers(known, ours, theirs, pipeline, agree,
     agree(name, ours(name, [concept], strength=0.4), theirs(pipe, name))
 
 
-class SmallSDXL(nn.Module):
-    """SDXL's UNet and text encoders in small: what key maps need of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        size = dict(num_res_blocks=1, attention_resolutions=(2,), num_head_channels=16, use_linear=True)
-        self.unet = UNet(model_channels=32, channel_mult=(1, 2), context_dim=56, transformer_depth=2, **size)
-        first = ClipText(Tokenizer(), hidden_size=24, intermediate_size=48, layers=1, heads=2)
-        second = OpenClipText(Tokenizer(pad="zero"), hidden_size=32, layers=2, heads=2, skip=0)
-        self.text = nn.ModuleList([first, second])
-
-
-@pytest.fixture
-def small_sdxl(monkeypatch) -> nn.Module:
-    node = {"params": {"unet": {"params": {"context_dim": 56, "model_channels": 32}}}}
-    monkeypatch.setattr("ldm.weights.recognise.backbones", lambda: {"sdxl": node})
-    model = SmallSDXL()
-    monkeypatch.setattr("infusion.concepts.lora.skeleton", lambda name: model)
-    return model
-
-
 def changed(concept: Concept, model: nn.Module) -> dict[str, Tensor]:
     """Tensor -> its change, of the whole model."""
     model.requires_grad_(False)
@@ -160,47 +136,42 @@ def pair(out: int, width: int) -> dict[str, Tensor]:
     }
 
 
-def test_sdxls_names_of_both_layouts_lead_to_the_same_places(small_sdxl, tmp_path):
+def test_sdxls_names_of_both_layouts_lead_to_the_same_places(known, models, tmp_path):
     torch.manual_seed(0)
     ldm = "lora_unet_input_blocks_3_1_transformer_blocks_1_attn2_to_k"
     theirs = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn2_to_k"
-    unet, first, second = pair(64, 56), pair(24, 24), {part: pair(32, 32) for part in "qkv"}
+    unet, first, second = pair(64, 80), pair(32, 32), {part: pair(48, 48) for part in "qkv"}
     for name, te1 in ((ldm, "lora_te1_text_model_encoder"), (theirs, "lora_te1_encoder")):
         tensors = {f"{name}.{role}": tensor for role, tensor in unet.items()}
         tensors |= {f"{te1}_layers_0_self_attn_q_proj.{role}": tensor for role, tensor in first.items()}
         for part, own in second.items():
             start = f"lora_te2_text_model_encoder_layers_1_self_attn_{part}_proj"
             tensors |= {f"{start}.{role}": tensor for role, tensor in own.items()}
-        save_file(tensors, tmp_path / "a.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})
-        concept = Concept.load(tmp_path / "a.safetensors")
-        found = changed(concept, small_sdxl)
+        save_file(tensors, tmp_path / "a.safetensors")
+        found = changed(Concept.load(tmp_path / "a.safetensors"), models["tinyxl"])
 
         def product(own: dict[str, Tensor]) -> Tensor:
             return ALPHA / RANK * own["lora_up.weight"] @ own["lora_down.weight"]
 
         expected = {
             "unet.input_blocks.3.1.transformer_blocks.1.attn2.to_k.weight": product(unet),
-            "text.0.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight": product(first),
-            "text.1.model.transformer.resblocks.1.attn.in_proj_weight": torch.cat([product(second[p]) for p in "qkv"]),
+            "text.embedders.0.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight": product(first),
+            "text.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight": torch.cat(
+                [product(second[p]) for p in "qkv"]
+            ),
         }
         assert found.keys() == expected.keys()
         for key, tensor in expected.items():
             torch.testing.assert_close(found[key], tensor, atol=1e-5, rtol=1e-5)
 
 
-def test_no_two_modules_have_one_name(models, small_sdxl):
+def test_no_two_modules_have_one_name(models):
     """Without dots and with underscores in the names: what a key leads to is not ambiguous."""
-    for model in (*models.values(), small_sdxl):
+    both = ("unet_input", "unet_middle", "unet_output", "unet_time_embed_", "unet_out_", "unet_label_emb_")
+    for model in models.values():
         for ending in (".weight", ".bias"):
             found = names.places(model, ending)
-            own = {place for key, place in found.items()}
-            twice = sum(
-                key.startswith(
-                    ("unet_input", "unet_middle", "unet_output", "unet_time_embed_", "unet_out_", "unet_label_emb_")
-                )
-                for key in found
-            )
-            assert len(own) == len(found) - twice
+            assert len(set(found.values())) == len(found) - sum(key.startswith(both) for key in found)
 
 
 LYCORIS = {  # tensors of a layer of 64 × 48 numbers -> their change
