@@ -6,7 +6,6 @@ release sums over all 77 places.)
 """
 
 import math
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ from ldm.weights.files import TensorFile
 FORMAT = "infusion-covariance"
 VERSION = 1
 NAME = "inverse_covariance"  # of the file's only tensor
-WIDEST = 8192  # D that is read: whether a matrix is positive definite takes D³ to see
 MOST = 2e6  # condition number up to which C⁻¹ survives being rounded to float32
 
 
@@ -97,9 +95,9 @@ def invert(matrix: Tensor, ridge: float = 0.0) -> tuple[Tensor, float, float]:
     if not 0 <= ridge < math.inf:
         raise UserError(f"ridge: must be a number of at least 0, not {ridge}")
     values, vectors = torch.linalg.eigh(matrix)  # ascending
-    mean = values.mean()
+    mean, rounding = values.mean(), len(values) * torch.finfo(values.dtype).eps * values[-1]
     raised = values + ridge * mean
-    before, after = _condition(values), _condition(raised)
+    before, after = ((own[-1] / own[0]).item() if own[0] > rounding else math.inf for own in (values, raised))
     if after > MOST:
         enough = f"{2 * values[-1].item() / MOST / mean.item():.0e}"
         raise UserError(
@@ -108,13 +106,6 @@ def invert(matrix: Tensor, ridge: float = 0.0) -> tuple[Tensor, float, float]:
         )
     inverse = (vectors / raised) @ vectors.mT
     return (inverse + inverse.mT) / 2, before, after
-
-
-def _condition(eigenvalues: Tensor) -> float:
-    """The largest by the smallest of D ascending eigenvalues; infinite where the smallest is 0 to rounding."""
-    least, most = eigenvalues[0].item(), eigenvalues[-1].item()
-    rounding = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
-    return most / least if least > rounding * most else math.inf
 
 
 class InverseCovariance:
@@ -134,8 +125,9 @@ class InverseCovariance:
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self.path = path
-        self.matrix, metadata = (None, {}) if path is None else _read(path)
+        self.path, self.matrix, metadata = path, None, {}
+        if path is not None:
+            self.matrix, metadata = _read(path)
         self.architecture, self.base_hash = metadata.get("base_architecture"), metadata.get("base_sha256") or None
 
     @property
@@ -157,15 +149,11 @@ class InverseCovariance:
         if self.matrix is None:
             return
         if self.architecture != architecture or len(self.matrix) != width:
-            raise UserError(
-                f"{self.path}: the covariance of {self.architecture!r}, {len(self.matrix)} wide, "
-                f"does not fit {architecture!r}, {width} wide"
-            )
+            here, there = f"{architecture!r}, {width} wide", f"{self.architecture!r}, {len(self.matrix)} wide"
+            raise UserError(f"{self.path}: the covariance of {there}, does not fit {here}")
         if base_hash is not None and self.base_hash != base_hash:
-            warnings.warn(
-                f"{self.path}: the covariance is of another checkpoint of {architecture!r} than the one in use",
-                stacklevel=2,
-            )
+            message = f"{self.path}: the covariance is of another checkpoint of {architecture!r} than the one in use"
+            warnings.warn(message, stacklevel=2)
 
 
 def save_inverse(path: str | Path, inverse: Tensor, facts: Mapping[str, object]) -> None:
@@ -189,30 +177,16 @@ def _read(path: str | Path) -> tuple[Tensor, dict[str, str]]:
         raise UserError(f"{path}: there is no such covariance file")
     with TensorFile(file) as content:
         metadata = content.metadata
-        if metadata.get("format") != FORMAT:
-            raise UserError(f"{path}: no covariance file: its format is {metadata.get('format')!r}, not {FORMAT!r}")
-        version = metadata.get("format_version", "")
-        if not re.fullmatch("[0-9]{1,9}", version) or int(version) > VERSION:
-            raise UserError(f"{path}: the format version is {version[:20]!r}; this code reads up to {VERSION}")
-        if list(content.shapes) != [NAME]:
-            held = ", ".join(name[:80] for name in list(content.shapes)[:5]) or "no tensor"
-            raise UserError(f"{path}: holds {held} instead of {NAME}")
+        kind = metadata.get("format"), metadata.get("format_version")
+        if kind != (FORMAT, str(VERSION)) or list(content.shapes) != [NAME]:
+            raise UserError(f"{path}: no covariance file of version {VERSION}")
         matrix = content.read(NAME)
-    if problem := _problem(matrix):
-        raise UserError(f"{path}: {problem}")
+    if matrix.ndim != 2 or len(matrix) != matrix.shape[1] or not matrix.is_floating_point():
+        raise UserError(f"{path}: {tuple(matrix.shape)} of {matrix.dtype} is no square matrix")
+    # of a matrix with NaN, both are false
+    definite = torch.linalg.cholesky_ex(matrix.double()).info == 0
+    if not definite or not torch.allclose(matrix, matrix.mT, rtol=1e-5, atol=0):
+        raise UserError(
+            f"{path}: the matrix is not finite, symmetric and positive definite, as an inverse covariance is"
+        )
     return matrix.float(), metadata
-
-
-def _problem(matrix: Tensor) -> str:
-    """What keeps a tensor from being an inverse covariance; "" is nothing."""
-    if not matrix.is_floating_point() or matrix.ndim != 2 or len(matrix) != matrix.shape[1]:
-        return f"{tuple(matrix.shape)} of {matrix.dtype} is no square matrix of floating-point numbers"
-    if len(matrix) > WIDEST:
-        return f"{len(matrix):,} wide; text encodings are at most {WIDEST:,}"
-    if not matrix.isfinite().all():
-        return "the matrix is not finite (NaN or infinity)"
-    if not torch.allclose(matrix, matrix.mT, rtol=1e-5, atol=0):
-        return "the matrix is not symmetric"
-    if torch.linalg.cholesky_ex(matrix.double()).info:
-        return "the matrix is not positive definite, so no covariance has this inverse"
-    return ""

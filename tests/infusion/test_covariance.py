@@ -4,7 +4,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from infusion import covariance
 from infusion.covariance import (
     MOST,
     InverseCovariance,
@@ -117,13 +116,6 @@ def test_round_trip(tmp_path):
     assert identity.matrix is None and identity.fingerprint == "identity"
 
 
-def test_a_matrix_wider_than_any_text_encoding_is_refused(tmp_path, monkeypatch):
-    path = write(tmp_path / "c.safetensors", spd(5), "sd15")
-    monkeypatch.setattr(covariance, "WIDEST", 4)
-    with pytest.raises(ValueError, match=r"c\.safetensors: 5 wide; text encodings are at most 4"):
-        InverseCovariance(path)
-
-
 ASYMMETRIC = torch.tensor([[2.0, 1.0], [0.5, 2.0]])
 
 
@@ -133,8 +125,8 @@ ASYMMETRIC = torch.tensor([[2.0, 1.0], [0.5, 2.0]])
         (torch.ones(2, 3), r"\(2, 3\) of torch.float32 is no square matrix"),
         (torch.ones(4), "no square matrix"),
         (torch.tensor([[1.0, float("nan")], [float("nan"), 1.0]]), "not finite"),
-        (ASYMMETRIC, "not symmetric"),
-        (-torch.eye(3), "not positive definite"),
+        (ASYMMETRIC, "not finite, symmetric"),
+        (-torch.eye(3), "positive definite"),
     ],
 )
 def test_unusable_matrices_are_refused(tmp_path, matrix, message):
@@ -149,15 +141,15 @@ def test_other_files_are_refused(tmp_path):
     path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="c.safetensors: not a file of tensors"):
         InverseCovariance(path)
-    save_file({"inverse_covariance": torch.eye(2)}, path)
-    with pytest.raises(ValueError, match="c.safetensors: no covariance file"):
-        InverseCovariance(path)
-    save_file({"inverse_covariance": torch.eye(2)}, path, {"format": "infusion-covariance", "format_version": "2"})
-    with pytest.raises(ValueError, match="version is '2'"):
-        InverseCovariance(path)
-    save_file({"other": torch.eye(2)}, path, {"format": "infusion-covariance", "format_version": "1"})
-    with pytest.raises(ValueError, match="holds other instead of inverse_covariance"):
-        InverseCovariance(path)
+    own = {"format": "infusion-covariance", "format_version": "1"}
+    for name, said in (
+        ("inverse_covariance", None),
+        ("inverse_covariance", own | {"format_version": "2"}),
+        ("other", own),
+    ):
+        save_file({name: torch.eye(2)}, path, said)
+        with pytest.raises(ValueError, match="c.safetensors: no covariance file of version 1"):
+            InverseCovariance(path)
 
 
 def test_captions_are_lines_of_utf8(tmp_path):
