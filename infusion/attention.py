@@ -213,17 +213,12 @@ class EditedCrossAttention(nn.Module):
 def residual_share(out: Tensor, mass: Tensor, residuals: Tensor) -> Tensor:
     """‖Σ_k a_k ⊗ r_k‖ / ‖out_F‖ of each row: how large the edit is beside what it is added to.
 
-    The Gram matrices of mass and residuals give the norm without forming the sum.
-
     Args:
         out: (B, N, C), mass: (B, K, H, N), as on the tape. residuals: (K, C).
 
     Returns:
         (B,) float32.
     """
-    mass = mass.float()
     residuals = rearrange(residuals.float(), "k (h d) -> k h d", h=mass.shape[2])
-    overlap = torch.einsum("bkhn,bjhn->bhkj", mass, mass)
-    gram = torch.einsum("khd,jhd->hkj", residuals, residuals)
-    squared = (overlap * gram).sum(dim=(1, 2, 3)).clamp(min=0)  # (B,)
-    return squared.sqrt() / out.float().flatten(1).norm(dim=1).clamp(min=1e-12)
+    added = torch.einsum("bkhn,khd->bnhd", mass.float(), residuals)
+    return added.flatten(1).norm(dim=1) / out.float().flatten(1).norm(dim=1).clamp(min=1e-12)

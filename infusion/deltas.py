@@ -81,22 +81,14 @@ class LowRank(nn.Module):
         return weight + change.view(weight.shape).to(weight)
 
 
-class Whole(nn.Module):
+class Whole(Difference):
     """W + s·(W' − W): a weight W' in the place of W, as a `Difference` once W is known."""
 
-    def __init__(self, weight: Tensor, strength: float = 1.0) -> None:
-        super().__init__()
-        self.weight, self.strength = as_parameter(weight), strength
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.weight.shape
-
     def from_base(self, base: Tensor) -> Difference:
-        return Difference(self.weight.to(base.device) - base.float(), self.strength)
+        return Difference(self.difference.to(base.device) - base.float(), self.strength)
 
 
-Edit = Difference | LowRank | Whole
+Edit = Difference | LowRank
 
 
 def as_edits(tensors: Mapping[str, Tensor], strength: float = 1.0, alpha: float | None = None) -> dict[str, Edit]:

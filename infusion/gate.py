@@ -6,7 +6,6 @@ Its sigmoid and its similarity are those of Perfusion's gated rank-one update (T
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -94,34 +93,32 @@ def similarity(encodings: Tensor, target_input: Tensor, inverse_covariance: Tens
     return encodings.to(dtype) @ direction / energy
 
 
-def target_input(text_encoder: "TextEncoder", word: Word) -> Tensor:
-    """i*, as the gate compares it: `mean_encoding` of `text_encoder.comparable` encodings."""
-    return mean_encoding(text_encoder, word, text_encoder.comparable)
-
-
-@torch.no_grad()
-def mean_encoding(
-    text_encoder: "TextEncoder", word: Word, change: Callable[[Tensor], Tensor] = lambda encodings: encodings
-) -> Tensor:
+def target_input(text_encoder: "TextEncoder", word: Word, compared: bool = True) -> Tensor:
     """i*: the mean encoding of the concept's tokens over the training prompts (Perfusion, arXiv 2305.01644).
 
     Perfusion keeps a running mean while its embedding is learned; here the text encoder is frozen, so the mean is
-    exact. Each prompt counts the same, however many concept tokens it has.
+    exact.
 
     Args:
         text_encoder: as in `ldm.models.text`: a list of B strings to (B, L, D), with a `tokenizer`.
         word: the superclass word in its training prompts.
-        change: what encodings go through before they are averaged.
-
-    Returns:
-        (D,), in float32 or the encoder's own type where that is wider.
+        compared: of the encodings that the gate compares (`TextEncoder.comparable`); else of those that the UNet reads.
     """
     prompts, masks = training_prompts(text_encoder.tokenizer, word)
-    encodings = change(text_encoder(prompts))  # (B, L, D)
+    with torch.no_grad():
+        encodings = text_encoder(prompts)  # (B, L, D)
+        return mean_encoding(text_encoder.comparable(encodings) if compared else encodings, masks)
+
+
+def mean_encoding(encodings: Tensor, masks: Tensor) -> Tensor:
+    """The mean of encodings (B, L, D) over masks, bool (B, L); each row counts the same, however many tokens it has.
+
+    Returns:
+        (D,), in float32 or the encodings' own type where that is wider.
+    """
     encodings = encodings.to(torch.promote_types(encodings.dtype, torch.float32))
     weights = masks.to(encodings)  # (B, L)
-    weights = weights / weights.sum(1, keepdim=True)
-    return torch.einsum("bl,bld->bd", weights, encodings).mean(0)
+    return torch.einsum("bl,bld->bd", weights / weights.sum(1, keepdim=True), encodings).mean(0)
 
 
 def training_prompts(tokenizer: "Tokenizer", word: Word) -> tuple[list[str], Tensor]:

@@ -45,7 +45,10 @@ def inject(unet: nn.Module, edits: Mapping[str, nn.Module]) -> None:
         raise UserError(f"the UNet has no cross-attention layer {unknown[0]!r}; it has {', '.join(layers) or 'none'}")
     lists = {name: edit if isinstance(edit, nn.ModuleList) else nn.ModuleList([edit]) for name, edit in edits.items()}
     for name, residuals in lists.items():
-        _check_widths(name, layers[name], residuals)
+        width = layers[name].heads * layers[name].dim_head
+        for edit in residuals:
+            if isinstance(edit, ResidualValue) and any(own.shape != (width,) for own in edit.parameters()):
+                raise UserError(f"{name} is {width} wide, but its residual is {tuple(edit.residual.shape)}")
     for name, residuals in lists.items():
         _put(unet, name, EditedCrossAttention(layers[name], name, residuals).train(layers[name].training))
 
@@ -83,14 +86,6 @@ def unedited(unet: nn.Module) -> Iterator[None]:
 
 def _edited_layers(unet: nn.Module) -> dict[str, EditedCrossAttention]:
     return {name: module for name, module in unet.named_modules() if isinstance(module, EditedCrossAttention)}
-
-
-def _check_widths(name: str, layer: CrossAttention, residuals: nn.ModuleList) -> None:
-    width = layer.heads * layer.dim_head
-    for edit in residuals:
-        for residual in edit.parameters() if isinstance(edit, ResidualValue) else ():
-            if residual.shape != (width,):
-                raise UserError(f"{name} is {width} wide, but its residual is {tuple(residual.shape)}")
 
 
 def _put(unet: nn.Module, name: str, module: nn.Module) -> None:

@@ -29,19 +29,9 @@ class Word:
 
 
 def concept_mask(tokenizer: "Tokenizer", template: str, noun: str) -> tuple[str, "Tensor"]:
-    """`concept_masks` for one concept.
-
-    Returns:
-        The prompt, and a bool mask (L,), True on the tokens of the concept.
-    """
-    prompt, masks = concept_masks(tokenizer, template, [noun])
-    return prompt, masks[0]
-
-
-def concept_masks(tokenizer: "Tokenizer", template: str, nouns: Sequence[str]) -> tuple[str, "Tensor"]:
-    """`concept_places` as bool masks (K, L), True on the tokens of each concept."""
-    prompt, places = concept_places(tokenizer, template, nouns)
-    return prompt, places >= 0
+    """`concept_places` of one concept: the prompt, and a bool mask (L,), True on the concept's tokens."""
+    prompt, places = concept_places(tokenizer, template, [noun])
+    return prompt, places[0] >= 0
 
 
 def concept_places(
@@ -105,11 +95,6 @@ def word_pattern(word: str) -> re.Pattern[str]:
     """Finds a word, or words with blanks between them, that stand by themselves; capitals do not matter."""
     parts = r"\s+".join(map(re.escape, word.split()))
     return re.compile(rf"(?<!\w){parts}(?!\w)", re.IGNORECASE)
-
-
-def has(prompt: str, word: str) -> bool:
-    """Whether a prompt has a word."""
-    return word_pattern(word).search(prompt) is not None
 
 
 def point(prompt: str, words: Sequence[str]) -> str:

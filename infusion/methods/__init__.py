@@ -42,9 +42,4 @@ def method_of(concept: "Concept") -> Method:
     """
     method = find_method(concept.method)
     check_params(method, dict(concept.options), "options")
-    try:
-        return method.from_concept(concept)
-    except TypeError as error:
-        raise UserError(
-            f"{concept.superclass!r}: the options {concept.options} are none of {concept.method}"
-        ) from error
+    return method.from_concept(concept)

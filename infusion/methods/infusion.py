@@ -1,6 +1,7 @@
 """Infusion: a residual value embedding per cross-attention layer, on the foundation's attention (docs/method.md)."""
 
 import re
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -37,6 +38,7 @@ class Infusion(Method):
     """
 
     name = "infusion"
+    foundation_learns = False  # whether the foundation stream has gradients
 
     def __init__(
         self, attention: Literal["foundation", "own"] = "foundation", keys: bool = False, layers: str = ""
@@ -92,10 +94,10 @@ class Infusion(Method):
     def predict(
         self, unet: nn.Module, latents: Tensor, timesteps: Tensor, context: Context, gates: Tensor, tape: Tape
     ) -> Tensor:
-        """The customised stream's prediction; the foundation stream has no gradients."""
+        """The customised stream's prediction."""
         if self.attention == "own":
             return super().predict(unet, latents, timesteps, context, gates, tape)
-        with torch.no_grad():
+        with nullcontext() if self.foundation_learns else torch.no_grad():
             unet(latents, timesteps, context.becomes(FoundationPass, gates=gates, tape=tape))
         strengths = torch.ones(1, device=latents.device)
         return unet(latents, timesteps, context.becomes(CustomisedPass, tape=tape, strengths=strengths))

@@ -7,12 +7,11 @@ takes this method to combine the two.
 import torch
 from torch import Tensor, nn
 
-from infusion.attention import CustomisedPass, FoundationPass, Tape
+from infusion.gate import mean_encoding
 from infusion.methods.base import TOKENS, Tensors
 from infusion.methods.infusion import Infusion
 from infusion.sampling.encode import encode, own_embeddings
 from infusion.tokens import Word
-from ldm.models.attention import Context
 from ldm.pipeline import StableDiffusion
 
 
@@ -24,6 +23,7 @@ class InfusionWord(Infusion):
     """
 
     name = "infusion_word"
+    foundation_learns = True
 
     def start(self, sd: StableDiffusion, word: Word) -> dict[str, nn.Parameter]:
         return {TOKENS: nn.Parameter(own_embeddings(sd.text, word.superclass))} | super().start(sd, word)
@@ -35,15 +35,4 @@ class InfusionWord(Infusion):
     def target(self, sd: StableDiffusion, tensors: Tensors, word: Word) -> Tensor:
         context, masks = encode(sd.text, word.templates, [word.superclass], [tensors[TOKENS]])
         encodings = sd.text.comparable(context.text)  # (B, L, D)
-        weights = masks[:, 0].to(encodings.device, torch.float32)  # (B, L)
-        weights = weights / weights.sum(1, keepdim=True)
-        return torch.einsum("bl,bld->bd", weights, encodings.float()).mean(0)
-
-    def predict(
-        self, unet: nn.Module, latents: Tensor, timesteps: Tensor, context: Context, gates: Tensor, tape: Tape
-    ) -> Tensor:
-        if self.attention == "own":
-            return super().predict(unet, latents, timesteps, context, gates, tape)
-        unet(latents, timesteps, context.becomes(FoundationPass, gates=gates, tape=tape))
-        strengths = torch.ones(1, device=latents.device)
-        return unet(latents, timesteps, context.becomes(CustomisedPass, tape=tape, strengths=strengths))
+        return mean_encoding(encodings, masks[:, 0])

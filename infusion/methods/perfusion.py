@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from infusion.attention import ResidualValue
-from infusion.gate import Gate, mean_encoding, similarity
+from infusion.gate import Gate, similarity, target_input
 from infusion.inject import cross_attention_layers
 from infusion.methods.base import TOKENS, Method, Tensors, check_names
 from infusion.sampling.encode import own_embeddings
@@ -69,7 +69,7 @@ class Perfusion(Method):
         self.token_learning_rate, self.momentum = token_learning_rate, momentum
 
     def start(self, sd: StableDiffusion, word: Word) -> dict[str, nn.Parameter]:
-        target = mean_encoding(sd.text, word)
+        target = target_input(sd.text, word, compared=False)
         learned = {TOKENS: nn.Parameter(own_embeddings(sd.text, word.superclass))}
         learned |= {TARGET: nn.Parameter(target.float(), requires_grad=False)}
         for name, layer in cross_attention_layers(sd.unet).items():
@@ -82,7 +82,7 @@ class Perfusion(Method):
     def terms(self, sd: StableDiffusion, tensors: Tensors, word: Word) -> list[dict[str, nn.Module]]:
         layers = cross_attention_layers(sd.unet)
         check_names(tensors, [TOKENS, TARGET, *layers])
-        lock = mean_encoding(sd.text, word).float()
+        lock = target_input(sd.text, word, compared=False).float()
         put_in = {
             name: ResidualValue(tensors[name], layer.to_k.weight.float() @ lock) for name, layer in layers.items()
         }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from infusion.sampling.prompts import Job
 from infusion.sampling.settings import LONGEST
-from infusion.tokens import PLACEHOLDER, fill, has, point
+from infusion.tokens import PLACEHOLDER, fill, point, word_pattern
 from ldm.util.cli import UserError, naming
 from ldm.util.templates import foreign, foreign_warning
 
@@ -50,7 +50,7 @@ def fill_in(flags: argparse.Namespace, jobs: list[Job], concepts: "list[Concept]
         with naming("--target_word"):
             templates = [point(template, flags.target_word) for template in templates]
         for job, template in zip(jobs, templates, strict=True):
-            if more := [word for word in flags.target_word if has(template, word)]:
+            if more := [word for word in flags.target_word if word_pattern(word).search(template)]:
                 logger.info("%s: %r is there again; the concept is at {} in %r", source(flags, job), more[0], template)
     if concepts:
         for job, template in zip(jobs, templates, strict=True):
