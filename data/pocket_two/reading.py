@@ -15,7 +15,7 @@ from data.pocket_two.world import draw_scene
 from ldm.models.text import TextEncoder
 from ldm.training.optimise import adamw
 
-LOOKS = ("colour", "second", "texture", "size")
+OWN = ("noun", "colour", "second", "texture", "size")  # of an object
 PRESENT = ("style", "background", "noun", "colour", "texture", "place")
 
 
@@ -49,16 +49,17 @@ class CaptionData(pl.LightningDataModule):
 class TextReading(pl.LightningModule):
     """A text encoder learns to say which looks belong to which noun.
 
-    A linear layer reads the looks of an object from the encoding of its noun's last token, its noun from the encoding
-    of its place's last token, and all words of the scene from the encoding of the end token, and from the pooled vector
-    where there is one. The layers are not kept. A diffusion loss alone takes very long to tell
-    whose colour is whose when a caption has two nouns.
+    A linear layer reads an object's noun and looks from the encoding of its noun's last token, its noun from that of
+    its place's last token, and all words of the scene from that of the end token, and from the pooled vector where
+    there is one. The layers are not kept. A diffusion loss alone takes very long to tell whose colour is whose when a
+    caption has two nouns. What no layer reads is lost: where looks alone are read at a noun's token, its encoding no
+    longer has the noun.
     """
 
     def __init__(self, text: TextEncoder, learning_rate: float = 1e-3):
         super().__init__()
         self.text, self.learning_rate = text, learning_rate
-        self.looks = nn.Linear(text.width, sum(len(CHOICES[part]) for part in LOOKS))
+        self.things = nn.Linear(text.width, sum(len(CHOICES[part]) for part in OWN))
         self.nouns = nn.Linear(text.width, len(NOUNS))
         words = sum(len(CHOICES[part]) for part in PRESENT)
         self.scene = nn.Linear(text.width, words)
@@ -83,17 +84,17 @@ class TextReading(pl.LightningModule):
                 if said in batch["captions"][i]:
                     at_places.append((i, last_token(ids, self.text.tokenizer.encode(said)), thing))
         rows, places, things = zip(*at_nouns, strict=True)
-        looks = self.looks(encodings[list(rows), list(places)]).split([len(CHOICES[part]) for part in LOOKS], dim=1)
-        of_looks = sum(
+        own = self.things(encodings[list(rows), list(places)]).split([len(CHOICES[part]) for part in OWN], dim=1)
+        of_things = sum(
             F.cross_entropy(logits, labels_of(things, part).to(logits.device))
-            for logits, part in zip(looks, LOOKS, strict=True)
+            for logits, part in zip(own, OWN, strict=True)
         )
         rows, places, things = zip(*at_places, strict=True)
         of_nouns = F.cross_entropy(
             self.nouns(encodings[list(rows), list(places)]), labels_of(things, "noun").to(whole.device)
         )
-        self.log_dict({"train/scene": of_scene, "train/looks": of_looks, "train/nouns": of_nouns}, prog_bar=True)
-        return 10 * of_scene + of_looks + of_nouns
+        self.log_dict({"train/scene": of_scene, "train/things": of_things, "train/nouns": of_nouns}, prog_bar=True)
+        return 10 * of_scene + of_things + of_nouns
 
     def configure_optimizers(self) -> dict:
         return adamw(self.parameters(), self.learning_rate, self.trainer.max_steps)

@@ -44,8 +44,8 @@ class LatentDiffusion(pl.LightningModule):
         self.min_snr, self.clean_weight, self.layout_share = min_snr, clean_weight, layout_share
         self.sd.vae.requires_grad_(False)
         self.sd.text.requires_grad_(train_text)
-        # for training alone: each batch size takes minutes to compile, and samples have another
-        self.predict = torch.compile(self.sd.unet.forward) if compile else self.sd.unet.forward
+        # for training alone: each shape takes minutes to compile, and samples have others
+        self.predict = torch.compile(self.sd.unet.forward, dynamic=False) if compile else self.sd.unet.forward
 
     def training_step(self, batch: dict, index: int) -> Tensor:
         latents = batch["latents"]
