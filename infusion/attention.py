@@ -36,7 +36,7 @@ class FoundationPass(Context):
     tape: Tape
 
     def attend(self, layer: "EditedCrossAttention", x: Tensor) -> Tensor:
-        out, mass = layer.attention(x, self.text, self.gates)
+        out, mass = layer.attention(x, self, self.gates)
         self.tape[layer.name] = out, mass
         return layer.base.to_out(out)
 
@@ -88,7 +88,7 @@ class StackedPass(Context):
 
     def attend(self, layer: "EditedCrossAttention", x: Tensor) -> Tensor:
         first = len(x) - len(self.rows)
-        out, mass = layer.attention(x[:first], self.text[:first], self.gates)
+        out, mass = layer.attention(x[:first], self.map(lambda rows: rows[:first]), self.gates)
         conditional = out[first - len(mass) :]
         if self.tape is not None:
             self.tape[layer.name] = conditional, mass
@@ -116,7 +116,7 @@ class OwnPass(Context):
     regions: Tensor | None = None
 
     def attend(self, layer: "EditedCrossAttention", x: Tensor) -> Tensor:
-        out, mass = layer.attention(x, self.text, self.gates, self.keys(layer))
+        out, mass = layer.attention(x, self, self.gates, self.keys(layer))
         self.tape[layer.name] = out.detach(), mass.detach()
         return layer.base.to_out(layer.blend(out, mass, layer.residuals(self.strengths), self.regions))
 
@@ -170,7 +170,9 @@ class EditedCrossAttention(nn.Module):
         """(B, N, query_dim) -> (B, N, query_dim)."""
         return context.at(self.name).attend(self, x)
 
-    def attention(self, x: Tensor, text: Tensor, gates: Tensor, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def attention(
+        self, x: Tensor, context: Context, gates: Tensor, keys: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Attention output `A V` and mass `a = A g` (eq. 1), with the map `A = softmax(Q Kᵀ / √D)`.
 
         The output is computed by the base layer's own call, so that the foundation stream equals the base model bit for
@@ -178,19 +180,21 @@ class EditedCrossAttention(nn.Module):
         (half a per cent of a UNet call's arithmetic on SD 1.5), but change the rounding of the output.
 
         Args:
-            x: (R, N, query_dim); text: (R, L, context_dim); gates: (B, K, L), of the last B rows.
+            x: (R, N, query_dim); context: its text is (R, L, context_dim); gates: (B, K, L), of the last B rows.
             keys: what is added to the text's keys, (R, L, C); None is nothing.
 
         Returns:
             (R, N, C) before to_out, and (B, K, H, N).
         """
         base, (gated, concepts, _) = self.base, gates.shape
+        text, attended = context.text, context.attended
         keyed = base.to_k(text) if keys is None else base.to_k(text) + keys
         q, k, v = base.split(base.to_q(x)), base.split(keyed), base.split(base.to_v(text))  # (R, H, N|L, D)
-        out = base.merge(base.attend(q, k, v))
+        out = base.merge(base.attend(q, k, v, attended))
         values = repeat(gates.to(v.dtype), "b k l -> b h l k", h=base.heads)
         values = F.pad(values, (0, max(0, base.dim_head - concepts)))  # (B, H, L, D): fused kernels want D
-        mass = base.attend(q[-gated:], k[-gated:], values)  # (B, H, N, D)
+        attended = None if attended is None else attended[-gated:]
+        mass = base.attend(q[-gated:], k[-gated:], values, attended)  # (B, H, N, D)
         return out, rearrange(mass[..., :concepts], "b h n k -> b k h n")
 
     def residuals(self, strengths: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from infusion.methods.base import Method, by_layer
 from infusion.sampling.encode import Words, encode, own_embeddings
 from infusion.sampling.regions import weights
 from infusion.sampling.settings import Settings, for_each
-from ldm.models.attention import Context, as_long
+from ldm.models.attention import Context
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 from ldm.util.templates import bare
@@ -112,8 +112,8 @@ class Customised:
         if settings.scale != 1:
             negative = [sd.text.unconditional(settings.negative_prompt)] * len(prompts)
             context = Context.cat([*negative, context])
-            _, masks = as_long([context.text.mT, masks], dim=2)  # a longer negative prompt has the text repeated
-            masks = F.pad(masks, (0, 0, 0, 0, len(prompts), 0))  # no concept's tokens are in a negative prompt
+            longer = context.text.shape[1] - masks.shape[2]  # the negative prompt, which has no concept's tokens
+            masks = F.pad(masks, (0, longer, 0, 0, len(prompts), 0))
         compared = sd.text.comparable(context.text)
         gates = [
             method.gates(gate, compared, masks[:, k], target, self.inverse_covariance)

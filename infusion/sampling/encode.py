@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from infusion.tokens import concept_places
-from ldm.models.attention import Context, as_long
+from ldm.models.attention import Context
 from ldm.models.text import TextEncoder
 from ldm.util.cli import UserError
 
@@ -48,7 +49,8 @@ def encode(
     which = torch.arange(len(rows)).repeat_interleave(count)  # (W · B,)
     every = text.context(*choose(text, tokens.repeat(len(rows), 1), rows, which))
     texts = dict(zip(rows, every.text.split(count), strict=True))
-    return replace(every.map(lambda own: own.unflatten(0, (-1, count)).mean(0)), texts=texts), masks
+    mean = replace(every, attended=None).map(lambda own: own.unflatten(0, (-1, count)).mean(0))
+    return replace(mean, attended=None if every.attended is None else every.attended[:count], texts=texts), masks
 
 
 def token_ids(
@@ -67,7 +69,7 @@ def token_ids(
     tokenizer = text.tokenizer
     found = (concept_places(tokenizer, template, nouns, whole) for template in templates)
     prompts, places = zip(*found, strict=True)
-    places = torch.stack(as_long(places, dim=1))  # (B, K, L)
+    places = pad_sequence([own.mT for own in places], batch_first=True, padding_value=-1).mT  # (B, K, L)
     given = [(k, rows) for k, rows in enumerate(learned or ()) if rows is not None]
     tokens = tokenizer.windows(prompts) if whole else tokenizer(list(prompts))  # (B, L)
     first = text.vocab_size  # of the ids beyond the vocabulary's

@@ -39,13 +39,10 @@ def pixels(x: Tensor, size: torch.Size) -> Tensor:
     return rearrange(x, "b (h w) c -> b c h w", h=size[0]).contiguous()
 
 
-def as_long(rows: Sequence[Tensor], dim: int) -> list[Tensor]:
-    """Tensors repeated along a dimension until all are equally long.
-
-    Of text tokens it changes nothing: softmax shares a token's weight among its copies, whose values are the same.
-    """
-    length = math.lcm(*(row.shape[dim] for row in rows))
-    return [row if row.shape[dim] == length else torch.cat([row] * (length // row.shape[dim]), dim) for row in rows]
+def cat_texts(texts: Sequence[Tensor]) -> Tensor:
+    """Encodings (B, L, D), or a value of each token, (B, L), one below the other; shorter rows end in zeros."""
+    length = max(text.shape[1] for text in texts)
+    return torch.cat([F.pad(text, (0, 0) * (text.dim() - 2) + (0, length - text.shape[1])) for text in texts])
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +54,8 @@ class Context:
 
     Attributes:
         text: encodings of the prompts, float (B, L, D_text).
+        attended: bool (B, L), the tokens that count; the others fill up rows that are shorter than the longest. None:
+            all of them.
         pooled: one vector for each prompt, (B, P), which conditions SDXL's time embedding; None for other models.
         sizes: six integers for each image, (B, 6) int64, which do so too: height and width of the photo before it was
             resized, top and left of the crop after that, height and width of the crop, in pixels. None: a whole picture
@@ -66,17 +65,19 @@ class Context:
     """
 
     text: Tensor
+    attended: Tensor | None = field(default=None, kw_only=True)
     pooled: Tensor | None = field(default=None, kw_only=True)
     sizes: Tensor | None = field(default=None, kw_only=True)
     texts: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
 
     def becomes(self, kind: "type[C]", **fields: Any) -> "C":
         """The same conditioning for a pass of another kind, which has these fields besides."""
-        return kind(text=self.text, pooled=self.pooled, sizes=self.sizes, texts=self.texts, **fields)
+        own = {"attended": self.attended, "pooled": self.pooled, "sizes": self.sizes, "texts": self.texts}
+        return kind(text=self.text, **own, **fields)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """With every tensor of the conditioning changed alike, such as `lambda rows: rows[2:]`."""
-        given = {"text": self.text, "pooled": self.pooled, "sizes": self.sizes}
+        given = {"text": self.text, "attended": self.attended, "pooled": self.pooled, "sizes": self.sizes}
         changed = {name: change(tensor) for name, tensor in given.items() if tensor is not None}
         return replace(self, **changed, texts={name: change(text) for name, text in self.texts.items()})
 
@@ -86,14 +87,18 @@ class Context:
 
     @staticmethod
     def cat(contexts: "Sequence[Context]") -> "Context":
-        """The rows of contexts of one model, one below the other; shorter texts are repeated (`as_long`)."""
+        """The rows of contexts of one model, one below the other; what fills up shorter texts is not attended to."""
         columns = ([getattr(c, name) for c in contexts] for name in ("pooled", "sizes"))
         pooled, sizes = (None if rows[0] is None else torch.cat(rows) for rows in columns)
-        text = torch.cat(as_long([context.text for context in contexts], dim=1))
+        text, attended = cat_texts([context.text for context in contexts]), None
+        if any(c.attended is not None or c.text.shape[1] < text.shape[1] for c in contexts):
+            every = (c.text.new_ones(c.text.shape[:2], dtype=torch.bool) for c in contexts)
+            counted = zip(every, contexts, strict=True)
+            attended = cat_texts([own if c.attended is None else c.attended for own, c in counted])
         names = dict.fromkeys(name for context in contexts for name in context.texts)
         own = {name: [c.texts[name] if c.texts else c.text for c in contexts] for name in names}
-        texts = {name: torch.cat(as_long(rows, dim=1)) for name, rows in own.items()}
-        return Context(text, pooled=pooled, sizes=sizes, texts=texts)
+        texts = {name: cat_texts(rows) for name, rows in own.items()}
+        return Context(text, attended=attended, pooled=pooled, sizes=sizes, texts=texts)
 
     def at(self, layer: str) -> Self:
         """As one wrapped layer reads it, by the layer's name in the UNet: `text` is what is for this layer."""
@@ -149,18 +154,22 @@ class CrossAttention(nn.Module):
         """(B, H, N, D) -> (B, N, H·D)."""
         return rearrange(t, "b h n d -> b n (h d)")
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q kᵀ / √D) v, with v of any width: (B, H, N, D), (B, H, L, D), (B, H, L, E) -> (B, H, N, E)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attended: Tensor | None = None) -> Tensor:
+        """softmax(q kᵀ / √D) v, with v of any width: (B, H, N, D), (B, H, L, D), (B, H, L, E) -> (B, H, N, E).
+
+        The softmax is over the tokens of k that are `attended`, bool (B, L); None is all.
+        """
+        mask = None if attended is None else attended[:, None, None]  # (B, 1, 1, L)
         if not self.upcast:
-            return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v, mask)
         with torch.autocast(q.device.type, enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask).to(v.dtype)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Args: x (B, N, query_dim) and a context whose text is (B, L, context_dim). Returns (B, N, query_dim)."""
-        source = x if context is None else context.text
+        source, attended = (x, None) if context is None else (context.text, context.attended)
         q, k, v = self.split(self.to_q(x)), self.split(self.to_k(source)), self.split(self.to_v(source))
-        return self.to_out(self.merge(self.attend(q, k, v)))
+        return self.to_out(self.merge(self.attend(q, k, v, attended)))
 
 
 class GEGLU(nn.Module):

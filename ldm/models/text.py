@@ -58,7 +58,9 @@ class TextEncoder(nn.Module):
         Each window is encoded by itself, and the UNet takes them side by side, (B, n·L, D).
         """
         rows = rearrange(tokens, "b (n l) -> (b n) l", l=self.tokenizer.context_length)
-        return Context(rearrange(self.encode_tokens(rows, learned), "(b n) l d -> b (n l) d", b=len(tokens)))
+        text = rearrange(self.encode_tokens(rows, learned), "(b n) l d -> b (n l) d", b=len(tokens))
+        attended = self.tokenizer.attended(tokens)
+        return Context(text, attended=None if attended is None else attended.to(text.device))
 
     def conditioning(self, texts: Sequence[str]) -> Context:
         """All that the UNet takes of B strings, of which "" is no text: see `unconditional`."""

@@ -1,6 +1,5 @@
 """CLIP's byte-pair tokenizer, from the table that open_clip ships: no hub, no download."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -65,8 +64,8 @@ class Tokenizer:
     def windows(self, texts: Sequence[str]) -> Tensor:
         """Ids of whole texts, (B, n·L) int64: what does not fit into one row goes on in the next, framed as a row is.
 
-        So do AUTOMATIC1111 and compel with long prompts. A text of fewer windows than another of the list is repeated,
-        which no attention over its encodings can tell (`ldm.models.attention.as_long`).
+        So do AUTOMATIC1111 and compel with long prompts. A text of fewer windows than another of the list ends in
+        windows of the empty text, which `attended` tells.
 
         Raises:
             ValueError: a text of more than `WINDOWS`; the message has the part that is beyond.
@@ -81,8 +80,18 @@ class Tokenizer:
             for start in range(0, max(len(ids), 1), inner):
                 row = [self.bos, *ids[start : start + inner], self.eos]
                 rows[-1] += row + [self.pad] * (self.context_length - len(row))
-        length = math.lcm(*map(len, rows))
-        return torch.tensor([row * (length // len(row)) for row in rows])
+        length, empty = max(map(len, rows)), self([""])[0].tolist()
+        return torch.tensor([row + empty * ((length - len(row)) // self.context_length) for row in rows])
+
+    def attended(self, ids: Tensor) -> Tensor | None:
+        """Which of the ids of `windows` are of the texts, bool (B, n·L); None where all are.
+
+        Only they count: attention to windows of the empty text would make a prompt depend on those beside it.
+        """
+        rows = ids.unflatten(1, (-1, self.context_length))  # (B, n, L)
+        read = (rows != self([""]).to(ids.device)).any(-1)
+        read[:, 0] = True  # of an empty text, too
+        return None if read.all() else read.repeat_interleave(self.context_length, 1)
 
     def beyond(self, text: str, windows: int = 1) -> str:
         """The part of a text that does not fit into so many rows, as the tokenizer spells it; "" where all does."""

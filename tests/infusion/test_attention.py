@@ -269,7 +269,7 @@ def test_mass_is_the_attention_on_the_gates(heads, dim_head, concepts, upcast):
     base = CrossAttention(24, 16, heads, dim_head, upcast)
     layer = EditedCrossAttention(base, "layer", nn.ModuleList())
     x, text, gates = torch.randn(2, 7, 24), torch.randn(2, 5, 16), torch.rand(2, concepts, 5)
-    out, mass = layer.attention(x, text, gates)
+    out, mass = layer.attention(x, Context(text), gates)
     attention = (base.split(base.to_q(x)) @ base.split(base.to_k(text)).mT / dim_head**0.5).softmax(-1)  # (B, H, N, L)
     torch.testing.assert_close(mass, torch.einsum("bhnl,bkl->bkhn", attention, gates))
     torch.testing.assert_close(base.to_out(out), base(x, Context(text)))

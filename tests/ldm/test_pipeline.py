@@ -212,6 +212,17 @@ def test_images_do_not_depend_on_the_batch_size(sd, sampler, eta):
     torch.testing.assert_close(alone, images[2:], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("windows", [(1, 2, 1), (3, 2, 1), (3, 4, 5)])
+def test_images_do_not_depend_on_the_length_of_other_prompts(sd, windows):
+    inner = sd.text.tokenizer.context_length - 2
+    prompts = ["red " * (inner * count - 2) + "cat" for count in windows]
+    options = {"negative_prompt": "blurry " * (inner + 1), **FAST}
+    images = sd.sample(prompts, seed=4, **options)
+    for i, prompt in enumerate(prompts):
+        torch.testing.assert_close(sd.sample([prompt], seed=4 + i, **options), images[i : i + 1], atol=1e-5, rtol=0)
+    assert sd.text.context(sd.text.tokenizer.windows(prompts)).text.shape[1] == max(windows) * (inner + 2)
+
+
 def test_sampling_is_guided_ddim_on_seeded_noise(sd):
     """The whole path once more, in plain torch."""
     text, negative = sd.text(["a cat"]), sd.text(["a dog"])

@@ -135,6 +135,23 @@ def test_training_and_sampling_are_the_same_model(sd, name, batch, latents):
 
 
 @every
+def test_a_prompt_does_not_depend_on_longer_ones_beside_it(sd, name, batch, latents):
+    """Prompts of 4 and 3 windows, a negative prompt of 2, and a gate that is open on every token."""
+    concept = trained(sd, name, batch)
+    templates = [f"{'red ' * (75 * count - 20)}{{}} on grass" for count in (4, 3)]
+    options = {"scale": 3.0, "gate": "global", "negative_prompt": "blurry " * 100}
+    with torch.no_grad(), Customised(sd, [concept], Settings(**options)) as customised:
+        denoiser = customised(templates)
+        assert denoiser.text.shape[1] == 77 * 4
+        together = denoiser(latents, torch.tensor(400))
+        for i, template in enumerate(templates):
+            alone = customised([template])(latents[i : i + 1], torch.tensor(400))
+            torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
+            shorter = customised([template.replace("red ", "", 75)])(latents[i : i + 1], torch.tensor(400))
+            assert (shorter - alone).abs().max() > 1e-3
+
+
+@every
 def test_strength_zero_is_the_base_model_on_the_same_words(sd, name, batch, latents):
     concept = trained(sd, name, batch)
     prompts = [fill(template, [concept.noun]) for template in TEMPLATES]

@@ -316,8 +316,8 @@ def test_a_long_prompt_is_read_whole(sd, latents, own):
 
 
 def test_texts_of_other_lengths_beside_it_change_no_prompt(sd, latents):
-    """A shorter prompt is repeated, which softmax cannot tell: for prompts together, and for a long negative prompt."""
-    concept, negative = make_concept(sd), "blurry " * 50
+    """For prompts together, and for a longer negative prompt."""
+    concept, negative = make_concept(sd), "blurry " * 100
     together = denoise(sd, [concept], [LONG, "a {}"], latents, negative_prompt=negative)
     for i, prompt in enumerate((LONG, "a {}")):
         alone = denoise(sd, [concept], [prompt], latents[i : i + 1], negative_prompt=negative)

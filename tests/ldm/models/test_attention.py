@@ -35,6 +35,19 @@ def test_texts_of_transformers_go_wherever_the_context_goes():
         context.at("input_blocks.1.1.transformer_blocks.0.attn2")
 
 
+@pytest.mark.parametrize("upcast", [False, True])
+def test_rows_of_other_lengths_attend_to_their_own_tokens_alone(upcast):
+    layer = CrossAttention(12, context_dim=7, heads=3, dim_head=4, upcast=upcast)
+    x, texts = torch.randn(4, 5, 12), [torch.randn(1, length, 7) for length in (3, 6, 2)]
+    together = Context.cat([Context.cat([Context(text) for text in texts[:2]]), Context(texts[2].repeat(2, 1, 1))])
+    assert together.text.shape == (4, 6, 7) and together.attended.sum(1).tolist() == [3, 6, 2, 2]
+    own = [layer(x[i : i + 1], Context(text)) for i, text in enumerate([*texts, texts[2]])]
+    torch.testing.assert_close(layer(x, together), torch.cat(own))
+    last = together.map(lambda rows: rows[2:])
+    torch.testing.assert_close(layer(x[2:], last.becomes(Context)), torch.cat(own[2:]))
+    assert Context.cat([Context(texts[0]), Context(-texts[0])]).attended is None
+
+
 @pytest.mark.parametrize("channels, groups", [(48, 16), (64, 32), (96, 32), (128, 32), (144, 16), (320, 32), (6, 2)])
 def test_groups_divide_the_width(channels, groups):
     assert normalise(channels, eps=1e-5).num_groups == groups

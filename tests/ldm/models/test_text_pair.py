@@ -73,6 +73,19 @@ def test_an_empty_negative_prompt_is_all_zeros_and_any_other_is_encoded(pair):
 
 
 @torch.no_grad()
+def test_a_prompt_beside_a_longer_one_is_the_same_followed_by_what_does_not_count(pair):
+    texts = ["red " * 25, "a cat", "red " * 12]
+    context = pair.context(pair.tokenizer.windows(texts))
+    assert context.text.shape == (3, 36, 40) and context.attended.sum(1).tolist() == [36, 12, 24]
+    for row, text in enumerate(texts):
+        alone = pair.context(pair.tokenizer.windows([text]))
+        own = context.map(lambda rows, row=row: rows[row : row + 1])
+        assert alone.attended is None
+        torch.testing.assert_close(own.text[own.attended], alone.text[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(own.pooled, alone.pooled, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_the_gate_compares_each_part_under_its_own_final_norm(pair, peers):
     encodings = pair(PROMPTS)
     compared = pair.comparable(encodings)

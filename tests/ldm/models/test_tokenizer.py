@@ -66,9 +66,26 @@ def test_windows_read_a_text_whole():
     words = tokenizer.encode("red " * 80 + "cat")
     long, short = tokenizer.windows(["red " * 80 + "cat", "a cat"])
     assert long.tolist() == [BOS, *words[:75], EOS, BOS, *words[75:], EOS] + [0] * 69
-    assert torch.equal(short, tokenizer(["a cat"])[0].repeat(2))  # which attention cannot tell from once
+    assert torch.equal(short, tokenizer(["a cat", ""]).flatten())
     assert torch.equal(tokenizer.windows(["", "a cat"]), tokenizer(["", "a cat"]))
-    assert tokenizer.windows(["red " * 100, "red " * 200]).shape == (2, 6 * 77)  # of 2 and 3
+
+
+@pytest.mark.parametrize(
+    ("words", "windows"),
+    [([0], [1]), ([0, 75], [1, 1]), ([75, 76], [1, 2]), ([225, 300, 375], [3, 4, 5]), ([500, 0, 600], [7, 1, 8])],
+)
+@pytest.mark.parametrize("pad", ["end", "zero"])
+def test_texts_are_as_many_windows_as_the_longest_has_and_only_their_own_count(words, windows, pad):
+    tokenizer = Tokenizer(pad=pad)
+    ids = tokenizer.windows(["red " * count for count in words])
+    assert ids.shape == (len(words), 77 * max(windows))
+    attended = tokenizer.attended(ids)
+    if len(set(windows)) == 1:
+        assert attended is None
+    else:
+        assert attended.dtype == torch.bool and attended.shape == ids.shape
+        assert attended.sum(1).tolist() == [77 * count for count in windows]
+        assert attended.int().diff(dim=1).max() == 0  # those of the text come first
 
 
 def test_what_is_beyond_is_named():
