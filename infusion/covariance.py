@@ -31,11 +31,16 @@ MOST = 2e6  # condition number up to which C⁻¹ survives being rounded to floa
 
 @dataclass(frozen=True)
 class Covariance:
-    """C, (D, D) float64 on the CPU, and how many captions and word tokens it is of."""
+    """C, (D, D) float64 on the CPU, and how many captions and word tokens it is of.
+
+    Attributes:
+        cut: how many of the captions are longer than the text encoder reads; what is beyond is not in C.
+    """
 
     matrix: Tensor
     captions: int
     tokens: int
+    cut: int
 
 
 @torch.no_grad()
@@ -51,7 +56,7 @@ def estimate(text_encoder: nn.Module, captions: Iterable[str], batch_size: int =
         ValueError: an encoding that is not finite, or fewer tokens than D, so that C is singular.
     """
     width, captions = text_encoder.width, iter(captions)
-    total, seen, tokens = torch.zeros(width, width, dtype=torch.float64), 0, 0
+    total, seen, tokens, cut = torch.zeros(width, width, dtype=torch.float64), 0, 0, 0
     while batch := list(islice(captions, batch_size)):
         ids = text_encoder.tokenizer(batch)  # (B, L)
         encodings = text_encoder.comparable(text_encoder.encode_tokens(ids))  # (B, L, D)
@@ -61,12 +66,13 @@ def estimate(text_encoder: nn.Module, captions: Iterable[str], batch_size: int =
             raise UserError("the text encoder gives values that are not finite")
         total += counted.mT @ counted
         seen, tokens = seen + len(batch), tokens + len(counted)
+        cut += sum(text_encoder.tokenizer.beyond(caption) != "" for caption in batch)
     if tokens < width:
         raise UserError(
             f"{seen:,} captions with {tokens:,} word tokens are too few: the covariance of encodings {width} wide is "
             f"singular below {width:,} tokens, and rough below many times that; give more captions"
         )
-    return Covariance(total / tokens, seen, tokens)
+    return Covariance(total / tokens, seen, tokens, cut)
 
 
 def word_tokens(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:

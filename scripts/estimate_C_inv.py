@@ -109,9 +109,13 @@ def main(arguments: list[str] | None = None) -> None:
     covariance = estimate(text, tqdm(read_captions(flags.caption), "captions", total), flags.batch_size)
     inverse, before, after = invert(covariance.matrix, flags.ridge)
     logger.info("%s captions, %s word tokens", f"{covariance.captions:,}", f"{covariance.tokens:,}")
+    if covariance.cut:
+        counts, read = f"{covariance.cut:,} of {covariance.captions:,} captions", text.tokenizer.context_length - 2
+        logger.warning("warning: %s have more than the %d tokens that are read: the rest is left out", counts, read)
     logger.info("condition number %.3g, with the ridge %.3g", before, after)
     facts = {"base_architecture": config.sd.params.name, "base_sha256": sha256(weights), "ridge": flags.ridge}
-    facts |= {"captions": covariance.captions, "tokens": covariance.tokens, "condition": after}
+    facts |= {"captions": covariance.captions, "captions_cut": covariance.cut, "tokens": covariance.tokens}
+    facts |= {"condition": after}
     save_inverse(flags.save_path, inverse, facts)
     logger.info("%s: %d × %d, %s", flags.save_path, *inverse.shape, InverseCovariance(flags.save_path).fingerprint[:12])
 

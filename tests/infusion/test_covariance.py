@@ -62,6 +62,7 @@ def test_streamed_is_the_closed_form(sd, batch_size):
     everything = torch.stack(rows)  # (n, D)
     covariance = estimate(sd.text, iter(CAPTIONS), batch_size=batch_size)
     assert (covariance.captions, covariance.tokens) == (len(CAPTIONS), len(rows)) == (10, 204)
+    assert covariance.cut == 2
     assert covariance.matrix.dtype == torch.float64
     torch.testing.assert_close(covariance.matrix, everything.mT @ everything / len(rows), rtol=1e-12, atol=1e-12)
 

@@ -62,7 +62,7 @@ def test_writes_the_inverse_and_what_it_is_of(run, tiny, arguments):
     assert float(metadata.pop("condition")) == pytest.approx(after, rel=0.01)
     assert metadata == {
         "format": "infusion-covariance", "format_version": "1", "base_architecture": "tiny", "base_sha256": weights,
-        "captions": "9", "tokens": str(covariance.tokens), "ridge": str(ridge),
+        "captions": "9", "captions_cut": "0", "tokens": str(covariance.tokens), "ridge": str(ridge),
     }  # fmt: skip
     read.check_base("tiny", weights, 24)
 
@@ -87,6 +87,21 @@ def test_reports_captions_tokens_and_condition(run, caplog):
     before, after = (float(word) for word in condition.removeprefix("condition number ").split(", with the ridge "))
     assert before > after > 1
     assert written == f"{path}: 24 × 24, {InverseCovariance(path).fingerprint[:12]}"
+
+
+@pytest.mark.parametrize(
+    ("words", "cut"),  # of each caption; the tiny model reads 14
+    [([14, 13], 0), ([14, 15], 1), ([15, 400, 14, 30], 3)],
+)
+def test_captions_that_are_cut_are_counted_once_and_in_the_file(run, captions, caplog, words, cut):
+    captions.write_text("\n".join([*CAPTIONS, *("red " * count for count in words)]))
+    with safe_open(run("--batch_size", "2"), "pt") as file:
+        metadata = file.metadata()
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    of = 9 + len(words)
+    warning = f"warning: {cut} of {of} captions have more than the 14 tokens that are read: the rest is left out"
+    assert said == ([warning] if cut else [])
+    assert metadata["captions_cut"] == str(cut) and metadata["captions"] == str(of)
 
 
 def test_nothing_is_overwritten_unasked(run, refused):
