@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.captions import read_captions
+from data.captions import Caption, captions_of
 from data.crop import MIDDLE, Crop, Place, around, share_inside, to_square
 from data.doubts import LEAST_INSIDE, doubts
 from data.images import opacity, opened, over_white, read_image, read_mask
@@ -45,12 +45,11 @@ class ConceptImages:
         places: where in each photo the square lies.
         cover: the mean of each mask in [0, 1]; [] without masks.
         image_size: S, the side of the squares.
-        captions: one list of templates with `{}` per image; empty where there is no caption.
-        without_noun: caption file -> its lines that do not name the superclass (`data.captions`).
+        captions: one list per image; empty where there is no caption.
 
     Raises:
-        ValueError: as `PhotoFolder.read`; a file that cannot be read; a mask that is missing, empty, of another shape,
-            or nearly all outside the square.
+        ValueError: as `PhotoFolder.read` and `captions_of`; a file that cannot be read; a mask that is missing, empty,
+            of another shape, or nearly all outside the square.
     """
 
     def __init__(
@@ -72,14 +71,9 @@ class ConceptImages:
         self.superclass = superclass if superclass is None else bare(superclass)
         self.masked, self.crop = mask == "auto", crop
         self.names = [photo.path.name for photo in photos]
-        self.captions: list[list[str]] = []
-        self.without_noun: dict[str, list[str]] = {}
-        for photo in photos:
-            read = photo.caption is not None and self.superclass is not None
-            templates, without = read_captions(photo.caption, self.superclass) if read else ([], [])
-            self.captions.append(templates)
-            if without:
-                self.without_noun[photo.caption.name] = without
+        self.captions: list[list[Caption]] = [[] for _ in photos]
+        if self.superclass is not None:
+            self.captions = captions_of(self.folder, self.superclass)
         self.sizes: list[tuple[int, int]] = []
         self.places: list[Place] = []
         self.cover: list[float] = []

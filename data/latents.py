@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from data.captions import check_captions, without_noun
+from data.captions import caption_warnings
 from data.crop import MIDDLE, Place
 from data.dataset import ConceptImages
 from data.images import png
@@ -23,10 +23,9 @@ from data.preview import sheet
 from data.prior import ClassImages
 from data.prompts import TEMPLATES
 from ldm.models.autoencoder import AutoencoderKL, coverage
-from ldm.models.tokenizer import Tokenizer
-from ldm.util.cli import UserError
+from ldm.util.cli import UserError, naming
 from ldm.util.files import write
-from ldm.util.templates import check_template, short
+from ldm.util.templates import check_template
 
 BATCH, TILES = 1000, 64  # photos in a batch and on the preview, at most
 logger = logging.getLogger(__name__)
@@ -173,8 +172,8 @@ class ConceptData(pl.LightningDataModule):
             raise UserError(f"flip_p: must be between 0 and 1, not {flip_p}")
         if not templates:
             raise UserError("templates: at least one is needed")
-        self.templates = [own or list(templates) for own in images.captions]
-        for template in [*templates, *chain.from_iterable(images.captions)]:
+        self.templates = [[caption.template for caption in own] or list(templates) for own in images.captions]
+        for template in templates:
             check_template("templates", template)
         logger.info("%s: %s", images.root, images.report())
         for warning in images.warnings():
@@ -187,11 +186,18 @@ class ConceptData(pl.LightningDataModule):
         self.prior_latents: Tensor | None = None
 
     def setup(self, stage: str) -> None:
-        """Encodes the photos; ValueError for a size that the model cannot halve as often as it needs."""
+        """As `encode`, for the module that is trained."""
+        self.encode(self.trainer.lightning_module)
+
+    def encode(self, module: pl.LightningModule) -> None:
+        """Encodes the photos for a training of this concept (`infusion.training.trainer`).
+
+        Raises:
+            ValueError: a text that cannot be trained on, or a size that the model cannot halve as often as it needs.
+        """
         if self.cache is None:
-            module, size = self.trainer.lightning_module, self.images.image_size
-            sd = module.sd
-            self._check_texts(sd.text.tokenizer)
+            sd, size = module.sd, self.images.image_size
+            self._check_texts(module)
             try:
                 sd.latent_shape(size, size)
             except ValueError as error:
@@ -205,16 +211,16 @@ class ConceptData(pl.LightningDataModule):
                 with self._one_first(), module.unedited():
                     self.prior_latents = self.prior.latents(sd.to(self.trainer.strategy.root_device))
 
-    def _check_texts(self, tokenizer: Tokenizer) -> None:
+    def _check_texts(self, module: pl.LightningModule) -> None:
         """Warns of captions that are not read as they stand; UserError for a text that cannot be trained on."""
-        images = self.images
-        photos = zip(images.folder.photos, images.captions, strict=True)
-        captions = {photo.caption.name: own for photo, own in photos if photo.caption is not None}
-        lines = [without_noun(images.without_noun, images.superclass)]
-        for line in filter(None, lines + check_captions(captions, images.superclass, tokenizer)):
-            logger.warning("warning: %s: %s", images.root, line)
-        if self.prior is not None and (beyond := tokenizer.beyond(self.prior.prompt)):
-            raise UserError(f"prior: prompt: {short(beyond)} is beyond what training reads: shorten it")
+        captions, tokenizer = list(chain.from_iterable(self.images.captions)), module.sd.text.tokenizer
+        for caption in captions:
+            with naming(caption.place):
+                module.check_caption(caption.template)
+        for line in caption_warnings(captions, self.images.superclass, module.noun, tokenizer):
+            logger.warning("warning: %s", line)
+        if self.prior is not None:
+            self.prior.check_prompt(tokenizer)
 
     @contextmanager
     def _one_first(self) -> Iterator[None]:

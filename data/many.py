@@ -90,11 +90,11 @@ class ManyConcepts(pl.LightningDataModule):
                 self.parts[entry.name].preview = f"photos/{entry.name}.png"
 
     def setup(self, stage: str) -> None:
-        """Encodes the photos of every concept; raises ValueError as `ConceptData.setup` does."""
-        for name, part in self.parts.items():
+        """Encodes the photos of every concept; raises ValueError as `ConceptData.encode` does."""
+        for (name, part), module in zip(self.parts.items(), self.trainer.lightning_module.parts, strict=True):
             part.trainer = self.trainer
             with naming(f"concepts.{name}"):
-                part.setup(stage)
+                part.encode(module)
 
     def train_dataloader(self) -> dict[str, DataLoader]:
         """A loader for each concept, which Lightning draws from in step: a batch is a dict with a batch of each."""

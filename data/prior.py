@@ -12,11 +12,12 @@ from tqdm import tqdm
 from data.dataset import ConceptImages
 from data.images import png, text_of
 from data.photos import PhotoFolder
+from ldm.models.tokenizer import Tokenizer
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 from ldm.util.config import find
 from ldm.util.files import write
-from ldm.util.templates import bare, fill
+from ldm.util.templates import bare, fill, short
 
 COUNT, BATCH = 100_000, 1000  # class images, and how many at a time, at most
 RECIPE = {"prompt", "base", "seed", "number", "steps", "scale"}  # the text in a PNG that was drawn here
@@ -63,6 +64,11 @@ class ClassImages:
         self.prompt = fill(prompt, [] if superclass is None else [bare(superclass)])
         self.count, self.root = count, None if root is None else find(root)
         self.steps, self.scale, self.seed, self.batch_size = steps, scale, seed, batch_size
+
+    def check_prompt(self, tokenizer: Tokenizer) -> None:
+        """Raises UserError for a prompt that training does not read whole."""
+        if beyond := tokenizer.beyond(self.prompt):
+            raise UserError(f"prior: prompt: {short(beyond)} is beyond what training reads: shorten it")
 
     def latents(self, sd: StableDiffusion) -> Tensor:
         """Latents (N, C, h, w) float32 on the CPU, scaled; `sd` is the base model, without edits.

@@ -16,24 +16,24 @@ from torch import Tensor, nn
 
 from infusion.attention import Tape, residual_share
 from infusion.concepts.concept import Concept
-from infusion.concepts.fields import check_words
 from infusion.covariance import InverseCovariance
 from infusion.deltas import attach, find_layers, in_model, is_of_text, outputs_changed, weights_edited
-from infusion.gate import Gate, fingerprint, training_prompts
+from infusion.gate import Gate, fingerprint
 from infusion.inject import inject, unedited
 from infusion.loss import masked_loss
 from infusion.methods.base import Method, by_layer
 from infusion.regularisers.base import Regulariser, Step
 from infusion.sampling.encode import each, encode
-from infusion.tokens import Word, concept_places
+from infusion.tokens import Word
 from infusion.training.learner import Learner, check_learning_rate
+from infusion.training.words import check_caption, check_samples, check_training_words
 from ldm.models.attention import Context
 from ldm.pipeline import StableDiffusion
 from ldm.training.callbacks import EverySteps
 from ldm.util.cli import UserError, naming
 from ldm.util.config import find
 from ldm.util.run import NonFinite
-from ldm.util.templates import bare, short
+from ldm.util.templates import bare
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class ConceptTrainer(Learner):
         inverse_covariance: C^-1, (D, D), of the gate; None is the identity.
 
     Raises:
-        ValueError: words that `check_words` or `training_prompts` refuses; a method that matches no layer; a covariance
+        ValueError: words that `check_training_words` refuses; a method that matches no layer; a covariance
             of another architecture.
     """
 
@@ -107,11 +107,7 @@ class ConceptTrainer(Learner):
         if self.inverse_covariance is not None:
             covariance.check_base(sd.architecture, sd.digests.get("text"), sd.text.width)
         self.noun = method.noun(superclass)
-        check_words(superclass, self.word.templates, self.noun)  # what no concept file may say …
-        prompts, _ = training_prompts(sd.text.tokenizer, replace(self.word, superclass=self.noun))  # … or be trained
-        for prompt in prompts:
-            if beyond := sd.text.tokenizer.beyond(prompt):
-                raise UserError(f"templates: {short(prompt)} is too long for training: {short(beyond)} is beyond")
+        check_training_words(sd.text.tokenizer, superclass, self.noun, self.word.templates)
         self.tensors = method.start(sd, self.word)
         if start_from is not None:
             self._start_from(find(start_from))
@@ -243,10 +239,13 @@ class ConceptTrainer(Learner):
                 shares[name] = residual_share(*tape[name], residuals).mean()
         return shares
 
+    def check_caption(self, caption: str) -> None:
+        """As `infusion.training.words.check_caption`, which a training's data ask before the first step."""
+        check_caption(self.sd.text.tokenizer, caption, self.noun)
+
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises ValueError for a prompt with {} that cannot be drawn whole."""
-        for prompt in prompts:
-            concept_places(self.sd.text.tokenizer, prompt, [self.noun], whole=True)
+        check_samples(self.sd.text.tokenizer, prompts, self.noun)
 
     @contextmanager
     def unedited(self) -> Iterator[None]:

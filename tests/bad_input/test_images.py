@@ -244,8 +244,9 @@ def test_a_mask_of_one_value_is_one_everywhere(mask, case):
 CAPTIONS: dict[str, tuple[bytes, str]] = {
     "binary": (bytes(range(256)), "0.txt: cannot be read as text"),
     "utf-16 without a mark": ("a dög\n".encode("utf-16-le"), "0.txt: cannot be read as text: save it as UTF-8"),
-    "the noun beyond what is read": (b"red " * 90 + b"dog", "0.txt: the concept lies beyond the 30 tokens"),
-    "braces": (b"a dog {dog}\n", "braces"),
+    "the noun beyond what is read": (b"\n" + b"red " * 90 + b"dog", "0.txt:2: {} in 'red red "),
+    "a plural": (b"a dog\n\nsome {}s\n", "0.txt:3: {} in 'some {}s' is glued to its neighbours"),
+    "braces": (b"\na dog {dog}\n", "0.txt:2: 'a dog {dog}' has other braces than {}"),
     "10 MB": (b"a dog\n" * 1_700_000, "0.txt: is larger than 100,000 bytes"),
 }
 
@@ -254,7 +255,8 @@ CAPTIONS: dict[str, tuple[bytes, str]] = {
 def test_captions_of_windows_are_read(photos, case):
     photo(photos / "0.png")
     (photos / "0.txt").write_bytes("a dog in Zürich\r\n".encode(case))
-    assert ConceptImages(photos, 16, "dog", mask="none").captions == [["a {} in Zürich"]]
+    ((caption,),) = ConceptImages(photos, 16, "dog", mask="none").captions
+    assert caption.template == "a {} in Zürich" and caption.place == f"{photos / '0.txt'}:1"
 
 
 @pytest.mark.parametrize("case", CAPTIONS)

@@ -30,8 +30,10 @@ def attached(
 ) -> pl.LightningDataModule:
     """With a run folder, the trainer's process is the one that writes."""
     sd = SimpleNamespace(vae=vae, latent_shape=latent_shape, text=SimpleNamespace(tokenizer=Tokenizer()))
+    module = SimpleNamespace(sd=sd, unedited=nullcontext, noun="cat", check_caption=lambda caption: None)
+    module.parts = [module] * len(getattr(data, "parts", ()))
     data.trainer = SimpleNamespace(
-        lightning_module=SimpleNamespace(sd=sd, unedited=nullcontext),
+        lightning_module=module,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
         global_step=global_step,
         accumulate_grad_batches=2,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.captions import Caption
 from data.dataset import ConceptImages
 from data.images import read_image, read_mask
 
@@ -349,7 +350,11 @@ def test_the_account_names_captions_and_what_is_left_out(photos):
     (photos / "1.caption").write_text("a cat in the sun")
     (photos / "notes.md").touch()
     images = ConceptImages(photos, 16, "cat")
-    assert images.captions == [["a {}"], ["a {} in the sun"], []]
+    assert images.captions == [
+        [Caption(photos / "0.txt", 1, "a {}")],
+        [Caption(photos / "1.caption", 1, "a {} in the sun")],
+        [],
+    ]
     assert images.report().endswith("; captions (1 in .caption, 1 in .txt)")
     assert images.warnings() == [f"{photos}: left out: notes.md (neither photo, mask nor caption)"]
     assert ConceptImages(photos, 16, None, mask="none").captions == [[], [], []]
