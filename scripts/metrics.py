@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     import torch
 
     from infusion.metrics.run.subject import Subject
-    from ldm.pipeline import StableDiffusion
+    from ldm.models.tokenizer import Tokenizer
 
 LONGEST = 400  # characters of a name or of a concept in words
 logger = logging.getLogger(__name__)
@@ -321,15 +321,11 @@ def choose(flags: argparse.Namespace, rows: "list[Subject]", there: set[str]) ->
     return Options(tuple(flags.metrics or able), curve=tuple(flags.curve), **chosen)
 
 
-def check_texts(sd: "StableDiffusion", rows: "Sequence[Subject]", protocols: Sequence[Protocol]) -> None:
-    """Warns of foreign syntax in the rows' prompts; UserError for one that the model cannot read whole."""
-    for row, protocol in zip(rows, protocols, strict=True):
-        word = bare(row.described or row.superclass)
-        with naming(f"{row.label}: its prompts"):
-            for group in (CONTEXT, "none", "superclass"):
-                sd.text.tokenizer.windows([plain(prompt, word) for prompt in protocol.prompts(group, row.superclass)])
-    if odd := foreign_warning(prompt for protocol in protocols for prompt in protocol.concept):
-        logger.warning("warning: --protocol: %s", odd)
+def check_texts(tokenizer: "Tokenizer", protocol: Protocol, superclass: str, described: str = "") -> None:
+    """Raises UserError for a prompt of a protocol, with the noun or other words for {}, that cannot be read whole."""
+    word = bare(described or superclass)
+    for group in (CONTEXT, "none", "superclass"):
+        tokenizer.windows([plain(prompt, word) for prompt in protocol.prompts(group, superclass)])
 
 
 @report
@@ -394,7 +390,11 @@ def main(arguments: list[str] | None = None) -> None:
             row = replace(row, exact=world.exact(row.exact.name, tools.classifier, tools.clipseg))
         check(row, protocols[names[i]], options, tools)
         rows[i] = row
-    check_texts(sd, rows, [protocols[name] for name in names])
+    for row, name in zip(rows, names, strict=True):
+        with naming(f"{row.label}: its prompts"):
+            check_texts(sd.text.tokenizer, protocols[name], row.superclass, row.described)
+    if odd := foreign_warning(prompt for name in names for prompt in protocols[name].concept):
+        logger.warning("warning: --protocol: %s", odd)
     out = Path(flags.out)
     files = {"base": sd.hash or "", **tools.hashes}
     settings = options.shown() | {"architecture": sd.architecture}

@@ -10,6 +10,7 @@ from torch import Tensor
 from infusion.deltas import is_of_text
 from infusion.methods.base import Method, Tensors
 from infusion.tokens import Word
+from ldm.models.tokenizer import Tokenizer
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 
@@ -53,6 +54,9 @@ class Regulariser:
         Raises:
             ValueError: this method learns nothing that the term could act on.
         """
+
+    def check_texts(self, tokenizer: Tokenizer, noun: str) -> None:
+        """Raises ValueError for a prompt of its own, with `noun` in it, that cannot be read."""
 
     def term(self, sd: StableDiffusion, method: Method, tensors: Tensors, step: Step) -> Tensor:
         """The term, a scalar without its weight, with gradients; `sd` has the method's edits."""

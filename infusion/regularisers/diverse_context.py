@@ -76,11 +76,14 @@ class DiverseContext(Regulariser):
         if self.by_method:
             self.weight = usual_weight(method.name, self.learning_rate)
         self.superclass = word.superclass
-        with naming(self.file):
-            for prompt in self.prompts.longest():
-                concept_places(sd.text.tokenizer, prompt, [method.noun(word.superclass)])
+        self.check_texts(sd.text.tokenizer, method.noun(word.superclass))
         if sd.device.type != "meta":
             self.contextualizer = load(self.path, sd)
+
+    def check_texts(self, tokenizer: Tokenizer, noun: str) -> None:
+        with naming(self.file):
+            for prompt in self.prompts.longest():
+                concept_places(tokenizer, prompt, [noun])
 
     def term(self, sd: StableDiffusion, method: Method, tensors: Tensors, step: Step) -> Tensor:
         templates, noun = self.prompts.draw(self.rows, step.generator), method.noun(self.superclass)

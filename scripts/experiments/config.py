@@ -222,6 +222,14 @@ def as_list(said: Any) -> list:
     return said if isinstance(said, list) else [said]
 
 
+def alike(subjects: Sequence[Subject]) -> list[list[Subject]]:
+    """Subjects whose trainings differ in nothing but their photos and their noun, together."""
+    found: dict[tuple[str, ...], list[Subject]] = {}
+    for subject in subjects:
+        found.setdefault(tuple(subject.overrides), []).append(subject)
+    return list(found.values())
+
+
 def check(experiment: Experiment) -> None:
     """Raises UserError for a mistake that would otherwise end a task hours later."""
     for one in (*experiment.subjects, *experiment.variants):
@@ -233,19 +241,22 @@ def check(experiment: Experiment) -> None:
         raise ConfigError("cores must be at least 1, and seeds are one or more different numbers")
     if len({bool(subject.protocol) for subject in experiment.subjects}) > 1:
         raise ConfigError("subjects: give all of them a protocol, or none")
+    folders = {}
     for subject in experiment.subjects:
-        there = PhotoFolder.read(subject.folder, f"subjects.{subject.name}.folder")
+        there = folders[subject.name] = PhotoFolder.read(subject.folder, f"subjects.{subject.name}.folder")
         if there.left_out:
             print(f"warning: {there.root}: left out: {there.lacks()}", file=sys.stderr)
         if subject.protocol:
             Protocol.load(subject.protocol)
-    first = experiment.subjects[0]
+    first, trainings = experiment.subjects[0], []
     for variant in experiment.variants:
         with naming(f"variants.{variant.name}"):
-            if variant.config:
-                config = read_config(training.parse(arguments(variant, first, experiment.seeds[0], find(first.folder))))
+            for subjects in alike(experiment.subjects) if variant.config else ():
+                data_root = find(subjects[0].folder)
+                config = read_config(training.parse(arguments(variant, subjects[0], experiment.seeds[0], data_root)))
                 check_inputs(config)
                 check_nodes(config)
+                trainings.append((variant, subjects, config))
             for subject in () if variant.config else experiment.subjects:
                 check_there("file" if variant.file else "pictures", variant.place(subject))
     if experiment.masks is not None:
@@ -266,3 +277,7 @@ def check(experiment: Experiment) -> None:
             metrics.parse(["--personalized_ckpt", "any", *as_flags(flags)])
             for name in NETWORKS:
                 check_there(name, None if flags.get(name) == POCKET else flags.get(name))
+    from scripts.experiments.words import check_words  # not above: it takes seconds
+
+    for warning in check_words(trainings, folders, experiment.measure):
+        print(f"warning: {warning}", file=sys.stderr)

@@ -56,6 +56,58 @@ def test_mistakes_are_one_line(words, message, experiment, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+LONG = "red " * 30  # more than the tiny model reads of a caption
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words", "message"),
+    [
+        ("dogs/1.txt", "a dog\n\ntwo {}s", [], "dogs/1.txt:3: {} in 'two {}s' is glued to its neighbours: 'dog' is"),
+        ("dogs/0.caption", f"\n{LONG} dog", [], "dogs/0.caption:2: {} in 'red red"),
+        ("cats/2.txt", "a cat {in a box}", [], "cats/2.txt:1: 'a cat {in a box}' has other braces than {}"),
+        (None, "", ["subjects.this cat.superclass= "], "subjects.this cat: superclass: a concept needs a superclass"),
+        (None, "", [f"subjects.this cat.superclass={LONG}"], "subjects.this cat: templates: 'a photo of a red"),
+        (None, "", [f"variants.infusion.overrides=['templates=[\"{LONG}{{}}\"]']"], "lies wholly beyond the 14 tokens"),
+        (None, "", [f"subjects.this cat.overrides=['templates=[\"{LONG}{{}}\"]']"], "lies wholly beyond the 14 tokens"),
+        (
+            None,
+            "",
+            [f"variants.dreambooth.overrides=['data.params.prior.params.prompt={LONG}']"],
+            "prior: prompt: 'red",
+        ),
+        (
+            "recipe.yaml",
+            "callbacks: {samples: {params: {prompts: ['some {}s']}}}",
+            [],
+            "callbacks.samples: prompts: {} in",
+        ),
+        ("protocol.yaml", f"none: ['{LONG * 5}']", [], "protocol.yaml: 'red red"),
+        (None, "", [f"subjects.that dog.words={'a ' * 150}"], "that dog: TMP/protocol.yaml: 'a photo of an a a"),
+    ],
+)
+def test_texts_that_cannot_be_read_are_named_before_any_task(file, text, words, message, experiment, tmp_path):
+    config = experiment()
+    if file is not None:
+        path = tmp_path / file
+        kept = path.read_text().splitlines() if path.exists() else []
+        path.write_text("\n".join([*(line for line in kept if not line.startswith(text[:5])), text]))
+    with pytest.raises(UserError) as error:
+        read_experiment(str(config), words, tmp_path)
+    assert message.replace("TMP", str(tmp_path)) in str(error.value)
+
+
+def test_what_is_lost_of_captions_is_told_once_by_file_and_line(experiment, tmp_path, capsys):
+    """Once for both methods, whose words for the concept differ, where it is the same."""
+    config = experiment()
+    (tmp_path / "cats/0.txt").write_text("a cat\n\n\na cat " + "red " * 12 + "on grass")
+    (tmp_path / "dogs/2.txt").write_text("\non grass\n")
+    read_experiment(str(config), [], tmp_path / "protocols")
+    lost = f"1 captions have more than the 14 tokens that training reads; lost: {tmp_path}/cats/0.txt:4:"
+    unnamed = f"1 captions name no 'dog' and get `{{}}, ` before them: {tmp_path}/dogs/2.txt:2: 'on grass'"
+    expected = [f"{lost} 'on grass'", unnamed, f"{lost} 'red on grass'"]
+    assert capsys.readouterr().err.splitlines() == [f"warning: {line}" for line in expected]
+
+
 def test_only_keeps_what_is_named(experiment, tmp_path):
     whole = read_experiment(str(experiment()), [], tmp_path)
     runs = whole.only(["infusion", "that dog"]).runs()
