@@ -19,6 +19,7 @@ UNREADABLE = (  # endings of images that nothing here reads
     *(".ppm", ".pgm", ".pbm", ".pnm", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
 )
 CAPTIONS = (".txt", ".caption")  # beside a photo; the first is preferred
+TABLES = (".csv", ".json", ".jsonl")  # where other tools have captions
 MASKS, OVERLAYS, MASK_LABEL = "mask", "overlay", "-masklabel.png"
 LIKE_A_MASK = re.compile(r"(.+)[-_. ](mask|masklabel|matte)", re.IGNORECASE)  # the stem of a photo's mask elsewhere
 FOLDERS, NAMED = 1000, 6  # that are looked into below; names of a list that are said
@@ -98,7 +99,9 @@ class PhotoFolder:
             elif path.suffix.lower() in CAPTIONS and path.is_file():
                 captions[path.stem].append(path)
             else:
-                left_out.append(LeftOut(path.name, "neither photo, mask nor caption"))
+                table = path.suffix.lower() in TABLES
+                why = "captions are read from <photo>.txt or .caption" if table else "neither photo, mask nor caption"
+                left_out.append(LeftOut(path.name, why))
         for path in sorted((root / MASKS).iterdir()) if (root / MASKS).is_dir() else ():
             if _is_image(path):
                 masks[path.stem].append(path)

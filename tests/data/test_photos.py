@@ -108,6 +108,12 @@ def test_the_account_counts_by_place(tmp_path):
     assert "n.md, o.md, p0.md, p1.md, p2.md, p3.md and 5 more (neither" in PhotoFolder.read(tmp_path).report()
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "a.json", "META.CSV"])
+def test_captions_in_the_layout_of_other_tools_are_told_where_they_belong(tmp_path, name):
+    (one,) = PhotoFolder.read(fill(tmp_path, ["a.jpg", name])).left_out
+    assert one == LeftOut(name, "captions are read from <photo>.txt or .caption")
+
+
 def test_pipes_and_dead_links(tmp_path):
     fill(tmp_path, ["a.jpg"])
     for name in ("x.png", "a.txt"):
