@@ -7,6 +7,8 @@ from math import isnan, nan, sqrt
 import torch
 from torch import Tensor
 
+TAIL = (1 - 0.95) / 2  # on each side of a bootstrap's interval
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -32,55 +34,35 @@ def mean(values: Sequence[float] | Tensor) -> Estimate:
         values: (n,), n ≥ 1.
 
     Raises:
-        ValueError: no values, a table of them, or one that is not finite.
+        ValueError: no values, or one that is not finite.
 
     >>> mean([1.0, 2.0, 3.0, 6.0])
     Estimate(value=3.0, stderr=1.0801234497346435, n=4)
     """
     values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
-    if values.dim() != 1 or len(values) == 0:
-        raise ValueError(f"a mean needs a list of at least one value, not shape {tuple(values.shape)}")
-    if not values.isfinite().all():
-        raise ValueError(f"{(~values.isfinite()).sum()} of {len(values)} values are not finite")
     n = len(values)
+    if n == 0 or not values.isfinite().all():
+        raise ValueError(f"a mean is of finite values, at least one: not of {values.tolist()[:8]}")
     return Estimate(values.mean().item(), values.std().item() / sqrt(n) if n > 1 else nan, n)
 
 
 def difference(first: Sequence[float] | Tensor, second: Sequence[float] | Tensor) -> Estimate:
-    """Mean of `second − first`, measured pair by pair: what two measurements share cancels.
-
-    Raises:
-        ValueError: not as many of one as of the other, or whatever `mean` refuses.
-    """
+    """Mean of `second − first`, measured pair by pair: what two measurements share cancels."""
     first, second = (torch.as_tensor(values, dtype=torch.float64, device="cpu") for values in (first, second))
-    if first.shape != second.shape:
-        raise ValueError(f"pairs need as many values on both sides, not {tuple(first.shape)} and {tuple(second.shape)}")
     return mean(second - first)
 
 
 def rate(hits: Sequence[bool] | Tensor) -> Estimate:
-    """Share of hits, with the standard error of Agresti and Coull (1998), which is not 0 when all are hits.
-
-    Raises:
-        ValueError: no hits or misses at all.
-    """
-    n = len(hits)
-    if n == 0:
-        raise ValueError("a rate needs at least one hit or miss")
-    hit = int(sum(bool(one) for one in hits))
+    """Share of hits, with the standard error of Agresti and Coull (1998), which is not 0 when all are hits."""
+    n, hit = len(hits), int(sum(bool(one) for one in hits))
     share = (hit + 2) / (n + 4)
     return Estimate(hit / n, sqrt(share * (1 - share) / (n + 4)), n)
 
 
 def bootstrap(
-    statistic: Callable[..., float],
-    *samples: Tensor,
-    paired: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
+    statistic: Callable[[Tensor, Tensor], float], first: Tensor, second: Tensor, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Confidence interval of a statistic, by resampling rows with replacement (Efron 1979).
+    """Confidence interval of a statistic of pairs, of 95 %, by resampling pairs with replacement (Efron 1979).
 
     The interval is [θ + q₋ − q, θ + q₊ − q]: θ is the statistic of the samples, q∓ and q are the outer quantiles and
     the median of that of the resamples. Resamples repeat rows, and a distance between clouds is larger for them: by
@@ -88,34 +70,18 @@ def bootstrap(
     distance. Their spread does have the right size, so it is put around the value.
 
     Args:
-        statistic: samples -> a number.
-        samples: each (N, …), rows independent of each other.
-        paired: row i of every sample belongs together (the same prompt and seed, say), and is drawn together.
-        resamples: how many. seed: of the drawing. level: of confidence, in (0, 1).
+        statistic: of samples as `first` and `second` are.
+        first, second: (N, …) each; row i of both belongs together (the same prompt and seed), and is drawn together.
+        resamples: how many. seed: of the drawing.
 
     Returns:
         Lower and upper end.
-
-    Raises:
-        ValueError: no samples, an empty one, paired ones of different lengths, or numbers out of range.
     """
-    if not samples or min(map(len, samples)) == 0:
-        raise ValueError("a bootstrap needs samples of at least one row")
-    if paired and len({len(sample) for sample in samples}) > 1:
-        raise ValueError(f"paired samples have as many rows each, not {', '.join(str(len(s)) for s in samples)}")
-    if resamples < 1 or not 0 < level < 1:
-        raise ValueError(f"no interval of level {level} from {resamples} resamples")
     generator = torch.Generator("cpu").manual_seed(seed)
-
-    def rows(sample: Tensor) -> Tensor:
-        return torch.randint(len(sample), (len(sample),), generator=generator)
-
     drawn = torch.empty(resamples, dtype=torch.float64)
     for i in range(resamples):
-        picks = [rows(samples[0])] * len(samples) if paired else [rows(sample) for sample in samples]
-        resampled = [sample[pick.to(sample.device)] for sample, pick in zip(samples, picks, strict=True)]
-        drawn[i] = statistic(*resampled)
-    tail = (1 - level) / 2
-    low, middle, high = drawn.quantile(torch.tensor([tail, 0.5, 1 - tail], dtype=torch.float64)).tolist()
-    value = float(statistic(*samples))
+        rows = torch.randint(len(first), (len(first),), generator=generator)
+        drawn[i] = statistic(first[rows], second[rows])
+    low, middle, high = drawn.quantile(torch.tensor([TAIL, 0.5, 1 - TAIL], dtype=torch.float64)).tolist()
+    value = float(statistic(first, second))
     return value + low - middle, value + high - middle

@@ -36,41 +36,30 @@ SCALING = ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))  # mean and standard
 
 
 def pairwise(images: Tensor, photos: Tensor) -> Tensor:
-    """Mean cosine of each image with the photos: features (B, D) and (P, D) -> (B,) in [−1, 1].
-
-    Raises ValueError, as every function here, for features that are not of one width and unit length.
-    """
-    images, photos = _unit(images, photos)
-    return (images @ photos.mT).mean(1)
+    """Mean cosine of each image with the photos: features (B, D) and (P, D) -> (B,) in [−1, 1]."""
+    return (images.double() @ photos.double().mT).mean(1)
 
 
 def among(photos: Tensor, versions: Tensor | None = None) -> Tensor:
-    """Mean cosine of each photo with the others, (P, D) -> (P,): the ceiling of `pairwise`, real against real.
+    """Mean cosine of each photo with the others, (P, D) -> (P,), P ≥ 2: the ceiling of `pairwise`, real against real.
 
     Args:
         versions: of the photos, (P, D), such as each of them through an autoencoder, to be compared with the others in
             their place.
-
-    Raises:
-        ValueError: fewer than 2 photos.
     """
-    photos, versions = _unit(photos, photos if versions is None else versions)
-    if len(photos) < 2:
-        raise UserError("a ceiling needs at least 2 photos")
-    cosines = versions @ photos.mT  # (P, P)
+    versions = photos if versions is None else versions
+    cosines = versions.double() @ photos.double().mT  # (P, P)
     return (cosines.sum(1) - cosines.diagonal()) / (len(photos) - 1)
 
 
 def alignment(images: Tensor, texts: Tensor) -> Tensor:
     """Cosine of each image with its own text, (B, D) and (B, D) -> (B,) in [−1, 1]."""
-    images, texts = _unit(images, texts)
-    return _rows(images, texts)
+    return (images.double() * texts.double()).sum(1)
 
 
 def drift(base: Tensor, customised: Tensor) -> Tensor:
     """(1 − cos) / 2 of each base sample and the customised sample of its seed, (B, D) twice -> (B,) in [0, 1]."""
-    base, customised = _unit(base, customised)
-    return (1 - _rows(base, customised)) / 2
+    return (1 - alignment(base, customised)) / 2
 
 
 def diversity(features: Tensor, groups: Sequence[Hashable]) -> Tensor:
@@ -78,18 +67,15 @@ def diversity(features: Tensor, groups: Sequence[Hashable]) -> Tensor:
 
     Args:
         features: (B, D).
-        groups: the prompt of each sample, or anything that says which belong together.
+        groups: the prompt of each sample, or anything that says which belong together; at least 2 of each.
 
     Returns:
         (G,) in [0, 2], prompts in the order of their first samples.
-
-    Raises:
-        ValueError: not one group a sample, or a group of one.
     """
-    (features,) = _unit(features)
     means = []
-    for rows in _grouped(groups, len(features)):
-        cosines = features[rows] @ features[rows].mT  # (n, n)
+    for rows in _grouped(groups):
+        own = features[rows].double()
+        cosines = own @ own.mT  # (n, n)
         means.append(1 - (cosines.sum() - cosines.trace()) / (len(rows) * (len(rows) - 1)))
     return torch.stack(means)
 
@@ -109,14 +95,13 @@ def lpips_diversity(images: Tensor, groups: Sequence[Hashable], alexnet: str | P
         (G,) float64, prompts in the order of their first samples.
 
     Raises:
-        ValueError: no such file or not AlexNet's, not one group an image, or a group of one.
+        UserError: no such file, or not AlexNet's.
     """
-    every = _grouped(groups, len(images))
     network, heads = _lpips(alexnet)
     network.to(images.device)
     seen = [_layers(network, image[None]) for image in images]
     means = []
-    for rows in every:
+    for rows in _grouped(groups):
         distances = [_distance(seen[i], seen[j], heads) for i, j in combinations(rows, 2)]
         means.append(torch.stack(distances).double().mean())
     return torch.stack(means)
@@ -151,31 +136,9 @@ def _distance(first: list[Tensor], second: list[Tensor], heads: list[Tensor]) ->
     return torch.stack([((a - b).square() * head.to(a)).sum(0).mean() for a, b, head in layers]).sum()
 
 
-def _rows(first: Tensor, second: Tensor) -> Tensor:
-    if len(first) != len(second):
-        raise ValueError(f"{len(first)} features cannot be matched with {len(second)}")
-    return (first * second).sum(1)
-
-
-def _grouped(groups: Sequence[Hashable], count: int) -> list[list[int]]:
+def _grouped(groups: Sequence[Hashable]) -> list[list[int]]:
     """Rows of each group."""
-    if len(groups) != count:
-        raise ValueError(f"{len(groups)} groups for {count} samples")
     rows: dict[Hashable, list[int]] = {}
     for i, group in enumerate(groups):
         rows.setdefault(group, []).append(i)
-    if alone := [group for group, members in rows.items() if len(members) < 2]:
-        raise UserError(f"diversity needs at least 2 samples of a prompt, and there is 1 of {alone[0]!r}")
     return list(rows.values())
-
-
-def _unit(*features: Tensor) -> list[Tensor]:
-    """Features in float64."""
-    for one in features:
-        if one.dim() != 2 or len(one) == 0 or one.shape[1] != features[0].shape[1]:
-            raise ValueError(
-                f"features must be (N, D) of one width, not {', '.join(str(tuple(f.shape)) for f in features)}"
-            )
-        if not ((one.double().norm(dim=1) - 1).abs() < 1e-3).all():
-            raise ValueError("features must have unit length")
-    return [one.double() for one in features]

@@ -16,7 +16,7 @@ on no other sample.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,14 +42,6 @@ class Divergence:
     timesteps: Tensor
     span: int
 
-    @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
-        """Several batches as one; raises ValueError for none, or for other strata or schedules."""
-        kinds = {(part.values.shape[1], part.span) for part in parts}
-        if len(kinds) != 1:
-            raise ValueError(f"divergences of one number of strata and one schedule can be joined, not of {len(kinds)}")
-        return cls(torch.cat([p.values for p in parts]), torch.cat([p.timesteps for p in parts]), parts[0].span)
-
     def estimate(self) -> Estimate:
         """The divergence: unbiased, with the standard error over samples, which are the independent measurements."""
         return mean(self.values.mean(1))
@@ -73,8 +65,7 @@ def errors(
 ) -> Divergence:
     """Errors of a customised model's predictions for samples of the base model.
 
-    For a few prompts at a time: `sd.guided(prompts, scale=1.0)`, and what a `Customised` gives for them at that scale;
-    then `Divergence.cat`.
+    The denoisers are `sd.guided(prompts, scale=1.0)`, and what a `Customised` gives for these prompts at that scale.
 
     Args:
         base, customised: (latents (N, C, h, w), timesteps int64 (N,)) -> prediction, ε or v as the schedule says,
@@ -91,9 +82,8 @@ def errors(
         Errors in float64: exactly 0 where the predictions are the same.
 
     Raises:
-        ValueError: shapes that do not fit, an argument out of range, or an image that is region everywhere.
+        UserError: an image that is region everywhere.
     """
-    _check(latents, seeds, strata, weighting)
     outside = _outside(latents, regions)  # (N, 1, h, w)
     values, timesteps = [], []
     for stratum in range(strata):
@@ -124,36 +114,15 @@ def _draw(seed: int, stratum: int, strata: int, span: int, shape: torch.Size) ->
 
 def _epsilon(denoise: Denoiser, noisy: Tensor, timesteps: Tensor, schedule: Schedule) -> Tensor:
     """Predicted noise (N, C, h, w), float64 on the CPU: a difference of two keeps its digits."""
-    prediction = denoise(noisy, timesteps)
-    if prediction.shape != noisy.shape:
-        raise ValueError(f"a prediction is {tuple(prediction.shape)} for latents {tuple(noisy.shape)}")
-    return schedule.to_epsilon(prediction.cpu().double(), noisy.cpu().double(), timesteps.cpu())
+    prediction = denoise(noisy, timesteps).cpu().double()
+    return schedule.to_epsilon(prediction, noisy.cpu().double(), timesteps.cpu())
 
 
 def _outside(latents: Tensor, regions: Tensor | None) -> Tensor:
     """Weights (N, 1, h, w) of the places that count, float64 on the CPU."""
-    shape = (len(latents), 1, *latents.shape[2:])
     if regions is None:
-        return torch.ones(shape, dtype=torch.float64)
-    if regions.shape != shape:
-        raise ValueError(f"regions must be {shape}, not {tuple(regions.shape)}")
-    regions = regions.cpu().double()
-    if not ((regions >= 0) & (regions <= 1)).all():
-        raise ValueError("regions must lie in [0, 1]")
-    outside = 1 - regions
+        return torch.ones(len(latents), 1, *latents.shape[2:], dtype=torch.float64)
+    outside = 1 - regions.cpu().double()
     if covered := (outside.sum((1, 2, 3)) == 0).nonzero().flatten().tolist():
         raise UserError(f"image {covered[0]} is region everywhere: there is no outside to measure")
     return outside
-
-
-def _check(latents: Tensor, seeds: Sequence[int], strata: int, weighting: str) -> None:
-    if latents.dim() != 4 or len(latents) == 0:
-        raise ValueError(f"latents must be (N, C, h, w) with N ≥ 1, not {tuple(latents.shape)}")
-    if len(seeds) != len(latents):
-        raise ValueError(f"{len(seeds)} seeds for {len(latents)} latents")
-    if min(seeds) < 0:
-        raise ValueError(f"seeds must not be negative, as {min(seeds)} is")
-    if strata < 1:
-        raise ValueError(f"strata must be at least 1, not {strata}")
-    if weighting not in ("eps", "score"):
-        raise ValueError(f'weighting must be "eps" or "score", not {weighting!r}')

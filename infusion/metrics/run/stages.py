@@ -184,7 +184,7 @@ class Stages:
 
         def make() -> dict[str, float]:
             clouds = features(first), features(second)
-            low, high = bootstrap(distance, *clouds, paired=True, resamples=self.options.resamples)
+            low, high = bootstrap(distance, *clouds, resamples=self.options.resamples)
             return {"value": distance(*clouds), "low": low, "high": high}
 
         return self.cache.figures("interval", what, make)

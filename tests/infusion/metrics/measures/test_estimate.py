@@ -24,67 +24,46 @@ def test_one_measurement_has_no_known_error():
 def test_difference_is_paired():
     assert difference([1.0, 5.0], [2.0, 6.0]) == Estimate(1.0, 0.0, 2)  # what both share cancels
     assert difference([True, False], [True, True]).value == 0.5
-    with pytest.raises(ValueError, match="as many values"):
-        difference([1.0], [1.0, 2.0])
 
 
 def test_rate_is_unsure_of_certainty():
     assert rate([True, False]) == Estimate(0.5, pytest.approx((0.25 / 6) ** 0.5), 2)
     assert rate(torch.tensor([True] * 32)) == Estimate(1.0, pytest.approx((34 / 36 * 2 / 36 / 36) ** 0.5), 32)
-    with pytest.raises(ValueError, match="at least one"):
-        rate([])
 
 
-@pytest.mark.parametrize("values", [[], [[1.0, 2.0]], [1.0, float("nan")], [float("inf")]])
+@pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")]])
 def test_mean_refuses(values):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="finite values"):
         mean(values)
 
 
-def test_bootstrap_of_a_mean_is_its_normal_interval():
-    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    low, high = bootstrap(lambda v: v.mean().item(), values, resamples=2000, level=0.9)
-    figure = mean(values)
-    assert low == pytest.approx(figure.value - 1.645 * figure.stderr, abs=0.15 * figure.stderr)
-    assert high == pytest.approx(figure.value + 1.645 * figure.stderr, abs=0.15 * figure.stderr)
-    assert bootstrap(lambda v: v.mean().item(), values, resamples=50) == bootstrap(
-        lambda v: v.mean().item(), values, resamples=50
-    )
-    other = bootstrap(lambda v: v.mean().item(), values, resamples=50, seed=1)
-    assert other != bootstrap(lambda v: v.mean().item(), values, resamples=50)
+def gap(first, second):
+    return (second - first).mean().item()
+
+
+def test_bootstrap_of_a_mean_difference_is_its_normal_interval():
+    first, second = torch.randn(2, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = bootstrap(gap, first, second, resamples=2000)
+    figure = difference(first, second)
+    assert low == pytest.approx(figure.value - 1.96 * figure.stderr, abs=0.15 * figure.stderr)
+    assert high == pytest.approx(figure.value + 1.96 * figure.stderr, abs=0.15 * figure.stderr)
+    ends = [bootstrap(gap, first, second, resamples=50, seed=seed) for seed in (0, 0, 1)]
+    assert ends[0] == ends[1] != ends[2]
 
 
 def test_paired_rows_stay_together():
     first = torch.arange(30.0)[:, None]
-
-    def gap(a, b):
-        return (b - a).mean().item()
-
-    assert bootstrap(gap, first, first + 1, paired=True, resamples=50) == (1.0, 1.0)
-    low, high = bootstrap(gap, first, first + 1, resamples=200)
-    assert low < -1 and high > 3
-    with pytest.raises(ValueError, match="as many rows"):
-        bootstrap(gap, first, first[:5], paired=True)
+    assert bootstrap(gap, first, first + 1, resamples=50) == (1.0, 1.0)
 
 
 def test_bootstrap_of_a_distance_covers_what_is_expected():
-    """Neither the resamples' quantiles (5 %) nor their mirror image (28 %) do so here."""
+    """Neither the resamples' quantiles nor their mirror image do so here."""
     generator = torch.Generator().manual_seed(0)
 
     def draw():
         return torch.randn(2, 30, 8, generator=generator, dtype=torch.float64)
 
     expected = mean([gaussian(*draw()) for _ in range(300)]).value
-    ends = [bootstrap(gaussian, *draw(), resamples=60, seed=i, level=0.9) for i in range(60)]
-    assert sum(low <= expected <= high for low, high in ends) >= 48
+    ends = [bootstrap(gaussian, *draw(), resamples=60, seed=i) for i in range(60)]
+    assert sum(low <= expected <= high for low, high in ends) >= 51
     assert any(low > expected or high < expected for low, high in ends)
-
-
-@pytest.mark.parametrize("options", [{"resamples": 0}, {"level": 1.0}, {"level": 0.0}])
-def test_bootstrap_refuses(options):
-    with pytest.raises(ValueError, match="no interval"):
-        bootstrap(len, torch.zeros(3), **options)
-    with pytest.raises(ValueError, match="at least one row"):
-        bootstrap(len, torch.zeros(0))
-    with pytest.raises(ValueError, match="at least one row"):
-        bootstrap(len)

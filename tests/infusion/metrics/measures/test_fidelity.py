@@ -28,37 +28,21 @@ def test_among_leaves_out_each_photo_itself():
     wanted = torch.stack([cosines(60, 90).mean(), cosines(60, 30).mean(), cosines(90, 30).mean()])
     torch.testing.assert_close(among(at(0, 60, 90)), wanted)
     torch.testing.assert_close(among(at(30, 30)), torch.ones(2).double())
-    with pytest.raises(ValueError, match="at least 2"):
-        among(at(0))
 
 
 def test_alignment_and_drift_go_row_by_row():
     torch.testing.assert_close(alignment(at(0, 10), at(60, 10)), cosines(60, 0))
     torch.testing.assert_close(drift(at(0, 0, 0), at(0, 90, 180)), torch.tensor([0.0, 0.5, 1.0]).double())
-    for function in (alignment, drift):
-        with pytest.raises(ValueError, match="2 features cannot be matched with 3"):
-            function(at(0, 1), at(0, 1, 2))
 
 
 def test_diversity_is_within_prompts():
     found = diversity(at(0, 100, 60, 100, 90), ["b", "a", "b", "a", "b"])
     torch.testing.assert_close(found, torch.stack([1 - cosines(60, 90, 30).mean(), torch.tensor(0.0).double()]))
-    with pytest.raises(ValueError, match="there is 1 of 'a'"):
-        diversity(at(0, 1, 2), ["b", "a", "b"])
-    with pytest.raises(ValueError, match="2 groups for 3 samples"):
-        diversity(at(0, 1, 2), ["b", "b"])
 
 
 @pytest.mark.parametrize("function", [pairwise, alignment, drift])
-def test_features_are_of_unit_length_and_one_width(function):
+def test_features_of_any_precision_are_computed_in_float64(function):
     assert function(at(0).half(), at(30).half()).dtype == torch.float64
-    for wrong in (2 * at(0), at(0) * float("nan")):
-        with pytest.raises(ValueError, match="unit length"):
-            function(at(0), wrong)
-    with pytest.raises(ValueError, match="one width"):
-        function(at(0), F.normalize(torch.ones(1, 3)))
-    with pytest.raises(ValueError, match="one width"):
-        function(at(0)[0], at(0))
 
 
 @pytest.fixture(scope="module")

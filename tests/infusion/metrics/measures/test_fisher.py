@@ -4,10 +4,11 @@ import torch
 from infusion.concepts.concept import Concept
 from infusion.inject import cross_attention_layers
 from infusion.metrics.measures.estimate import mean
-from infusion.metrics.measures.fisher import Divergence, errors
+from infusion.metrics.measures.fisher import errors
 from infusion.sampling.customised import Customised
 from infusion.sampling.settings import Settings
 from ldm.diffusion.schedule import Schedule
+from ldm.util.cli import UserError
 
 EPS, V = Schedule(), Schedule(prediction_type="v_prediction")
 LATENTS = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -84,9 +85,6 @@ def test_an_error_depends_on_its_own_sample_alone():
         part = of(rows)
         assert torch.equal(part.timesteps, whole.timesteps[rows])
         torch.testing.assert_close(part.values, whole.values[rows], rtol=1e-12, atol=0)
-    joined = Divergence.cat([of([0, 1]), of([2, 3, 4]), of([5])])
-    assert joined.estimate().value == pytest.approx(whole.estimate().value, rel=1e-12)
-    assert torch.equal(joined.timesteps, whole.timesteps) and joined.span == 1000
 
 
 def test_methods_meet_the_same_noise():
@@ -175,27 +173,8 @@ def test_denoisers_of_the_pipeline(sd):
     assert (named[0] > 0).all() and not named[1].any()
 
 
-def test_refuses():
-    fine = {"latents": LATENTS, "schedule": EPS, "seeds": range(6)}
+def test_an_image_that_is_region_everywhere_is_named():
     regions = torch.zeros(6, 1, 8, 8)
-    covered = regions.clone()
-    covered[2] = 1
-    for change, message in [
-        ({"latents": LATENTS[0]}, "must be"),
-        ({"seeds": range(5)}, "5 seeds for 6 latents"),
-        ({"seeds": range(-1, 5)}, "negative"),
-        ({"strata": 0}, "strata"),
-        ({"weighting": "v"}, "weighting"),
-        ({"regions": regions[:, 0]}, "regions must be"),
-        ({"regions": regions - 0.1}, "lie in"),
-        ({"regions": covered}, "image 2 is region everywhere"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            errors(base, base, **fine | change)
-    with pytest.raises(ValueError, match="a prediction is"):
-        errors(base, lambda x, t: x[:1], **fine)
-    parts = [errors(base, base, LATENTS, EPS, range(6), strata=n) for n in (2, 3)]
-    with pytest.raises(ValueError, match="joined"):
-        Divergence.cat(parts)
-    with pytest.raises(ValueError, match="joined"):
-        Divergence.cat([])
+    regions[2] = 1
+    with pytest.raises(UserError, match="image 2 is region everywhere"):
+        errors(base, base, LATENTS, EPS, range(6), regions=regions)

@@ -82,8 +82,6 @@ def test_exact_in_one_dimension_sorts():
     a, b = cloud(60, 1), cloud(60, 1, 1).exp()
     wanted = (a.sort(0).values - b.sort(0).values).square().mean().sqrt().item()
     assert exact(a, b) == pytest.approx(wanted, rel=1e-9)
-    with pytest.raises(ValueError, match="60 and 30"):
-        exact(a, b[:30])
 
 
 @BOTH
@@ -112,18 +110,3 @@ def test_small_distances_keep_their_digits():
     a = 1000 + cloud(30, 4)
     for distance in (gaussian, exact):
         assert distance(a, a + 1e-6) == pytest.approx(2e-6, rel=1e-4)
-
-
-@BOTH
-@pytest.mark.parametrize(
-    "a, b, message",
-    [
-        (torch.zeros(1, 3), torch.zeros(4, 3), "at least 2 samples"),
-        (torch.zeros(4, 3), torch.zeros(4), "at least 2 samples"),
-        (torch.zeros(4, 3), torch.zeros(4, 2), "widths 3 and 2"),
-        (torch.zeros(4, 3), torch.full((4, 3), float("nan")), "not finite"),
-    ],
-)
-def test_refuses(distance, a, b, message):
-    with pytest.raises(ValueError, match=message):
-        distance(a, b)
