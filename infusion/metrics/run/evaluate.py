@@ -19,17 +19,16 @@ from infusion.metrics.measures.fisher import Divergence
 from infusion.metrics.measures.kid import kid
 from infusion.metrics.report.gallery import SHOWN, gallery
 from infusion.metrics.run.cache import Cache, Rows
-from infusion.metrics.run.features import ZeroShot
+from infusion.metrics.run.features import TextBackbone, ZeroShot
 from infusion.metrics.run.options import (
     CLOUDS,
     CONCEPT,
+    HINTS,
     LIKENESS,
     PICTURES,
     WORDS,
     Options,
     Tools,
-    check_clouds,
-    check_samples,
     lacks,
     metrics_of,
 )
@@ -63,66 +62,68 @@ def evaluate(
         against; `timesteps` and `training`, LFD's curves by group; `pictures`, tensors for the report.
 
     Raises:
-        ValueError: a metric lacks its network, its photos or samples; whatever `Customised` refuses.
+        UserError: a metric lacks its network, its photos or samples; whatever `Customised` refuses.
     """
     check(subject, protocol, options, tools)
-    return Evaluation(sd, subject, protocol, options, cache, tools).run()
+    return Evaluation(Stages(sd, options, tools, cache), subject, protocol).run()
 
 
 def check(subject: Subject, protocol: Protocol, options: Options, tools: Tools) -> None:
-    """Raises ValueError, which names a flag, for a metric that cannot be measured."""
-    tools.check(options)
-    if subject.pictures is None:
-        check_samples(options, len(protocol.concept))
-    elif subject.pictures.images is not None:
-        folder, count = subject.pictures.folder, len(subject.pictures.images)
-        check_clouds(options, count, "--pictures", f"pictures in {folder}")
-    for name in metrics_of(subject, options.metrics):
+    """Raises UserError, which names a flag, for a metric that cannot be measured."""
+    for name in options.metrics:
         if complaint := lacks(name, subject, tools.there):
             raise UserError(complaint)
+        reads = name == "clip_t" or (name == "noun" and tools.classifier is None)
+        if reads and not isinstance(tools.clip, TextBackbone):
+            raise UserError(f"--clip: {tools.clip.name} encodes no texts, and {name} needs them: name a CLIP")
+    if options.crop and tools.clipseg is None:
+        raise UserError(f"{HINTS['clipseg']}; --crop needs it")
+    flag, things, count, prompts = "--samples", "samples", options.samples, len(protocol.concept)
+    if subject.pictures:
+        flag, things, count = "--pictures", f"pictures in {subject.pictures.folder}", len(subject.pictures.images)
+    for name, least in CLOUDS.items():
+        if name in options.metrics and count < least:
+            raise UserError(f"{flag}: a distance between clouds ({name}) needs at least {least} {things}, not {count}")
+    if "div" in options.metrics and not subject.pictures and count <= prompts:
+        raise UserError(
+            f"--samples: div compares samples of one prompt, and of {prompts} prompts none is drawn twice with "
+            f"{count}: take at least {prompts + 1}, better {2 * prompts}, or leave div out of --metrics"
+        )
 
 
 class Evaluation:
     """The figures of one subject; `run` gives them all. See `evaluate`."""
 
-    def __init__(
-        self, sd: StableDiffusion, subject: Subject, protocol: Protocol, options: Options, cache: Cache, tools: Tools
-    ) -> None:
-        self.subject, self.protocol, self.options, self.tools = subject, protocol, options, tools
-        self.stages = Stages(sd, options, tools, cache)
-        self.superclass, self.metrics = subject.superclass, metrics_of(subject, options.metrics)
-        self.count = options.samples if subject.pictures is None else len(subject.pictures.images)
+    def __init__(self, stages: Stages, subject: Subject, protocol: Protocol) -> None:
+        self.stages, self.subject, self.protocol = stages, subject, protocol
+        self.options, self.tools = stages.options, stages.tools
+        self.superclass, self.metrics = subject.superclass, metrics_of(subject, self.options.metrics)
+        self.count = self.options.samples if subject.pictures is None else len(subject.pictures.images)
         needed = [name for name in PLAIN if {"lfd", "drift"} & set(self.metrics) or name == "superclass"]
         prompts = {name: tuple(protocol.prompts(name, self.superclass)) for name in needed}
         prompts[CONTEXT] = protocol.concept if subject.pictures is None else subject.pictures.prompts
-        self.groups = {name: Group(name, own, self.superclass, options.first_seed) for name, own in prompts.items()}
-        self.groups[FLOOR] = Group(FLOOR, prompts[CONTEXT], self.superclass, options.other_seed)
+        first, other = self.options.first_seed, self.options.other_seed
+        self.groups = {name: Group(name, own, self.superclass, first) for name, own in prompts.items()}
+        self.groups[FLOOR] = Group(FLOOR, prompts[CONTEXT], self.superclass, other)
 
     def run(self) -> dict:
+        measures = {"lfd": self._lfd, "w2": self._w2, "kid": self._kid, "clip_t": self._clip_t, "noun": self._noun}
+        measures |= {"pres": self._pres, "div": self._div, "drift": self._drift, "exact": self._exact}
         figures: dict[str, Figure] = {}
-        timesteps: dict[str, list] = {}
-        measures = self._measures()
         for metric in self.metrics:
-            figures |= measures[metric](timesteps) if metric == "lfd" else measures[metric]()
-        for name, figure in figures.items():
-            figure["settings"] = self._settings(name) | figure.pop("settings", {})
+            figures |= {metric: self._likeness(LIKENESS[metric])} if metric in LIKENESS else measures[metric]()
+        for figure in figures.values():
+            figure["settings"] = self._settings() | figure.pop("settings", {})
         result = {"label": self.subject.label, **self.subject.about(), "figures": figures}
-        result |= {"timesteps": timesteps, "training": self._training(), "pictures": self._pictures()}
-        return result
+        return result | {"timesteps": self._timesteps(), "training": self._training(), "pictures": self._pictures()}
 
-    def _measures(self) -> dict[str, Callable]:
-        return {
-            "lfd": self._lfd,
-            "w2": self._w2,
-            "kid": self._kid,
-            "clip_t": self._clip_t,
-            **{metric: lambda metric=metric: self._likeness(metric) for metric in LIKENESS},
-            "noun": self._noun,
-            "pres": self._pres,
-            "div": self._div,
-            "drift": self._drift,
-            "exact": self._exact,
-        }
+    def _settings(self) -> dict[str, object]:
+        """What produced every figure, beside models, concept and prompts."""
+        settings = self.options.sampling() | {"first_seed": self.options.first_seed}
+        if self.subject.kind == CONCEPT:
+            covariance = self.subject.concept.covariance
+            settings |= self.options.editing() | ({} if covariance == IDENTITY else {"covariance": covariance})
+        return settings
 
     # --- overfitting --------------------------------------------------------------------------------------------------
 
@@ -137,14 +138,21 @@ class Evaluation:
     def _untrained(self) -> Checkpoint:
         return untrained(self.stages.sd, self.subject.concept)
 
-    def _lfd(self, timesteps: dict[str, list]) -> dict[str, Figure]:
-        figures = {}
+    def _lfd(self) -> dict[str, Figure]:
+        options, figures = self.options, {}
+        settings = {"strata": options.strata, "weighting": options.weighting}
+        settings |= {"x_0": f"base samples, guidance {options.scale:g}", "predictions": "without guidance"}
         for name in GROUPS:
-            found = self._divergence(name, self.subject.last)
-            floor = self._divergence(name, self._untrained)
-            figures[f"lfd_{name}"] = found.estimate().as_dict() | {"floor": floor.estimate().as_dict()}
-            timesteps[name] = [{"timestep": t} | one.as_dict() for t, one in found.curve()]
+            found, floor = (self._divergence(name, one).estimate() for one in (self.subject.last, self._untrained))
+            figures[f"lfd_{name}"] = found.as_dict() | {"floor": floor.as_dict(), "settings": settings}
         return figures
+
+    def _timesteps(self) -> dict[str, list]:
+        """LFD of every group over the noise schedule."""
+        if "lfd" not in self.metrics:
+            return {}
+        curves = {name: self._divergence(name, self.subject.last).curve() for name in GROUPS}
+        return {name: [{"timestep": t} | one.as_dict() for t, one in curve] for name, curve in curves.items()}
 
     def _training(self) -> dict[str, list]:
         """LFD of every checkpoint, for the groups of `options.curve`."""
@@ -161,21 +169,21 @@ class Evaluation:
     def _w2(self) -> dict[str, Figure]:
         base, ours, other = (self._samples(name) for name in ("base", "ours", FLOOR))
         figures = {}
-        for name in ("latent", "clip"):
+        for name, features in (("latent", "latents pooled to 4 × 4"), ("clip", "CLIP image embeddings")):
             for suffix, distance in (("", wasserstein.gaussian), ("_exact", wasserstein.exact)):
                 figure, floor = (self._interval(distance, name, base, rows) for rows in (ours, other))
-                size = self._dimensions(base, name)
-                figures[f"w2_{name}{suffix}"] = figure | {"floor": floor, "settings": size}
+                settings = {"features": features, "estimator": distance.__name__, "resamples": self.options.resamples}
+                settings |= self._dimensions(base, name)
+                figures[f"w2_{name}{suffix}"] = figure | {"floor": floor, "settings": settings}
         return figures
 
     def _kid(self) -> dict[str, Figure]:
-        base, ours, other = (self._samples(name) for name in ("base", "ours", FLOOR))
-        figure, floor = (
-            kid(self.stages.features(base, "clip"), self.stages.features(rows, "clip")) for rows in (ours, other)
-        )
-        return {"kid": figure.as_dict() | {"floor": floor.as_dict(), "settings": self._dimensions(base, "clip")}}
+        base, ours, other = (self.stages.features(self._samples(name), "clip") for name in ("base", "ours", FLOOR))
+        settings = {"features": "CLIP image embeddings", "kernel": "(xᵀy / D + 1)³, unbiased; error by jackknife"}
+        settings |= self._dimensions(base, "clip")
+        return {"kid": kid(base, ours).as_dict() | {"floor": kid(base, other).as_dict(), "settings": settings}}
 
-    def _dimensions(self, rows: Rows, name: str) -> dict[str, int]:
+    def _dimensions(self, rows: Rows | Tensor, name: str) -> dict[str, int]:
         """N and D of a cloud: W2 is biased upwards the more, the further N is below D."""
         width = 16 * self.stages.latents(rows).shape[1] if name == "latent" else self.tools.backbone(name).width
         return {"samples": len(rows), "dimensions": width}
@@ -191,20 +199,24 @@ class Evaluation:
         for name in PLAIN:
             base, ours = (self._samples(which, name, share) for which in ("base", "ours"))
             drifts.append(fidelity.drift(self.stages.features(base, "clip"), self.stages.features(ours, "clip")))
-        return {"drift": estimate.mean(torch.cat(drifts)).as_dict()}
+        return {"drift": estimate.mean(torch.cat(drifts)).as_dict() | {"settings": {"backbone": self.tools.clip.name}}}
 
     # --- fidelity, alignment, diversity -------------------------------------------------------------------------------
 
-    def _likeness(self, metric: str) -> dict[str, Figure]:
+    def _beside_base(self, measure: Callable[[Rows], Tensor], group: str = CONTEXT) -> Figure:
+        """The mean of what is measured of samples of a group, and that of the base model's."""
+        ours, base = (estimate.mean(measure(self._samples(which, group))).as_dict() for which in ("ours", "base"))
+        return ours | {"base": base}
+
+    def _likeness(self, network: str) -> Figure:
         """Samples against the photos; beside the base model's, and the photos' own, as they are and decoded."""
-        network = LIKENESS[metric]
         subject = self.superclass if self.options.crop and network != "identity" else ""
         own, photos, figure = self._against_photos(network, CONTEXT, subject)
         decoded = self.stages.features(self.stages.decoded(own), network, subject)
         figure["ceiling_decoded"] = estimate.mean(fidelity.among(photos, decoded)).as_dict()
         if subject:
             figure["settings"] |= {"crop": f"square around CLIPSeg's mask of {subject!r}, with 10 % on each side"}
-        return {metric: figure}
+        return figure
 
     def _pres(self) -> dict[str, Figure]:
         _, _, figure = self._against_photos(self.tools.first_of("dino", "clip"), "superclass")
@@ -214,15 +226,13 @@ class Evaluation:
         """The photos, their features (P, D), and the likeness of samples of a group to them."""
         own = rows_of(self.subject.photos)
         photos = self.stages.features(own, network, subject)
-        ours, base = (
-            estimate.mean(
-                fidelity.pairwise(self.stages.features(self._samples(which, group), network, subject), photos)
-            ).as_dict()
-            for which in ("ours", "base")
-        )
+
+        def like(rows: Rows) -> Tensor:
+            return fidelity.pairwise(self.stages.features(rows, network, subject), photos)
+
         settings = {"backbone": self.tools.backbone(network).name, "photos": len(photos)}
         ceiling = estimate.mean(fidelity.among(photos)).as_dict()
-        return own, photos, ours | {"base": base, "ceiling": ceiling, "settings": settings}
+        return own, photos, self._beside_base(like, group) | {"ceiling": ceiling, "settings": settings}
 
     def _noun(self) -> dict[str, Figure]:
         """The share of samples in which a classifier still sees the superclass."""
@@ -238,32 +248,26 @@ class Evaluation:
         return {"noun": shares.pop("ours") | shares | {"settings": settings}}
 
     def _clip_t(self) -> dict[str, Figure]:
-        group = self.groups[CONTEXT]
-        texts = self.tools.clip.texts([plain(prompt, group.superclass) for prompt in group.prompts]).cpu()
+        group, clip = self.groups[CONTEXT], self.tools.clip
+        texts = clip.texts([plain(prompt, group.superclass) for prompt in group.prompts]).cpu()
         texts = texts[[i % len(texts) for i in range(self.count)]]
-        ours, base = (
-            estimate.mean(fidelity.alignment(self.stages.features(self._samples(which), "clip"), texts)).as_dict()
-            for which in ("ours", "base")
-        )
-        return {"clip_t": ours | {"base": base, "settings": {"backbone": self.tools.clip.name}}}
+        figure = self._beside_base(lambda rows: fidelity.alignment(self.stages.features(rows, "clip"), texts))
+        return {"clip_t": figure | {"settings": {"backbone": clip.name}}}
 
     def _div(self) -> dict[str, Figure]:
         templates = self.groups[CONTEXT].templates(range(self.count))
         rows = [i for i, template in enumerate(templates) if templates.count(template) > 1]
         if not rows:  # of pictures, each of a prompt of its own
             return {}
-        groups, spread = [templates[i] for i in rows], {}
-        network = self.tools.first_of("lpips", "dino", "clip")
-        for which in ("ours", "base"):
-            samples = self._samples(which)
+        groups, network = [templates[i] for i in rows], self.tools.first_of("lpips", "dino", "clip")
+
+        def spread(samples: Rows) -> Tensor:
             if network == "lpips":
-                distances = fidelity.lpips_diversity(self.stages.images(samples, rows), groups, self.tools.lpips)
-                settings = {"distance": "LPIPS"}
-            else:
-                distances = fidelity.diversity(self.stages.features(samples, network)[rows], groups)
-                settings = {"distance": f"1 − cos of {self.tools.backbone(network).name}"}
-            spread[which] = estimate.mean(distances).as_dict()
-        return {"div": spread["ours"] | {"base": spread["base"], "settings": settings}}
+                return fidelity.lpips_diversity(self.stages.images(samples, rows), groups, self.tools.lpips)
+            return fidelity.diversity(self.stages.features(samples, network)[rows], groups)
+
+        said = "LPIPS" if network == "lpips" else f"1 − cos of {self.tools.backbone(network).name}"
+        return {"div": self._beside_base(spread) | {"settings": {"distance": said}}}
 
     def _exact(self) -> dict[str, Figure]:
         ours, base = (self._samples(which) for which in ("ours", "base"))
@@ -287,24 +291,3 @@ class Evaluation:
         if subject.kind == WORDS:
             return self.stages.samples(self.groups[group].told(subject.described), count=count)
         return self.stages.samples(self.groups[group], subject.last, count)
-
-    def _settings(self, metric: str) -> dict[str, object]:
-        """What produced a figure, beside models, concept and prompts."""
-        options = self.options
-        settings = options.sampling() | {"first_seed": options.first_seed}
-        if self.subject.kind == CONCEPT:
-            settings |= options.editing()
-            covariance = self.subject.concept.covariance
-            settings |= {} if covariance == IDENTITY else {"covariance": covariance}
-        if metric.startswith("lfd"):
-            settings |= {"strata": options.strata, "weighting": options.weighting}
-            settings |= {"x_0": f"base samples, guidance {options.scale:g}", "predictions": "without guidance"}
-        if metric.startswith("w2"):
-            features = "CLIP image embeddings" if "clip" in metric else "latents pooled to 4 × 4"
-            settings |= {"features": features, "estimator": "exact" if metric.endswith("exact") else "gaussian"}
-            settings |= {"resamples": options.resamples}
-        if metric == "kid":
-            settings |= {"features": "CLIP image embeddings", "kernel": "(xᵀy / D + 1)³, unbiased; error by jackknife"}
-        if metric == "drift":
-            settings |= {"backbone": self.tools.clip.name}
-        return settings

@@ -112,12 +112,7 @@ class Options:
     @property
     def other_seed(self) -> int:
         """First seed of another block of measured samples."""
-        return self.first_seed + self.block
-
-    @property
-    def block(self) -> int:
-        """How far apart the first seeds of two blocks are."""
-        return max(self.samples, 1000)
+        return self.first_seed + max(self.samples, 1000)
 
     def sampling(self) -> dict[str, object]:
         """What a sample depends on beside prompt, model, concept and seed."""
@@ -170,56 +165,19 @@ class Tools:
         """The first of these that there is."""
         return next(name for name in names if name in self.there)
 
-    def check(self, options: Options) -> None:
-        """Raises ValueError, which names a flag, for a metric that lacks its network or samples."""
-        from infusion.metrics.run.features import TextBackbone
-
-        check_samples(options)
-        for name in options.metrics:
-            if complaint := lacks_tool(name, self.there):
-                raise UserError(complaint)
-        for name in ("clip_t", "noun"):
-            by_clip = name == "clip_t" or self.classifier is None
-            if options.wants(name) and by_clip and not isinstance(self.clip, TextBackbone):
-                raise UserError(f"--clip: {self.clip.name} encodes no texts, and {name} needs them: name a CLIP")
-        if options.crop and self.clipseg is None:
-            raise UserError(f"{HINTS['clipseg']}; --crop needs it")
-
-
-def check_samples(options: Options, prompts: int = 0) -> None:
-    """Raises ValueError, which names the flag, for too few samples, of so many prompts where their number is known."""
-    check_clouds(options, options.samples, "--samples", "samples")
-    if options.wants("div") and options.samples <= prompts:
-        raise UserError(
-            f"--samples: div compares samples of one prompt, and of {prompts} prompts none is drawn twice with "
-            f"{options.samples}: take at least {prompts + 1}, better {2 * prompts}, or leave div out of --metrics"
-        )
-
-
-def check_clouds(options: Options, count: int, flag: str, things: str) -> None:
-    """Raises ValueError, which names the flag, for fewer things than a distance between clouds needs."""
-    for name, least in CLOUDS.items():
-        if options.wants(name) and count < least:
-            raise UserError(f"{flag}: a distance between clouds ({name}) needs at least {least} {things}, not {count}")
-
-
-def lacks_tool(metric: str, there: Collection[str]) -> str:
-    """What to do for a metric that has none of its networks among those that there are; "" where it has one."""
-    tools = METRICS[metric].tools
-    if not tools or set(tools) & set(there):
-        return ""
-    return f"{HINTS[tools[0]]}; {metric} needs it"
-
 
 def lacks(metric: str, subject: "Subject", there: Collection[str]) -> str:
-    """What to do so that a row can have a metric of its kind; "" where it can.
+    """What to do so that a row can have a metric; "" where it can, or is of a kind that has none.
 
     Args:
         there: names of the tools that there are, see `Tools.there`.
     """
-    if complaint := lacks_tool(metric, there):
-        return complaint
-    if METRICS[metric].photos and not subject.has_photos:
+    about = METRICS[metric]
+    if about.tools and not set(about.tools) & set(there):
+        return f"{HINTS[about.tools[0]]}; {metric} needs it"
+    if subject.kind not in about.kinds:
+        return ""
+    if about.photos and not subject.has_photos:
         return f"--images: {metric} compares with the concept's photos; name their folder"
     if metric == "exact" and subject.exact is None:
         return f"--concept: exact figures are of the pocket world's own concepts; which is {subject.label}?"

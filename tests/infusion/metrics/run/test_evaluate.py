@@ -12,7 +12,7 @@ from infusion.metrics.measures import fidelity
 from infusion.metrics.measures.fidelity import drift, pairwise
 from infusion.metrics.run import stages
 from infusion.metrics.run.cache import Cache
-from infusion.metrics.run.evaluate import evaluate
+from infusion.metrics.run.evaluate import check, evaluate
 from infusion.metrics.run.options import EVALUATION_SEED, METRICS, Tools
 from infusion.metrics.run.protocol import CONTEXT, GROUPS
 from infusion.metrics.run.subject import Subject
@@ -226,7 +226,7 @@ def test_what_is_missing_is_named(sd, protocol, options, tools, known, change, m
         evaluate(sd, target, protocol, replace(options, **change), Cache(), tools)
 
 
-def test_a_backbone_without_texts_is_no_clip(sd, protocol, options, known):
+def test_a_backbone_without_texts_is_no_clip(protocol, options, known):
     class Pixels:
         name, width = "pixels", 3
 
@@ -234,7 +234,7 @@ def test_a_backbone_without_texts_is_no_clip(sd, protocol, options, known):
             return images.mean((2, 3))
 
     with pytest.raises(ValueError, match="--clip: pixels encodes no texts"):
-        Tools(clip=Pixels()).check(replace(options, metrics=("clip_t",)))
+        check(known("infusion", steps=0), protocol, replace(options, metrics=("clip_t",)), Tools(clip=Pixels()))
 
 
 def test_the_page_on_metrics_runs(sd, tools, subject, tmp_path, monkeypatch):

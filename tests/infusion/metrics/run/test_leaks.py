@@ -7,6 +7,7 @@ from infusion.metrics.run.cache import Cache
 from infusion.metrics.run.evaluate import Evaluation
 from infusion.metrics.run.options import EVALUATION_SEED, Options
 from infusion.metrics.run.protocol import CONTEXT, GROUPS, Protocol
+from infusion.metrics.run.stages import Stages
 from ldm.util.config import ROOT, instantiate, load_config
 from ldm.util.templates import fill
 
@@ -42,7 +43,7 @@ def test_no_measured_prompt_is_one_of_class_images(path):
 
 
 def test_measured_seeds_are_apart_from_those_of_class_images(sd, protocol, options, tools, subject):
-    evaluation = Evaluation(sd, subject("infusion"), protocol, options, Cache(), tools)
+    evaluation = Evaluation(Stages(sd, options, tools, Cache()), subject("infusion"), protocol)
     measured = {seed for group in evaluation.groups.values() for seed in group.seeds(range(options.samples))}
     for _, prior in priors():
         assert not measured & {prior.seed + number for number in range(prior.count)}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from infusion.metrics.measures import fidelity
 from infusion.metrics.measures.kid import kid
 from infusion.metrics.run.cache import Cache
-from infusion.metrics.run.evaluate import evaluate
+from infusion.metrics.run.evaluate import check, evaluate
 from infusion.metrics.run.features import ZeroShot, crop_to
 from infusion.metrics.run.options import EVALUATION_SEED, METRICS, Tools, lacks, metrics_of
 from infusion.metrics.run.protocol import CONTEXT, GROUPS
@@ -214,7 +214,7 @@ def test_cropping_compares_subjects_alone(sd, protocol, options, everything, sub
     photos = fidelity.among(everything.clip(corners)).mean().item()
     assert cropped["clip_i"]["ceiling"]["value"] == pytest.approx(photos, abs=1e-5)
     with pytest.raises(ValueError, match="--crop needs it"):
-        Tools(clip=everything.clip).check(replace(options, metrics=("clip_t",), crop=True))
+        check(learned, protocol, replace(options, metrics=("clip_t",), crop=True), Tools(clip=everything.clip))
 
 
 def test_a_crop_is_the_square_around_a_mask():
