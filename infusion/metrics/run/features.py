@@ -7,12 +7,13 @@ CLIP-I, CLIP-T and drift take a CLIP, DINO takes `facebook/dino-vits16` (the ViT
 import json
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoImageProcessor,
     BaseImageProcessor,
@@ -33,8 +34,10 @@ from ldm.util.templates import fill, short
 from ldm.weights.checkpoint import load_into
 
 POCKET_CONFIG = Path("configs/pocket_clip.yaml")
+CLIP, MARGIN = "clip", 0.1  # `crop_to`'s, on each side: a share of the longer side of a mask's bounding box
 # model_type of a folder's config.json -> class, and its own arguments
-CLASS_TOKEN: dict[str, tuple[type[PreTrainedModel], dict[str, bool]]] = {
+NETWORKS: dict[str, tuple[type[PreTrainedModel], dict[str, bool]]] = {
+    CLIP: (CLIPModel, {}),
     "vit": (ViTModel, {"add_pooling_layer": False}),  # DINO is one
     "dinov2": (Dinov2Model, {}),
     "dinov2_with_registers": (Dinov2WithRegistersModel, {}),
@@ -108,12 +111,13 @@ def load_backbone(spec: str | Path, device: torch.device | str = "cpu") -> Backb
     folder = Path(spec)
     if not (folder / "config.json").is_file():
         raise UserError(f'backbone {spec}: "{POCKET}", or a local folder with a config.json, is wanted')
-    kind = _model_type(folder)
-    if kind == "clip":
-        return ClipBackbone(folder, device)
-    if kind in CLASS_TOKEN:
-        return ClassTokenBackbone(folder, kind, device)
-    raise UserError(f"backbone {spec}: is of a {kind}, not of a clip, {', '.join(CLASS_TOKEN)}")
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise UserError(f"backbone {folder}: its config.json is not a mapping in JSON") from error
+    if kind not in NETWORKS:
+        raise UserError(f"backbone {spec}: is of a {kind}, not of a {', '.join(NETWORKS)}")
+    return (ClipBackbone if kind == CLIP else FolderBackbone)(folder, kind, device)
 
 
 def load_pocket_clip(config: str | Path = POCKET_CONFIG, weights: str | Path = POCKET_WEIGHTS) -> Clip:
@@ -126,34 +130,28 @@ def load_pocket_clip(config: str | Path = POCKET_CONFIG, weights: str | Path = P
     return clip.requires_grad_(False).eval()
 
 
-def pooled_latents(latents: Tensor, side: int = 4) -> Tensor:
-    """Latents (B, C, h, w) averaged over a grid of side × side: (B, C · side²) float32, not of unit length.
-
-    Raises:
-        ValueError: latents smaller than the grid.
-    """
-    if latents.dim() != 4 or min(latents.shape[2:]) < side or side < 1:
-        raise ValueError(f"latents {tuple(latents.shape)} cannot be pooled to {side} × {side}")
-    return F.adaptive_avg_pool2d(latents.float(), side).flatten(1)
+def pooled_latents(latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) averaged over a grid of 4 × 4: (B, 16 C) float32, not of unit length."""
+    return F.adaptive_avg_pool2d(latents.float(), 4).flatten(1)
 
 
-def crop_to(images: Tensor, masks: Tensor, margin: float = 0.1) -> Tensor:
-    """The subject of each image: the smallest square around its mask, resized to the image's size.
+def crop_to(images: Tensor, masks: Tensor) -> Tensor:
+    """The subject of each image: a square around its mask, resized to the image's size.
 
     Args:
         images: (B, 3, S, S).
         masks: (B, s, s) at least 0; what exceeds half of a mask's maximum is the subject.
-        margin: on each side, as a share of the longer side of the mask's bounding box.
 
     Returns:
-        (B, 3, S, S). A square that would leave the image is moved into it, and is never larger than it.
+        (B, 3, S, S). Each square has a margin on each side (`MARGIN`). One that would leave the image is moved into it,
+        and is never larger than it.
     """
     size, crops = images.shape[-1], []
     for image, mask in zip(images, masks.to(images.device), strict=True):
         places = mask > mask.max() / 2
         spans = [places.any(axis).nonzero()[[0, -1]].flatten() for axis in (1, 0)]  # first and last row, column
         pixels = size / mask.shape[-1]
-        side = min(max((last - first + 1).item() for first, last in spans) * pixels * (1 + 2 * margin), size)
+        side = min(max((last - first + 1).item() for first, last in spans) * pixels * (1 + 2 * MARGIN), size)
         corner = [((first + last + 1).item() * pixels - side) / 2 for first, last in spans]
         top, left = (round(min(max(at, 0), size - side)) for at in corner)
         square = image[:, top : top + max(round(side), 1), left : left + max(round(side), 1)]
@@ -178,36 +176,41 @@ class PocketBackbone:
 
 
 class FolderBackbone:
-    """A network of transformers and its folder's own preprocessing, which takes images as 8-bit pixels."""
+    """The class token of a vision transformer, after its last norm, with its folder's own preprocessing."""
 
-    def __init__(self, folder: Path, network: PreTrainedModel) -> None:
-        self.name = folder.resolve().name
-        self.network = network
-        self.processor = _processor(folder)
+    def __init__(self, folder: Path, kind: str, device: torch.device | str = "cpu") -> None:
+        cls, arguments = NETWORKS[kind]
+        self.folder, self.name = folder, folder.resolve().name
+        self.network, self.processor = _network(cls, folder, arguments).to(device), _processor(folder)
+        self.width = self.network.config.projection_dim if kind == CLIP else self.network.config.hidden_size
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> what the network takes, (B, 3, s, s), on its device."""
-        images = images.mul(255).round().clamp(0, 255).byte()
-        return self.processor(images=list(images.cpu()), return_tensors="pt").pixel_values.to(self.network.device)
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        images = images.mul(255).round().clamp(0, 255).byte()  # as in a file
+        pixels = self.processor(images=list(images.cpu()), return_tensors="pt").pixel_values
+        return F.normalize(self.features(pixels.to(self.network.device)), dim=-1)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """What the network makes of its own input (B, 3, s, s): (B, D), of any length."""
+        return self.network(pixels).last_hidden_state[:, 0]
 
 
 class ClipBackbone(FolderBackbone):
     """CLIP's image tower and text tower."""
 
-    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
-        super().__init__(folder, _network(CLIPModel, folder).to(device))
-        self.width = self.network.config.projection_dim
-        self.tokenizer = _tokenizer(folder)
+    def features(self, pixels: Tensor) -> Tensor:
+        return self.network.get_image_features(pixels).pooler_output
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        return F.normalize(self.network.get_image_features(self.pixels(images)).pooler_output, dim=-1)
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        there = {file.name for file in self.folder.iterdir()}
+        if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
+            raise UserError(f"backbone {self.name}: its folder has no tokenizer files, so no features of texts")
+        return CLIPTokenizer.from_pretrained(self.folder, local_files_only=True)
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> Tensor:
-        """As `TextBackbone.texts`; raises ValueError where the folder has no tokenizer."""
-        if self.tokenizer is None:
-            raise UserError(f"backbone {self.name}: its folder has no tokenizer files, so no features of texts")
+        """As `TextBackbone.texts`; raises UserError where the folder has no tokenizer."""
         longest = self.network.config.text_config.max_position_embeddings
         if cut := [text for text in texts if len(self.tokenizer(text).input_ids) > longest]:
             many = f"{self.name} reads {longest} tokens, and no more of {len(cut)} longer prompts"
@@ -216,31 +219,11 @@ class ClipBackbone(FolderBackbone):
         return F.normalize(self.network.get_text_features(**tokens.to(self.network.device)).pooler_output, dim=-1)
 
 
-class ClassTokenBackbone(FolderBackbone):
-    """The class token of a vision transformer, after its last norm."""
-
-    def __init__(self, folder: Path, kind: str, device: torch.device | str = "cpu") -> None:
-        cls, arguments = CLASS_TOKEN[kind]
-        super().__init__(folder, _network(cls, folder, arguments).to(device))
-        self.width = self.network.config.hidden_size
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        return F.normalize(self.network(self.pixels(images)).last_hidden_state[:, 0], dim=-1)
-
-
-def _model_type(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise UserError(f"backbone {folder}: its config.json is not a mapping in JSON") from error
-
-
-def _network(cls: type[PreTrainedModel], folder: Path, arguments: dict[str, bool] | None = None) -> nn.Module:
+def _network(cls: type[PreTrainedModel], folder: Path, arguments: dict[str, bool]) -> PreTrainedModel:
     """A network with every one of its weights from the folder, in float32."""
     try:
         network, found = cls.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32, **(arguments or {})
+            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32, **arguments
         )
     except (OSError, RuntimeError) as error:  # no file of weights; or one of another shape
         raise UserError(f"backbone {folder}: {str(error).splitlines()[0]}") from error
@@ -254,10 +237,3 @@ def _processor(folder: Path) -> BaseImageProcessor:
         return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"backbone {folder}: has no preprocessor_config.json that can be used") from error
-
-
-def _tokenizer(folder: Path) -> CLIPTokenizer | None:
-    names: Sequence[tuple[str, ...]] = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-    if not any(all((folder / name).is_file() for name in files) for files in names):
-        return None
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
