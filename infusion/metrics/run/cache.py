@@ -9,7 +9,6 @@ no part of the hash: a table that is too short is continued.
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,20 +47,17 @@ class Rows:
 
 
 class Cache:
-    """Stages in a folder, or in memory alone.
+    """Stages in a folder.
 
     Args:
-        folder: made when the first rows are written; None keeps them in memory.
+        folder: made when the first rows are written.
         progress: show a bar for each stage of which rows have to be made.
         ranks: processes that share the making of rows and call every method alike. The first one's folder counts.
     """
 
-    def __init__(self, folder: str | Path | None = None, progress: bool = False, ranks: Ranks | None = None) -> None:
-        self.ranks = Ranks() if ranks is None else ranks
-        self.folder = None if folder is None else Path(folder)
+    def __init__(self, folder: str | Path, progress: bool = False, ranks: Ranks | None = None) -> None:
+        self.folder, self.ranks = Path(folder), Ranks() if ranks is None else ranks
         self.progress = progress and self.ranks.first
-        self._memory: dict[str, dict[str, Tensor]] = {}
-        self._figures: dict[str, dict] = {}
 
     def rows(
         self, stage: str, what: Mapping[str, object], count: int, batch_size: int, make: Make, title: str = ""
@@ -80,7 +76,8 @@ class Cache:
             UserError: the file is damaged, or cannot be written.
         """
         key, said = _key(stage, what)
-        found = self.ranks.of_first(self._read(key) if self.ranks.first else {})
+        path = self.folder / f"{key}.safetensors"
+        found = self.ranks.of_first(_tensors(path) if self.ranks.first else {})
         done = len(next(iter(found.values()))) if found else 0
         hidden = not self.progress or done >= count
         with tqdm(total=count, initial=min(done, count), desc=title or stage, disable=hidden) as bar:
@@ -89,53 +86,38 @@ class Cache:
                 made = {name: tensor.detach().cpu() for name, tensor in make(rows).items()} if rows else {}
                 parts = [part for part in (found, *self.ranks.gather(made)) if part]
                 found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-                self._write(key, said, found)
+                if self.ranks.first:
+                    write_tensors(path, found, {WHAT: said})
                 bar.update(min(batch_size * self.ranks.world, count - start))
         return Rows(key, {name: tensor[:count] for name, tensor in found.items()})
 
     def figures(self, stage: str, what: Mapping[str, object], make: Callable[[], dict]) -> dict:
         """What `make` gives, numbers and words as JSON has them, in `<stage>-<hash>.json`; otherwise as `rows`."""
         key, said = _key(stage, what)
-        if self.folder is None:
-            if key not in self._figures:
-                self._figures[key] = make()
-            return deepcopy(self._figures[key])
         path = self.folder / f"{key}.json"
         if not self.ranks.of_first(path.is_file()):
             made = make()
             if self.ranks.first:
                 write(path, json.dumps({WHAT: json.loads(said), stage: made}, allow_nan=False).encode())
-        return self.ranks.of_first(self._figures_of(path, stage) if self.ranks.first else None)
+        return self.ranks.of_first(_figures(path, stage) if self.ranks.first else None)
 
-    @staticmethod
-    def _figures_of(path: Path, stage: str) -> dict:
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))[stage]
-        except (OSError, ValueError, KeyError, RecursionError) as error:
-            raise UserError(f"{path}: is damaged ({error}); delete it, and it is made again") from error
 
-    def _read(self, key: str) -> dict[str, Tensor]:
-        if self.folder is None:
-            return self._memory.get(key, {})
-        path = self._path(key)
-        if not path.is_file():
-            return {}
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{path}: is damaged ({error}); delete it, and it is made again") from error
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """What a file of rows holds; {} for one that is not there."""
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path}: is damaged ({error}); delete it, and it is made again") from error
 
-    def _write(self, key: str, said: str, tensors: Mapping[str, Tensor]) -> None:
-        if self.folder is None:
-            self._memory[key] = dict(tensors)
-            return
-        if not self.ranks.first:
-            return
-        write_tensors(self._path(key), tensors, {WHAT: said})
 
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
+def _figures(path: Path, stage: str) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))[stage]
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise UserError(f"{path}: is damaged ({error}); delete it, and it is made again") from error
 
 
 def _key(stage: str, what: Mapping[str, object]) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from torch import nn
 from infusion.deltas import detach
 from infusion.inject import remove
 from infusion.methods import find_method
+from infusion.metrics.run.cache import Cache
 from infusion.metrics.run.options import Options, Tools
 from infusion.metrics.run.protocol import Protocol
 from infusion.metrics.run.subject import Checkpoint, Subject
@@ -40,6 +41,11 @@ class LeftHalf(nn.Module):
         masks = torch.zeros(len(images), 16, 16)
         masks[:, :, :8] = 0.5
         return masks
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path / "rows")
 
 
 @pytest.fixture

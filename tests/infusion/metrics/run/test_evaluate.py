@@ -55,8 +55,8 @@ def values(result):
     return {name: figure["value"] for name, figure in result["figures"].items()}
 
 
-def test_a_concept_that_learned_nothing_is_the_base_model(sd, protocol, every, tools, known):
-    result = evaluate(sd, known("infusion", steps=0), protocol, every, Cache(), tools)
+def test_a_concept_that_learned_nothing_is_the_base_model(sd, protocol, every, tools, known, cache):
+    result = evaluate(sd, known("infusion", steps=0), protocol, every, cache, tools)
     found = values(result)
     assert set(found) == {*(f"lfd_{name}" for name in GROUPS), "w2_latent", "w2_latent_exact", "w2_clip",
                           "w2_clip_exact", "kid", "clip_t", "clip_i", "noun", "pres", "div", "drift",
@@ -72,9 +72,9 @@ def test_a_concept_that_learned_nothing_is_the_base_model(sd, protocol, every, t
     assert all(result["figures"][f"w2_{name}"]["floor"]["value"] > 0.01 for name in ("latent", "clip"))
 
 
-def test_figures_are_those_of_the_definitions(sd, protocol, every, tools, known):
+def test_figures_are_those_of_the_definitions(sd, protocol, every, tools, known, cache):
     learned = known("lora", learning_rate=0.05)
-    result = evaluate(sd, learned, protocol, every, Cache(), tools)
+    result = evaluate(sd, learned, protocol, every, cache, tools)
     templates = protocol.prompts(CONTEXT, "cat") * 2
     drawing = {"steps": 2, "scale": 2.0, "seed": EVALUATION_SEED}
     ours = sample(sd, templates, [learned.concept], **drawing)
@@ -107,9 +107,9 @@ def test_figures_are_those_of_the_definitions(sd, protocol, every, tools, known)
     json.dumps(plain(result), allow_nan=False)
 
 
-def test_best_and_worst_samples_have_their_prompts_and_seeds(sd, protocol, every, tools, known):
+def test_best_and_worst_samples_have_their_prompts_and_seeds(sd, protocol, every, tools, known, cache):
     learned = known("lora", learning_rate=0.05)
-    pictures = evaluate(sd, learned, protocol, every, Cache(), tools)["pictures"]
+    pictures = evaluate(sd, learned, protocol, every, cache, tools)["pictures"]
     scores = [card["score"] for card in pictures["best"]] + [card["score"] for card in pictures["worst"]][::-1]
     assert pictures["ranked_by"] == "clip" and len(scores) == 4 and scores == sorted(scores, reverse=True)
     seeds = {card["seed"] for which in ("best", "worst") for card in pictures[which]}
@@ -121,7 +121,7 @@ def test_best_and_worst_samples_have_their_prompts_and_seeds(sd, protocol, every
     torch.testing.assert_close(card["ours"], again, atol=1e-4, rtol=0)
     without = replace(learned, photos=None)
     options = replace(every, metrics=("drift",))
-    unranked = evaluate(sd, without, protocol, options, Cache(), tools)["pictures"]
+    unranked = evaluate(sd, without, protocol, options, cache, tools)["pictures"]
     assert unranked["ranked_by"] == "" and "best" not in unranked
     chosen = [[card["seed"] for card in one["random"]] for one in (pictures, unranked)]
     assert chosen[0] == chosen[1] and set(chosen[0]) == seeds  # the same samples of every concept
@@ -144,7 +144,7 @@ def test_a_second_run_draws_and_measures_nothing(sd, protocol, every, tools, kno
         evaluate(sd, learned, protocol, replace(every, strata=3), Cache(tmp_path), tools)
 
 
-def test_a_killed_run_goes_on_to_the_same_figures(sd, protocol, every, tools, known, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_to_the_same_figures(sd, protocol, every, tools, known, tmp_path, monkeypatch, cache):
     learned, calls, original = known("lora"), [], stages.errors
 
     def killed(**arguments):
@@ -158,11 +158,13 @@ def test_a_killed_run_goes_on_to_the_same_figures(sd, protocol, every, tools, kn
         evaluate(sd, learned, protocol, every, Cache(tmp_path), tools)
     resumed = evaluate(sd, learned, protocol, every, Cache(tmp_path), tools)
     assert len(calls) == 4 + 13  # 4 groups of 2 batches, trained and not, of which 3 were there
-    whole = evaluate(sd, learned, protocol, every, Cache(), tools)
+    whole = evaluate(sd, learned, protocol, every, cache, tools)
     assert json.dumps(plain(resumed)) == json.dumps(plain(whole))
 
 
-def test_the_base_models_samples_are_drawn_once_for_all_concepts(sd, protocol, options, tools, subject, monkeypatch):
+def test_the_base_models_samples_are_drawn_once_for_all_concepts(
+    sd, protocol, options, tools, subject, monkeypatch, cache
+):
     drawn, original = [], stages.Stages._denoiser
 
     def denoiser(self, group, rows, checkpoint, scale):
@@ -170,7 +172,6 @@ def test_the_base_models_samples_are_drawn_once_for_all_concepts(sd, protocol, o
         return original(self, group, rows, checkpoint, scale)
 
     monkeypatch.setattr(stages.Stages, "_denoiser", denoiser)
-    cache = Cache()
     evaluate(sd, subject("infusion"), protocol, options, cache, tools)
     assert (True, 2.0) in drawn
     drawn.clear()
@@ -178,7 +179,7 @@ def test_the_base_models_samples_are_drawn_once_for_all_concepts(sd, protocol, o
     assert (True, 2.0) not in drawn and (False, 2.0) in drawn
 
 
-def test_methods_meet_the_same_noise(sd, protocol, options, tools, subject, monkeypatch):
+def test_methods_meet_the_same_noise(sd, protocol, options, tools, subject, monkeypatch, cache):
     """Common random numbers: what is handed to one method's model is handed to the next."""
     seen, original = [], stages.errors
 
@@ -187,19 +188,19 @@ def test_methods_meet_the_same_noise(sd, protocol, options, tools, subject, monk
         return original(latents=latents, seeds=seeds, **rest)
 
     monkeypatch.setattr(stages, "errors", record)
-    options, cache = replace(options, metrics=("lfd",)), Cache()
+    options = replace(options, metrics=("lfd",))
     for name in ("infusion", "dreambooth"):
         evaluate(sd, subject(name), protocol, options, cache, tools)
     assert len(seen) == 32 and seen[:16] == seen[16:]
 
 
-def test_a_run_has_a_curve_over_its_training(sd, protocol, options, tools, subject):
+def test_a_run_has_a_curve_over_its_training(sd, protocol, options, tools, subject, cache):
     files = tuple(
         replace(subject("infusion", steps=n).last.concept, steps=10 * n) for n in (0, 1, 2)
     )  # of one run, as it were
     run = Subject("run", tuple(type(subject("infusion").last).of(concept) for concept in files))
     options = replace(options, metrics=("lfd",), curve=("context", "none"))
-    result = evaluate(sd, run, protocol, options, Cache(), tools)
+    result = evaluate(sd, run, protocol, options, cache, tools)
     curve = result["training"][CONTEXT]
     assert [one["step"] for one in curve] == [0, 10, 20] and result["training_steps"] == 20
     assert abs(curve[0]["value"]) < ROUNDING < curve[1]["value"] < curve[2]["value"]
@@ -218,12 +219,12 @@ def test_a_run_has_a_curve_over_its_training(sd, protocol, options, tools, subje
         ({"metrics": ("div",), "samples": 2}, "", "--samples: div compares .* take at least 3, better 4"),
     ],
 )
-def test_what_is_missing_is_named(sd, protocol, options, tools, known, change, missing, complaint):
+def test_what_is_missing_is_named(sd, protocol, options, tools, known, change, missing, complaint, cache):
     target = known("infusion", steps=0)
     target = replace(target, **{missing: None}, photos_from="") if missing in ("photos", "exact") else target
     tools = replace(tools, **{missing: None}) if missing in ("clip", "dino", "clipseg") else tools
     with pytest.raises(ValueError, match=complaint):
-        evaluate(sd, target, protocol, replace(options, **change), Cache(), tools)
+        evaluate(sd, target, protocol, replace(options, **change), cache, tools)
 
 
 def test_a_backbone_without_texts_is_no_clip(protocol, options, known):
@@ -246,7 +247,7 @@ def test_the_page_on_metrics_runs(sd, tools, subject, tmp_path, monkeypatch):
     assert "cat, seed 1" in (tmp_path / "outputs/compared/report.html").read_text()
 
 
-def test_dino_and_lpips_where_there_are_some(sd, protocol, options, tools, known, monkeypatch):
+def test_dino_and_lpips_where_there_are_some(sd, protocol, options, tools, known, monkeypatch, cache):
     class Dino:
         name, width = "dino", 3
 
@@ -255,14 +256,14 @@ def test_dino_and_lpips_where_there_are_some(sd, protocol, options, tools, known
 
     tools = replace(tools, dino=Dino(), hashes={"clip": "1", "dino": "2"})
     options = replace(options, metrics=("dino", "pres", "div", "clip_i"))
-    figures = evaluate(sd, known("lora", learning_rate=0.05), protocol, options, Cache(), tools)["figures"]
+    figures = evaluate(sd, known("lora", learning_rate=0.05), protocol, options, cache, tools)["figures"]
     assert figures["dino"]["settings"]["backbone"] == figures["pres"]["settings"]["backbone"] == "dino"
     assert figures["clip_i"]["settings"]["backbone"] == "fake" and "dino" in figures["div"]["settings"]["distance"]
     assert figures["dino"]["value"] > 0.9 > figures["clip_i"]["value"]  # mean colours are alike
     seen = []
     monkeypatch.setattr(fidelity, "lpips_diversity", lambda *arguments: seen.append(arguments) or torch.tensor([0.25]))
     tools, options = replace(tools, lpips=Path("alexnet.pth")), replace(options, metrics=("div",), samples=3)
-    div = evaluate(sd, known("infusion"), protocol, options, Cache(), tools)["figures"]["div"]
+    div = evaluate(sd, known("infusion"), protocol, options, cache, tools)["figures"]["div"]
     assert div["value"] == 0.25 and div["settings"]["distance"] == "LPIPS"
     images, groups, weights = seen[0]
     assert images.shape == (2, 3, 16, 16) and len(groups) == 2  # rows 0 and 2

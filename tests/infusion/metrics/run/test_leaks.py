@@ -3,7 +3,6 @@
 import pytest
 
 from data.prior import COUNT
-from infusion.metrics.run.cache import Cache
 from infusion.metrics.run.evaluate import Evaluation
 from infusion.metrics.run.options import EVALUATION_SEED, Options
 from infusion.metrics.run.protocol import CONTEXT, GROUPS, Protocol
@@ -42,8 +41,8 @@ def test_no_measured_prompt_is_one_of_class_images(path):
             assert not prompts & trained, group
 
 
-def test_measured_seeds_are_apart_from_those_of_class_images(sd, protocol, options, tools, subject):
-    evaluation = Evaluation(Stages(sd, options, tools, Cache()), subject("infusion"), protocol)
+def test_measured_seeds_are_apart_from_those_of_class_images(sd, protocol, options, tools, subject, cache):
+    evaluation = Evaluation(Stages(sd, options, tools, cache), subject("infusion"), protocol)
     measured = {seed for group in evaluation.groups.values() for seed in group.seeds(range(options.samples))}
     for _, prior in priors():
         assert not measured & {prior.seed + number for number in range(prior.count)}

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from infusion.metrics.measures import fidelity
 from infusion.metrics.measures.kid import kid
-from infusion.metrics.run.cache import Cache
 from infusion.metrics.run.evaluate import check, evaluate
 from infusion.metrics.run.features import ZeroShot, crop_to
 from infusion.metrics.run.options import EVALUATION_SEED, METRICS, Tools, lacks, metrics_of
@@ -60,10 +59,10 @@ def everything(tools):
     return replace(tools, identity=Colours(), classifier=Bright())
 
 
-def test_words_are_the_base_model_told_them(sd, protocol, whole, everything, subject):
+def test_words_are_the_base_model_told_them(sd, protocol, whole, everything, subject, cache):
     concept = subject("infusion").with_photos(PHOTOS, "cats")
     (row,) = in_words([concept], ["a striped blue cat"])
-    found = evaluate(sd, row, protocol, whole, Cache(), everything)
+    found = evaluate(sd, row, protocol, whole, cache, everything)
     assert (found["kind"], found["group"], found["label"]) == ("words", "words", "words: a striped blue cat")
     assert found["described"] == "a striped blue cat" and found["photos"] == "cats" and not found["training"]
     names = {
@@ -101,10 +100,10 @@ def test_one_row_of_words_for_a_concept_however_often_it_was_learned(subject):
     assert labels == ["words cat", "words others/cat: a red cat"] and in_words([cat], [""]) == []
 
 
-def test_pictures_are_measured_as_they_are(sd, protocol, whole, everything, subject):
+def test_pictures_are_measured_as_they_are(sd, protocol, whole, everything, subject, cache):
     """A concept's own samples, as pictures, have the concept's figures."""
     learned = subject("lora", learning_rate=0.05).with_photos(PHOTOS, "cats")
-    options, cache = replace(whole, metrics=(*OF_SAMPLES, "identity", "lfd", "drift", "pres")), Cache()
+    options = replace(whole, metrics=(*OF_SAMPLES, "identity", "lfd", "drift", "pres"))
     theirs = evaluate(sd, learned, protocol, options, cache, everything)
     images = sample(sd, list(protocol.concept) * 2, [learned.concept], **DRAWING)
     row = Subject(
@@ -121,25 +120,25 @@ def test_pictures_are_measured_as_they_are(sd, protocol, whole, everything, subj
     json.dumps({key: value for key, value in found.items() if key != "pictures"}, allow_nan=False)
 
 
-def test_pictures_of_a_prompt_each_have_no_diversity_and_need_no_more_samples(sd, protocol, options, tools):
+def test_pictures_of_a_prompt_each_have_no_diversity_and_need_no_more_samples(sd, protocol, options, tools, cache):
     pictures = Pictures("", torch.rand(5, 3, 16, 16), tuple(f"a {{}} in room {i}" for i in range(5)))
     row = Subject("five", pictures=pictures, superclass="cat")
     options = replace(options, metrics=("div", "clip_t"), samples=2)
-    figures = evaluate(sd, row, protocol, options, Cache(), tools)["figures"]
+    figures = evaluate(sd, row, protocol, options, cache, tools)["figures"]
     assert set(figures) == {"clip_t"} and figures["clip_t"]["n"] == 5
 
 
-def test_too_few_pictures_for_a_distance_between_clouds_are_named(sd, protocol, options, tools):
+def test_too_few_pictures_for_a_distance_between_clouds_are_named(sd, protocol, options, tools, cache):
     row = Subject("two", pictures=Pictures("drawn/two", torch.rand(2, 3, 16, 16), ("a {}",)), superclass="cat")
     with pytest.raises(ValueError, match=r"--pictures: .*\(kid\) needs at least 3 pictures in drawn/two, not 2"):
-        evaluate(sd, row, protocol, replace(options, metrics=("kid",)), Cache(), tools)
+        evaluate(sd, row, protocol, replace(options, metrics=("kid",)), cache, tools)
 
 
 @pytest.mark.parametrize("method", ["infusion", "lora", "custom_diffusion", "perfusion"])
-def test_every_divergence_has_that_of_the_untrained_method(sd, protocol, options, tools, subject, method):
+def test_every_divergence_has_that_of_the_untrained_method(sd, protocol, options, tools, subject, method, cache):
     options = replace(options, metrics=("lfd",))
-    figures = evaluate(sd, subject(method), protocol, options, Cache(), tools)["figures"]
-    itself = evaluate(sd, subject(method, steps=0), protocol, options, Cache(), tools)["figures"]
+    figures = evaluate(sd, subject(method), protocol, options, cache, tools)["figures"]
+    itself = evaluate(sd, subject(method, steps=0), protocol, options, cache, tools)["figures"]
     rare = method in ("lora", "custom_diffusion")
     for name in GROUPS:
         floor = figures[f"lfd_{name}"]["floor"]
@@ -154,9 +153,9 @@ def test_trainings_of_one_kind_share_their_floor(sd, subject):
     assert first.sha256 == second.sha256 and first.concept.steps == 0
 
 
-def test_a_likeness_has_a_ceiling_through_the_autoencoder(sd, protocol, options, everything, subject):
+def test_a_likeness_has_a_ceiling_through_the_autoencoder(sd, protocol, options, everything, subject, cache):
     options = replace(options, metrics=("identity", "clip_i"))
-    found = evaluate(sd, subject("infusion").with_photos(PHOTOS), protocol, options, Cache(), everything)["figures"]
+    found = evaluate(sd, subject("infusion").with_photos(PHOTOS), protocol, options, cache, everything)["figures"]
     decoded = sd.decode(sd.vae.encode(PHOTOS * 2 - 1))
     for metric, network in (("identity", everything.identity), ("clip_i", everything.clip)):
         wanted = fidelity.among(network(PHOTOS), network(decoded)).mean().item()
@@ -167,22 +166,22 @@ def test_a_likeness_has_a_ceiling_through_the_autoencoder(sd, protocol, options,
     assert found["identity"]["settings"]["backbone"] == "colours"
 
 
-def test_the_noun_is_counted_by_a_classifier_or_by_clip(sd, protocol, options, everything, subject):
+def test_the_noun_is_counted_by_a_classifier_or_by_clip(sd, protocol, options, everything, subject, cache):
     options, learned = replace(options, metrics=("noun",)), subject("lora", learning_rate=0.5).with_photos(PHOTOS)
-    found = evaluate(sd, learned, protocol, options, Cache(), everything)["figures"]["noun"]
+    found = evaluate(sd, learned, protocol, options, cache, everything)["figures"]["noun"]
     base = sd.sample([prompt.replace("{}", "cat") for prompt in protocol.concept] * 2, **DRAWING)
     assert found["base"]["value"] == sum(Bright().sees(base, "cat")) / 4 and found["settings"]["classifier"] == "bright"
     assert found["ceiling"]["value"] == sum(Bright().sees(PHOTOS, "cat")) / 3
     tools = replace(everything, classifier=None)
-    found = evaluate(sd, learned, protocol, options, Cache(), tools)["figures"]["noun"]
+    found = evaluate(sd, learned, protocol, options, cache, tools)["figures"]["noun"]
     reader = ZeroShot(tools.clip, ("cat", "dog", "owl"))
     assert found["base"]["value"] == sum(reader.sees(base, "cat")) / 4
     assert found["settings"]["classifier"] == "fake, zero-shot" and found["settings"]["nouns"] == 3
 
 
-def test_kid_and_w2_say_how_many_samples_and_numbers_they_are_of(sd, protocol, options, tools, subject):
+def test_kid_and_w2_say_how_many_samples_and_numbers_they_are_of(sd, protocol, options, tools, subject, cache):
     options, learned = replace(options, metrics=("w2", "kid")), subject("lora", learning_rate=0.5)
-    figures = evaluate(sd, learned, protocol, options, Cache(), tools)["figures"]
+    figures = evaluate(sd, learned, protocol, options, cache, tools)["figures"]
     for name, width in (("kid", 48), ("w2_clip", 48), ("w2_latent", 64)):
         settings = figures[name]["settings"]
         assert settings["samples"] == 4 and settings["dimensions"] == width, name
@@ -195,19 +194,19 @@ def test_kid_and_w2_say_how_many_samples_and_numbers_they_are_of(sd, protocol, o
     assert figures["kid"]["floor"]["n"] == 4
 
 
-def test_under_which_law_and_with_which_network_is_said(sd, protocol, options, tools, subject):
+def test_under_which_law_and_with_which_network_is_said(sd, protocol, options, tools, subject, cache):
     options = replace(options, metrics=("lfd", "drift"))
-    figures = evaluate(sd, subject("infusion"), protocol, options, Cache(), tools)["figures"]
+    figures = evaluate(sd, subject("infusion"), protocol, options, cache, tools)["figures"]
     settings = figures["lfd_context"]["settings"]
     assert settings["x_0"] == "base samples, guidance 2" and settings["predictions"] == "without guidance"
     assert figures["drift"]["settings"]["backbone"] == "fake" and "DINOv2" in fidelity.__doc__
 
 
-def test_cropping_compares_subjects_alone(sd, protocol, options, everything, subject):
+def test_cropping_compares_subjects_alone(sd, protocol, options, everything, subject, cache):
     options, learned = replace(options, metrics=("identity", "clip_i")), subject("infusion").with_photos(PHOTOS)
     everything = replace(everything, clipseg=Corner())
-    whole = evaluate(sd, learned, protocol, options, Cache(), everything)["figures"]
-    cropped = evaluate(sd, learned, protocol, replace(options, crop=True), Cache(), everything)["figures"]
+    whole = evaluate(sd, learned, protocol, options, cache, everything)["figures"]
+    cropped = evaluate(sd, learned, protocol, replace(options, crop=True), cache, everything)["figures"]
     assert cropped["identity"]["value"] == whole["identity"]["value"]  # of a network that knows whole scenes
     assert cropped["clip_i"]["value"] != whole["clip_i"]["value"] and "crop" in cropped["clip_i"]["settings"]
     corners = crop_to(PHOTOS, everything.clipseg.masks(PHOTOS, []))

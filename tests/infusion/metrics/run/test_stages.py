@@ -6,7 +6,6 @@ import torch
 from safetensors.torch import save_file
 
 from infusion.metrics.measures.fisher import _draw
-from infusion.metrics.run.cache import Cache
 from infusion.metrics.run.protocol import CONTEXT, GROUPS
 from infusion.metrics.run.stages import OUTSIDE, Group, Stages, to_regions
 from infusion.sampling.sample import sample
@@ -24,8 +23,8 @@ def groups(protocol):
 
 
 @pytest.fixture
-def stages(sd, options, tools):
-    return Stages(sd, options, tools, Cache())
+def stages(sd, options, tools, cache):
+    return Stages(sd, options, tools, cache)
 
 
 def divergence(stages, groups, name, subject):
@@ -97,9 +96,8 @@ def test_samples_are_the_pipelines_own(stages, groups, subject):
     assert torch.equal(stages.images(stages.samples(group), [2, 0]), plain[[2, 0]])
 
 
-def test_every_setting_has_rows_of_its_own(sd, options, tools, groups, subject):
-    cache, trained = Cache(), subject("infusion")
-    group = groups[CONTEXT]
+def test_every_setting_has_rows_of_its_own(sd, options, tools, groups, subject, cache):
+    group, trained = groups[CONTEXT], subject("infusion")
     keys = [Stages(sd, options, tools, cache).samples(group, trained.last, 1).key]
     for change in ({"steps": 3}, {"scale": 3.0}, {"seed": 9}, {"sampler": "euler"}, {"beta": 0.5}, {"strength": 0.5}):
         other = replace(group, first=9) if "seed" in change else group
@@ -118,11 +116,10 @@ def test_every_setting_has_rows_of_its_own(sd, options, tools, groups, subject):
     assert [one.values.shape[1] for one in strata] == [2, 3]
 
 
-def test_every_base_model_has_rows_of_its_own(tiny, options, tools, groups, tmp_path):
+def test_every_base_model_has_rows_of_its_own(tiny, options, tools, groups, tmp_path, cache):
     """The same checkpoint at another size, with another kind of prediction, and with another part."""
     save_file(StableDiffusion.from_config(tiny).unet.state_dict(), tmp_path / "unet.safetensors")
-    cache, group = Cache(), groups["none"]
-    found = []
+    group, found = groups["none"], []
     for word in (
         "image_size=16",
         "image_size=32",
