@@ -8,7 +8,7 @@ import logging
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import cache
@@ -56,10 +56,10 @@ from ldm.util.files import locked
 from ldm.util.folders import CONFIG, is_run
 from ldm.util.templates import bare, foreign_warning
 from scripts.infusion_txt2img import find_config
-from scripts.pocket.networks import BACKBONES, WORLDS, PocketWorld, Sources
+from scripts.pocket.networks import BACKBONES, WORLDS, Sources
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
     from infusion.metrics.run.subject import Subject
     from ldm.models.tokenizer import Tokenizer
@@ -81,14 +81,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--described", metavar="TEXT", type=described, action="append", help=about)
     about = "a row of pictures that something else has drawn; again for more rows"
     add("--pictures", metavar="NAME=DIR", type=pictures, action="append", default=[], help=about)
-    add(
-        "--prompts",
-        metavar="FILE",
-        help="of --pictures, one a line, {} for the concept; None: each picture has its own",
-    )
-    about = (
-        "the noun of what --pictures show, and of files of other tools that do not say it; None: that of the concepts"
-    )
+    add("--prompts", metavar="FILE", help="of --pictures, one a line, {} for the concept; None: each has its own")
+    about = "the noun of --pictures and of files of other tools that do not say it; None: that of the concepts"
     add("--superclass", metavar="W", type=bare, help=about)
     add("--noun", metavar="WORDS", help="trigger words of files of other tools that do not say them")
     add("--labels", metavar="L[,L]", type=words, help="names in the report; None: those of the files and folders")
@@ -179,16 +173,28 @@ def pictures(text: str) -> tuple[str, str]:
 
 
 def check_inputs(flags: argparse.Namespace) -> str:
-    """The base model's architecture; raises UserError for what is not there, before anything slow is imported."""
+    """Raises UserError for what is not there, before anything slow is imported.
+
+    Flags of one value for all rows or one for each have one for each from here on.
+
+    Returns:
+        The base model's architecture; "" where only files of other tools tell it.
+    """
     check_concepts_there(flags.personalized_ckpt)
     rows = len(flags.personalized_ckpt) + len(flags.pictures)
-    for folder in one_each(flags.images, rows, "images"):
+    for flag in ("images", "protocol", "concept"):
+        values = getattr(flags, flag) or [None]
+        if len(values) not in (1, rows):
+            raise UserError(f"--{flag}: give one for all or one for each of {rows}, not {len(values)}")
+        setattr(flags, flag, values * rows if len(values) == 1 else values)
+    if flags.groups and len(flags.groups) != rows:
+        raise UserError(f"--groups: {len(flags.groups)} for {rows} rows; give one for each")
+    for folder in flags.images:
         check_there("images", folder, "folder")
     for _, folder in flags.pictures:
         check_there("pictures", folder, "folder")
-    for name in one_each(flags.protocol, rows, "protocol"):
-        if name:
-            Protocol.load(name)
+    for name in filter(None, flags.protocol):
+        Protocol.load(name)
     for flag in (*BACKBONES, "clipseg"):
         if getattr(flags, flag) != POCKET:
             check_there(flag, getattr(flags, flag), "folder")
@@ -196,74 +202,59 @@ def check_inputs(flags: argparse.Namespace) -> str:
         check_there(flag, getattr(flags, flag))
     if flags.covariance and not find(flags.covariance).is_file():
         raise UserError(f"{flags.covariance}: there is no such covariance file")
-    architecture = architecture_named(flags)
-    check_clipseg(flags, architecture)
-    return architecture
+    named = [architecture_of(concept_files(find(name))[0]) for name in flags.personalized_ckpt[:1]]
+    if named == [None] and not flags.config:
+        return ""
+    return check_base(flags, named[0] if named else None)
 
 
-def check_clipseg(flags: argparse.Namespace, architecture: str) -> None:
-    """Raises UserError where CLIPSeg is needed and is not there."""
+def check_base(flags: argparse.Namespace, architecture: str | None) -> str:
+    """The base model's architecture, --config's if None; UserError where its weights or CLIPSeg's are not there."""
+    config = find_config(flags, architecture)
+    check_weights(flags, config)
+    architecture = architecture or OmegaConf.select(load_config(config), "sd.params.name") or ""
     region = flags.crop or flags.metrics is None or {"lfd", "exact"} & set(flags.metrics)
     if region and not flags.clipseg and architecture and architecture not in WORLDS and not find(CLIPSEG).exists():
         raise UserError(f"--clipseg: there is no folder {CLIPSEG}: get CIDAS/clipseg-rd64-refined, or name its folder")
-
-
-def architecture_named(flags: argparse.Namespace) -> str:
-    """The architecture of the first concept, or of --config; UserError where the base model's weights are not there."""
-    architecture = None
-    if flags.personalized_ckpt:
-        architecture = architecture_of(concept_files(find(flags.personalized_ckpt[0]))[0])
-    if flags.config or architecture or not flags.personalized_ckpt:
-        config = find_config(flags, architecture)
-        check_weights(flags, config)
-        architecture = architecture or OmegaConf.select(load_config(config), "sd.params.name")
-    return architecture or ""
-
-
-def one_each(values: Sequence[str] | None, rows: int, flag: str) -> list[str | None]:
-    """One value for all rows or one for each."""
-    values = [None] if values is None else list(values)
-    if len(values) not in (1, rows):
-        raise UserError(f"--{flag}: give one for all or one for each of {rows}, not {len(values)}")
-    return values * rows if len(values) == 1 else values
+    return architecture
 
 
 def load_concepts(flags: argparse.Namespace) -> "list[Subject]":
     """The rows of --personalized_ckpt."""
     from infusion.metrics.run.subject import load_subjects
 
-    concepts, count_rows = len(flags.personalized_ckpt), len(flags.personalized_ckpt) + len(flags.pictures)
-    if flags.groups and len(flags.groups) != count_rows:
-        raise UserError(f"--groups: {len(flags.groups)} for {count_rows} rows; give one for each")
     said = {name: " ".join(getattr(flags, name).split()) for name in ("superclass", "noun") if getattr(flags, name)}
-    rows = load_subjects(flags.personalized_ckpt, flags.labels, flags.groups and flags.groups[:concepts], said)
+    groups = flags.groups and flags.groups[: len(flags.personalized_ckpt)]
+    rows = load_subjects(flags.personalized_ckpt, flags.labels, groups, said)
     for name, word in said.items():
         if not (name == "superclass" and flags.pictures) and word not in (getattr(row.concept, name) for row in rows):
             raise UserError(f"--{name}: the files say it themselves: {getattr(rows[0].concept, name)!r}")
     return rows
 
 
-def find_rows(flags: argparse.Namespace, rows: "list[Subject]", world: PocketWorld | None) -> "list[Subject]":
+def find_rows(flags: argparse.Namespace, rows: "list[Subject]", architecture: str) -> "list[Subject]":
     """Concepts, pictures without their pixels, and words, with their photos' folders and what is known exactly."""
     from infusion.metrics.run.epochs import as_epochs
     from infusion.metrics.run.subject import Pictures, Subject, in_words
 
-    concepts, count_rows, rows = len(rows), len(rows) + len(flags.pictures), [*rows]
-    noun = superclass_of_pictures(flags, rows)
+    concepts, world, usual = len(rows), WORLDS.get(architecture), str(usual_file(architecture))
+    nouns = [flags.superclass] if flags.superclass else list({row.superclass for row in rows})
+    if flags.pictures and len(nouns) != 1:
+        raise UserError("--superclass: name what --pictures show, such as dog")
     groups = flags.groups[concepts:] if flags.groups else [""] * len(flags.pictures)
     for (name, folder), group in zip(flags.pictures, groups, strict=True):
-        rows.append(Subject(name, group=group, pictures=Pictures(folder), superclass=noun))
+        rows = [*rows, Subject(name, group=group, pictures=Pictures(folder), superclass=nouns[0])]
     labels = [row.label for row in rows]
     if double := [label for label in labels if labels.count(label) > 1]:
         raise UserError(f"--pictures: two rows are called {double[0]!r}; give each a name of its own")
-    folders, names = one_each(flags.images, count_rows, "images"), one_each(flags.concept, count_rows, "concept")
     found = []
-    for row, folder, name in zip(rows, folders, names, strict=True):
+    for row, folder, name, protocol in zip(rows, flags.images, flags.concept, flags.protocol, strict=True):
         if name and world is None:
             raise UserError(f"--concept: {name} is of the pocket world, {row.label} of another base model")
         name = name or (world.exact.recognise(folder) if folder and world else None)
         row = replace(row, photos_from=folder or "", exact=world.exact(name) if name else None)
-        found.append(replace(row, crop=(flags.photo_crop or crop_of(row, found)) if folder else ""))
+        crop = (flags.photo_crop or crop_of(row, found)) if folder else ""
+        found.append(replace(row, crop=crop, protocol=protocol or usual))
     found = as_epochs(found[:concepts]) + found[concepts:]
     told = found[:concepts] or found
     return found + in_words(told, words_of(told, flags.described))
@@ -282,15 +273,6 @@ def crop_of(row: "Subject", before: "Sequence[Subject]") -> str:
         return "subject"
     said = texts(OmegaConf.to_container(load_config(config)).get("data", {}))
     return next((value for key, value in said if key.split(".")[-1] == "crop"), "middle")
-
-
-def superclass_of_pictures(flags: argparse.Namespace, concepts: "Sequence[Subject]") -> str:
-    nouns = {subject.superclass for subject in concepts}
-    if flags.superclass or not flags.pictures:
-        return flags.superclass or ""
-    if len(nouns) != 1:
-        raise UserError("--superclass: name what --pictures show, such as dog")
-    return nouns.pop()
 
 
 def words_of(subjects: "Sequence[Subject]", given: Sequence[str] | None) -> list[str]:
@@ -321,6 +303,30 @@ def choose(flags: argparse.Namespace, rows: "list[Subject]", there: set[str]) ->
     return Options(tuple(flags.metrics or able), curve=tuple(flags.curve), **chosen)
 
 
+def read_images(flags: argparse.Namespace, rows: "list[Subject]", size: int) -> "list[Subject]":
+    """The rows with their photos and pictures, of so many pixels a side; photos of one folder are read once."""
+    from data.dataset import ConceptImages
+    from data.pictures import read_pictures
+
+    @cache
+    def photos(folder: str, crop: str) -> "tuple[Tensor, int]":
+        there = ConceptImages(folder, size, None, mask="none", crop=crop, key="--images")
+        return (there.images + 1) / 2, there.folder.images_left_out
+
+    found = []
+    for row in rows:
+        if row.photos_from:
+            images, left_out = photos(row.photos_from, row.crop)
+            row = row.with_photos(images, row.photos_from, left_out)
+        if row.pictures:
+            drawn = read_pictures(row.pictures.folder, size, flags.prompts)
+            own = {"images": drawn.images, "prompts": drawn.prompts, "rule": drawn.rule}
+            row = replace(row, pictures=replace(row.pictures, left_out=drawn.folder.images_left_out, **own))
+            logger.info("%s: %s: %s; %s", row.label, drawn.folder.root, drawn.folder.report(), drawn.rule)
+        found.append(row)
+    return found
+
+
 def check_texts(tokenizer: "Tokenizer", protocol: Protocol, superclass: str, described: str = "") -> None:
     """Raises UserError for a prompt of a protocol, with the noun or other words for {}, that cannot be read whole."""
     word = bare(described or superclass)
@@ -336,7 +342,6 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parse(arguments)
     architecture = check_inputs(flags)
     from data.dataset import ConceptImages  # after the flags: these take seconds
-    from data.pictures import read_pictures
     from infusion.metrics.report.epochs import epochs_of, in_order
     from infusion.metrics.report.output import Measured, check_folder, write
     from infusion.metrics.run.cache import Cache
@@ -345,24 +350,18 @@ def main(arguments: list[str] | None = None) -> None:
     from ldm.util.dist import launch
 
     rows = load_concepts(flags)
-    if rows and not architecture:  # files of other tools have told it only now
-        architecture = rows[0].concept.architecture
-        check_weights(flags, find_config(flags, architecture))
-        check_clipseg(flags, architecture)
-    config, world = find_config(flags, architecture), WORLDS.get(architecture)
+    architecture = architecture or check_base(flags, rows[0].concept.architecture)
     concepts = {one.file: one.concept for row in rows for one in row.checkpoints}
+    config = find_config(flags, architecture)
     check_fit(flags, config, concepts)
-    rows = find_rows(flags, rows, world)
+    rows = find_rows(flags, rows, architecture)
     for folder, crop in dict.fromkeys((row.photos_from, row.crop) for row in rows if row.photos_from):
         # before what is slow; the model says which size is wanted
         there = ConceptImages(folder, 64, None, mask="none", crop=crop, key="--images")
         logger.info("%s: %s", folder, there.folder.report())
-    sources = Sources(flags, world)
+    sources = Sources(flags, WORLDS.get(architecture))
     options = choose(flags, rows, sources.there)
-    usual = str(usual_file(architecture))
-    named = one_each(flags.protocol, len(flags.personalized_ckpt) + len(flags.pictures), "protocol")
-    of_concept = {row.name: name or usual for row, name in zip(rows, named, strict=False)}
-    names = [*(name or usual for name in named), *(of_concept[row.name] for row in rows[len(named) :])]
+    names = dict.fromkeys(row.protocol for row in rows)
     protocols = {name: Protocol.load(name).beside(flags.neighbours or ()) for name in names}
     ranks, device = launch(flags.devices, flags.num_nodes, find_device(flags.device))
     tools = sources.load(flags, options, device)
@@ -371,32 +370,17 @@ def main(arguments: list[str] | None = None) -> None:
     for concept in concepts.values():
         concept.check_base(sd.architecture, sd.hash)
     check_concepts(sd, concepts, tools.inverse_covariance)
-
-    @cache
-    def photos(folder: str, crop: str) -> "tuple[torch.Tensor, int]":
-        there = ConceptImages(folder, sd.image_size, None, mask="none", crop=crop, key="--images")
-        return (there.images + 1) / 2, there.folder.images_left_out
-
+    rows = read_images(flags, rows, sd.image_size)
     for i, row in enumerate(rows):
-        if row.photos_from:
-            images, left_out = photos(row.photos_from, row.crop)
-            row = row.with_photos(images, row.photos_from, left_out)
-        if row.pictures:
-            drawn = read_pictures(row.pictures.folder, sd.image_size, flags.prompts)
-            own = replace(row.pictures, images=drawn.images, prompts=drawn.prompts, rule=drawn.rule)
-            row = replace(row, pictures=replace(own, left_out=drawn.folder.images_left_out))
-            logger.info("%s: %s: %s; %s", row.label, drawn.folder.root, drawn.folder.report(), drawn.rule)
         if options.wants("exact") and row.exact:
-            row = replace(row, exact=world.exact(row.exact.name, tools.classifier, tools.clipseg))
-        check(row, protocols[names[i]], options, tools)
-        rows[i] = row
-    for row, name in zip(rows, names, strict=True):
+            exact = sources.world.exact(row.exact.name, tools.classifier, tools.clipseg)
+            rows[i] = row = replace(row, exact=exact)
+        check(row, protocols[row.protocol], options, tools)
         with naming(f"{row.label}: its prompts"):
-            check_texts(sd.text.tokenizer, protocols[name], row.superclass, row.described)
-    if odd := foreign_warning(prompt for name in names for prompt in protocols[name].concept):
+            check_texts(sd.text.tokenizer, protocols[row.protocol], row.superclass, row.described)
+    if odd := foreign_warning(prompt for protocol in protocols.values() for prompt in protocol.concept):
         logger.warning("warning: --protocol: %s", odd)
-    out = Path(flags.out)
-    files = {"base": sd.hash or "", **tools.hashes}
+    out, files = Path(flags.out), {"base": sd.hash or "", **tools.hashes}
     settings = options.shown() | {"architecture": sd.architecture}
     settings |= {"protocols": {name: protocol.as_dict() for name, protocol in protocols.items()}}
     check_folder(out, {row.label: row.about()["sha256"] for row in rows}, settings)
@@ -404,8 +388,8 @@ def main(arguments: list[str] | None = None) -> None:
     with locked(out) if ranks.first else nullcontext():
         kept = Cache(flags.cache or out / CACHE, progress=True, ranks=ranks)
         results = [
-            evaluate(sd, row, protocols[name], options, kept, tools) | {"protocol": name}
-            for row, name in zip(rows, names, strict=True)
+            evaluate(sd, row, protocols[row.protocol], options, kept, tools) | {"protocol": row.protocol}
+            for row in rows
         ]
         results = in_order(results)
         if ranks.first:

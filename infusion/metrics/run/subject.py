@@ -119,6 +119,7 @@ class Subject:
         training: the training that this is an epoch of (`infusion.metrics.run.epochs`), by its first file's label; "":
             of none.
         epoch: its place among the epochs that are measured, from 1.
+        protocol: the file of its prompts.
     """
 
     label: str
@@ -134,6 +135,7 @@ class Subject:
     superclass: str = ""
     training: str = ""
     epoch: int = 0
+    protocol: str = ""
 
     def __post_init__(self) -> None:
         if not self.superclass:

@@ -1,6 +1,7 @@
 """Networks that measure, in place of trained ones, and concepts to measure."""
 
 import hashlib
+import os
 
 import pytest
 import torch
@@ -41,6 +42,12 @@ class LeftHalf(nn.Module):
         masks = torch.zeros(len(images), 16, 16)
         masks[:, :, :8] = 0.5
         return masks
+
+
+@pytest.fixture(autouse=True)
+def no_flush(monkeypatch):
+    """Many small files are written, and no test here is about a power cut."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
