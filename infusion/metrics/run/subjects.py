@@ -76,20 +76,14 @@ def dreambooth(root: str | Path, subjects: Sequence[str] | None = None) -> list[
         subjects: names of some of them, in the order wanted; None: all 30.
 
     Raises:
-        ValueError: no such folder, a name that is none of the 30, a subject without a folder or without photos in it.
+        UserError: a name that is none of the 30, a subject without a folder or without photos in it.
     """
-    known = OmegaConf.to_container(OmegaConf.load(DREAMBOOTH / "subjects.yaml"))
-    base = _folder(root)
-    return [
-        BenchmarkSubject(
-            name,
-            known[name]["superclass"],
-            _photos(base / name, name),
-            dreambooth_prompts(known[name]["kind"]),
-            f"{FOLDER}/dreambooth_{known[name]['kind']}.yaml",
-        )
-        for name in _chosen(list(known), subjects, "DreamBooth")
-    ]
+    known, found = OmegaConf.load(DREAMBOOTH / "subjects.yaml"), []
+    for name in _chosen(list(known), subjects, "DreamBooth"):
+        superclass, kind = known[name].superclass, known[name].kind
+        photos, file = _photos(find(root) / name, name), f"{FOLDER}/dreambooth_{kind}.yaml"
+        found.append(BenchmarkSubject(name, superclass, photos, dreambooth_prompts(kind), file))
+    return found
 
 
 def custom_concept_101(path: str | Path, subjects: Sequence[str] | None = None) -> list[BenchmarkSubject]:
@@ -103,7 +97,7 @@ def custom_concept_101(path: str | Path, subjects: Sequence[str] | None = None) 
         subjects: names of some of them, in the order wanted; None: all.
 
     Raises:
-        ValueError: no such file, or one that is laid out otherwise; an unknown name; a subject without photos; a prompt
+        UserError: no such file, or one that is laid out otherwise; an unknown name; a subject without photos; a prompt
             that has not one {}.
     """
     file = find(path)
@@ -127,25 +121,14 @@ def _chosen(known: list[str], wanted: Sequence[str] | None, where: str) -> list[
     return names
 
 
-def _folder(path: str | Path) -> Path:
-    folder = find(path)
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {path}: name the one that has a folder of photos for each subject")
-    return folder
-
-
 def _photos(folder: Path, name: str) -> Path:
-    if not folder.is_dir():
-        raise UserError(f"{name}: there is no folder {folder} for its photos; fetch them, or name other subjects")
-    if not any(folder.iterdir()):
-        raise UserError(f"{name}: {folder} holds no photo")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise UserError(f"{name}: there is no photo in {folder}; fetch them, or name other subjects")
     return folder
 
 
 def _entries(file: Path) -> dict[str, dict[str, str]]:
     """Subjects of a dataset.json by name."""
-    if not file.is_file():
-        raise UserError(f"there is no file {file}: name CustomConcept101's {DATASET}, or its folder")
     try:
         entries = json.loads(read_text(file))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -158,18 +141,14 @@ def _entries(file: Path) -> dict[str, dict[str, str]]:
             value = entry.get(key) if isinstance(entry, dict) else None
             if not isinstance(value, str) or not value.strip():
                 raise UserError(f"{file}: [{place}] has no `{key}`, as every subject of {DATASET} has")
-            if not value.isprintable() or (key != FIELDS[0] and not _within(PurePosixPath(value))):
+            path = PurePosixPath(value)
+            if not value.isprintable() or (key != FIELDS[0] and (path.is_absolute() or ".." in path.parts)):
                 raise UserError(f"{file}: [{place}] has the `{key}` {value[:80]!r}, which is no name beside {DATASET}")
         name = PurePosixPath(entry["instance_data_dir"]).name
         if name in found:
             raise UserError(f"{file}: [{place}] is a second subject called {name}")
         found[name] = entry
     return found
-
-
-def _within(path: PurePosixPath) -> bool:
-    """Whether a path stays in the folder that it is relative to."""
-    return not path.is_absolute() and ".." not in path.parts
 
 
 def _prompts(file: Path) -> tuple[str, ...]:
