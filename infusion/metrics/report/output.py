@@ -88,8 +88,7 @@ def write(out: str | Path, measured: Measured) -> Path:
     for name, svg in drawn.items():
         write_file(out / PLOTS / f"{name}.svg", svg.encode())
     write_file(out / CSV, measured.as_csv().encode())
-    html = page(measured.groups, drawn, measured.settings, measured.files, measured.command)
-    write_file(out / REPORT, html.encode())
+    write_file(out / REPORT, page(measured, drawn).encode())
     return out / REPORT
 
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
@@ -16,29 +17,25 @@ from infusion.metrics.report.plots import PLOTS
 from infusion.metrics.report.tables import decimal, families, headline, message, notes, percent, titled
 from infusion.sampling.pictures import SIDE, png, shrunk, to_image
 
+if TYPE_CHECKING:
+    from infusion.metrics.report.output import Measured
+
 TEMPLATES = Path(__file__).with_name("templates")
 EXACT = 64  # pixels at most of a picture that is a PNG, not a JPEG
 CONCEPTS, ROWS = 4, 2  # shown side by side: concepts, chosen at random, and samples of each
 FEW = 12  # groups whose best and worst are unfolded
 
 
-def page(
-    groups: Sequence[Group],
-    drawn: Mapping[str, str],
-    settings: Mapping[str, object],
-    files: Mapping[str, str],
-    command: str,
-) -> str:
+def page(measured: "Measured", drawn: Mapping[str, str]) -> str:
     """The report as HTML.
 
     Args:
-        groups: at least one; the first is that with which the others are compared.
+        measured: at least one result; the first one's group is that with which the others are compared.
         drawn: the plots, SVG by name.
-        settings: of all results; its `protocols` are shown apart. files: SHA-256 by name. command: that measured.
     """
+    groups = measured.groups
     results = [result for group in groups for result in group.results]
-    shown = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in settings.items()}
-    protocols = shown.pop("protocols", {})
+    shown = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in measured.settings.items()}
     trainings = epochs_of(results)
     epochs = {f"Epochs of {each.training}" if len(trainings) > 1 else "Epochs": each.in_words() for each in trainings}
     pictures = {name: (*PLOTS[name], data_uri(svg.encode(), "svg+xml")) for name, svg in drawn.items()}
@@ -57,11 +54,11 @@ def page(
         families=families(groups),
         anchored=[titled(group) for group in groups if group.anchored and group.kind == "concept"],
         about={titled(group): about(group) for group in groups},
+        protocols=shown.pop("protocols", {}),
         settings=shown,
-        protocols=protocols,
-        files={name: digest for name, digest in files.items() if digest}
+        files={name: digest for name, digest in measured.files.items() if digest}
         | {result["label"]: result["sha256"] for result in results if result.get("sha256")},
-        command=command,
+        command=measured.command,
         date=f"{datetime.now():%Y-%m-%d %H:%M}",
     )
 

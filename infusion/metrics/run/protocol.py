@@ -18,7 +18,7 @@ from typing import Self
 
 from omegaconf import OmegaConf
 
-from ldm.util.cli import UserError, suggestion
+from ldm.util.cli import UserError, naming, suggestion
 from ldm.util.config import ROOT, ConfigError, find, load_config
 from ldm.util.templates import PLACEHOLDER, fill
 
@@ -42,10 +42,10 @@ class Protocol:
         ValueError: a key without prompts, a prompt that lacks its word, or one that has a placeholder of another key.
     """
 
-    concept: tuple[str, ...]
-    none: tuple[str, ...]
-    superclass: tuple[str, ...]
-    neighbours: tuple[str, ...]
+    concept: tuple[str, ...] = ()
+    none: tuple[str, ...] = ()
+    superclass: tuple[str, ...] = ()
+    neighbours: tuple[str, ...] = ()
     kin: tuple[tuple[str, ...], ...] = ()
     others: tuple[str, ...] = ()
     nouns: tuple[str, ...] = ()
@@ -64,19 +64,18 @@ class Protocol:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """A file; raises ConfigError, which names it, for a missing one, an unknown key, or whatever the class does."""
+        """A file; raises UserError, which names it, for a missing one, an unknown key, or whatever the class does."""
         config = OmegaConf.to_container(load_config(find(path)))
-        try:
+        with naming(str(path)):
             for key, value in config.items():
                 if key not in KEYS:
                     raise ConfigError(f"unknown key `{key}`{suggestion(str(key), list(KEYS))}")
-                _check_strings(key, value)
-            if lacking := [key for key in ("concept", *PLAIN) if key not in config]:
-                raise ConfigError(f"the key `{lacking[0]}` is lacking")
+                rows = value if key == "kin" and isinstance(value, list) else [value]
+                words = [one for row in rows for one in (row if isinstance(row, list) else [None])]
+                if not all(isinstance(word, str) and word.strip() for word in words):
+                    raise ConfigError(f"{key}: a list of {'lists of words' if key == 'kin' else 'texts'} is wanted")
             rows = tuple(tuple(row) for row in config.pop("kin", []))
             return cls(kin=rows, **{key: tuple(value) for key, value in config.items()})
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
 
     @classmethod
     def of(cls, architecture: str) -> Self:
@@ -124,9 +123,3 @@ def usual_file(architecture: str) -> Path:
 def plain(prompt: str, superclass: str) -> str:
     """The base model's version of a prompt: the superclass in place of {}."""
     return fill(prompt, [superclass]) if PLACEHOLDER.search(prompt) else prompt
-
-
-def _check_strings(key: str, value: object) -> None:
-    rows = value if key == "kin" and isinstance(value, list) else [value]
-    if not all(isinstance(row, list) and all(isinstance(one, str) and one.strip() for one in row) for row in rows):
-        raise ConfigError(f"{key}: a list of {'lists of words' if key == 'kin' else 'texts'} is wanted")

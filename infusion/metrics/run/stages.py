@@ -154,16 +154,13 @@ class Stages:
 
     def sees(self, samples: Rows, reader: NounReader, noun: str) -> list[bool]:
         """In which pictures a classifier sees a noun."""
-        what = {"of": samples.key, "samples": len(samples), "noun": noun, "reader": reader.name}
-        what |= {"nouns": list(reader.nouns)}
+        what = {"of": samples.key, "noun": noun, "reader": reader.name, "nouns": list(reader.nouns)}
         what |= {name: self.tools.hashes.get(name, "") for name in ("classifier", "clip")}
 
-        def make() -> dict[str, list[bool]]:
-            parts = [range(len(samples))[i : i + size] for i in range(0, len(samples), size)]
-            return {"hits": [hit for part in parts for hit in reader.sees(self.images(samples, part), noun)]}
+        def make(rows: range) -> dict[str, Tensor]:
+            return {"hits": torch.tensor(reader.sees(self.images(samples, rows), noun))}
 
-        size = self.options.batch_size
-        return self.cache.figures("nouns", what, make)["hits"]
+        return self._rows("nouns", what, len(samples), make, "nouns")["hits"].tolist()
 
     def interval(
         self, distance: Callable[[Tensor, Tensor], float], name: str, first: Rows, second: Rows

@@ -7,6 +7,7 @@ import torch
 
 from infusion.metrics.report import page as report
 from infusion.metrics.report.aggregate import groups_of
+from infusion.metrics.report.output import Measured
 from infusion.metrics.report.page import CONCEPTS, extremes, side_by_side
 from infusion.metrics.report.plots import PLOTS
 from tests.infusion.metrics.report.conftest import IMAGE, described, result, study
@@ -17,7 +18,7 @@ DRAWN = dict.fromkeys(list(PLOTS)[:4], "<svg/>")
 def html(*results, drawn=DRAWN):
     protocol = {"concept": ["a <i>{}</i>"], "kin": [["cat"]], "nouns": []}
     settings = {"samples": 4, "metrics": ["lfd", "w2"], "protocols": {"usual": protocol}}
-    return report.page(groups_of(results), drawn, settings, {"base": "abc"}, "python <script>")
+    return report.page(Measured(results, settings, {"base": "abc"}, "python <script>"), drawn)
 
 
 def test_page_needs_nothing_else_and_escapes_what_it_is_given():

@@ -4,7 +4,8 @@ from data.pocket.backgrounds import BACKGROUNDS
 from data.pocket.world import NOUNS, STYLES
 from infusion.metrics.run.protocol import CONTEXT, FOLDER, GROUPS, Protocol, plain
 from ldm.models.tokenizer import Tokenizer
-from ldm.util.config import ROOT, ConfigError
+from ldm.util.cli import UserError
+from ldm.util.config import ROOT
 from scripts.pocket.exact import said
 
 
@@ -55,7 +56,7 @@ def test_prompts_and_neighbours_go_round_together(protocol):
     "text, complaint",
     [
         ("concepts: [a]", "unknown key `concepts`; did you mean `concept`"),
-        ("concept: ['{}']", "the key `none` is lacking"),
+        ("concept: ['{}']", "none: at least one prompt is wanted"),
         ("concept: word", "concept: a list of texts is wanted"),
         ("kin: [a, b]", "kin: a list of lists of words"),
         ("concept: [a]\nnone: [b]\nsuperclass: [c]\nneighbours: [d]", "concept: 'a' has no {}"),
@@ -66,7 +67,7 @@ def test_prompts_and_neighbours_go_round_together(protocol):
 def test_mistakes_name_the_file(tmp_path, text, complaint):
     file = tmp_path / "mine.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         Protocol.load(file)
     assert str(error.value).startswith(f"{file}: ") and complaint in str(error.value)
 
