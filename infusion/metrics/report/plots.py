@@ -1,4 +1,4 @@
-"""The plots of an evaluation as SVG: trade-offs, LFD over training and over the noise."""
+"""The plots of an evaluation as SVG: trade-offs, and LFD over training."""
 
 import io
 from collections.abc import Callable, Sequence

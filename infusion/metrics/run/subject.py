@@ -50,12 +50,16 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: Path, said: Mapping[str, str] | None = None) -> Self:
-        """A concept file, or a file of another tool; raises ValueError as `Concept.load`.
+        """A concept file, or a file of another tool; raises UserError as `Concept.load`.
 
         Args:
-            said: superclass and noun of a file of another tool; a superclass that it says itself counts.
+            said: superclass and noun of a file of another tool; what a file says itself counts.
         """
-        concept = Concept.load(path, **_not_said(path, said or {}))
+        if said and path.is_file():
+            with concept_file.opened(path) as content:
+                known = said if concept_file.is_concept(content) else content.metadata  # ours say everything
+                said = {name: word for name, word in said.items() if name not in known}
+        concept = Concept.load(path, **(said or {}))
         return cls(concept, hashes(None, [str(path)], IDENTITY)["personalized_sha256"], str(path))
 
     @classmethod
@@ -176,15 +180,15 @@ class Subject:
 
     def about(self) -> dict[str, object]:
         """For JSON; what no training has is 0, "" or None."""
-        said = {"kind": self.kind, "method": self.kind, "group": self.group, "superclass": self.superclass}
-        said |= {"noun": self.described or self.superclass, "training_steps": 0, "training_samples": None}
+        said = {"kind": self.kind, "method": self.kind, "group": self.group or self.kind}
+        said |= {"superclass": self.superclass, "noun": self.described or self.superclass}
+        said |= {"training_steps": 0, "training_samples": None}
         said |= {"learning_rate": 0.0, "training_seed": None, "numbers": 0, "file": "", "anchored": False}
         used = 0 if self.photos is None else len(self.photos)
         said |= {"photos_used": used, "photos_left_out": self.left_out, "photos_crop": self.crop}
         said |= {"photos": self.photos_from, "world_concept": self.exact.name if self.exact else ""}
         if self.kind == WORDS:
-            digest = hashlib.sha256(self.described.encode()).hexdigest()
-            return said | {"group": self.group or WORDS, "described": self.described, "sha256": digest}
+            return said | {"described": self.described, "sha256": hashlib.sha256(self.described.encode()).hexdigest()}
         if self.kind == PICTURES:
             said |= {"group": self.group or self.label, "file": self.pictures.folder}
             said |= {"pictures_used": len(self.pictures.images), "pictures_left_out": self.pictures.left_out}
@@ -255,24 +259,22 @@ def load_subjects(
     """Concept files and run folders; a label is by default the name of the run folder or of the file.
 
     Args:
-        said: of files of other tools, see `Checkpoint.load`.
+        groups: one for each path. said: of files of other tools, see `Checkpoint.load`.
 
     Raises:
-        ValueError: a file that `Concept.load` refuses, not one label or group for each, one label twice, or a label,
-            group or path that no report can show.
+        UserError: a file that `Concept.load` refuses, not one label for each, one label twice, or a label, group or
+            path that no report can show.
     """
-    for flag, given in (("labels", labels), ("groups", groups)):
-        if given is not None and len(given) != len(paths):
-            raise UserError(f"--{flag}: {len(given)} for {len(paths)} of --personalized_ckpt; give one for each")
     names = _names([find(path) for path in paths]) if labels is None else list(labels)
+    if len(names) != len(paths):
+        raise UserError(f"--labels: {len(names)} for {len(paths)} of --personalized_ckpt; give one for each")
     if double := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--labels: two are called {double[0]!r}; give each a name of its own")
     groups = [""] * len(paths) if groups is None else groups
     for flag, words in {"personalized_ckpt": paths, "labels": names, "groups": groups}.items():
         for word in words:
             if not word.isprintable() or len(word) > LONGEST:
-                advice = "give it another by --labels" if flag == "labels" else "name it otherwise"
-                raise UserError(f"--{flag}: a report cannot show the name {word[:80]!a}: {advice}")
+                raise UserError(f"--{flag}: a report cannot show the name {word[:80]!a}: choose another (--labels)")
     return [
         Subject(name, tuple(Checkpoint.load(file, said) for file in concept_files(find(path))), group=group)
         for name, path, group in zip(names, paths, groups, strict=True)
@@ -298,16 +300,6 @@ def place_of(file: str | Path) -> Path:
     """What a file is known by: itself without its ending, or the folder of one that is called alike in each."""
     path = Path(file).absolute()
     return path.parent if path.name in IN_FOLDERS else path.with_suffix("")
-
-
-def _not_said(path: Path, said: Mapping[str, str]) -> dict[str, str]:
-    """Of what a user says, that which a file does not say itself; this project's own files say everything."""
-    if not said or not path.is_file():
-        return dict(said)
-    with concept_file.opened(path) as content:
-        if concept_file.is_concept(content):
-            return {}
-        return {name: word for name, word in said.items() if name not in content.metadata}
 
 
 def fingerprint(images: Tensor) -> str:
