@@ -28,7 +28,7 @@ from infusion.concepts.base import (
     load_base,
 )
 from infusion.concepts.runs import concept_files
-from infusion.metrics.run.options import CACHE, METRICS, STEPS, Options, lacks, metrics_of
+from infusion.metrics.run.options import CACHE, METRICS, STEPS, Options, lacks
 from infusion.metrics.run.protocol import CONTEXT, GROUPS, Protocol, plain, usual_file
 from infusion.sampling.validate import check_concepts
 from ldm.diffusion.schedulers import SAMPLERS
@@ -202,10 +202,12 @@ def check_inputs(flags: argparse.Namespace) -> str:
         check_there(flag, getattr(flags, flag))
     if flags.covariance and not find(flags.covariance).is_file():
         raise UserError(f"{flags.covariance}: there is no such covariance file")
-    named = [architecture_of(concept_files(find(name))[0]) for name in flags.personalized_ckpt[:1]]
-    if named == [None] and not flags.config:
-        return ""
-    return check_base(flags, named[0] if named else None)
+    architecture = None
+    if flags.personalized_ckpt:
+        architecture = architecture_of(concept_files(find(flags.personalized_ckpt[0]))[0])
+        if architecture is None and not flags.config:
+            return ""
+    return check_base(flags, architecture)
 
 
 def check_base(flags: argparse.Namespace, architecture: str | None) -> str:
@@ -276,15 +278,13 @@ def crop_of(row: "Subject", before: "Sequence[Subject]") -> str:
 
 
 def words_of(subjects: "Sequence[Subject]", given: Sequence[str] | None) -> list[str]:
-    """Words for each of the subjects: as given, once for all, for each concept or for each subject, or the world's."""
+    """Words for each of the subjects: as given, once for all or once for each concept, or the world's."""
     names = list(dict.fromkeys(subject.name for subject in subjects))
     if given is None:
         return [subject.exact.described if subject.exact else "" for subject in subjects]
-    if len(given) not in (1, len(names), len(subjects)):
+    if len(given) not in (1, len(names)):
         raise UserError(f"--described: give it once, or once for each of {len(names)} concepts, not {len(given)} times")
-    if len(given) == len(names):
-        return [given[names.index(subject.name)] for subject in subjects]
-    return list(given) * (len(subjects) // len(given))
+    return [given[names.index(subject.name) % len(given)] for subject in subjects]
 
 
 def choose(flags: argparse.Namespace, rows: "list[Subject]", there: set[str]) -> Options:
@@ -293,11 +293,9 @@ def choose(flags: argparse.Namespace, rows: "list[Subject]", there: set[str]) ->
         if flags.metrics and "exact" in flags.metrics and all(row.exact for row in rows):
             raise UserError("--metrics: exact figures need the pocket world's classifier, which is not in ckpt/")
         rows = [replace(row, exact=None) for row in rows]
-    able = []
-    for name in METRICS:
-        having = [row for row in rows if metrics_of(row, [name])]
-        if having and not any(lacks(name, row, there) for row in having):
-            able.append(name)
+    kinds = {row.kind for row in rows}
+    able = [name for name, about in METRICS.items() if kinds & set(about.kinds)]
+    able = [name for name in able if not any(lacks(name, row, there) for row in rows)]
     names = {field.name for field in fields(Options)} - {"metrics", "curve"}
     chosen = {name: getattr(flags, name) for name in names}
     return Options(tuple(flags.metrics or able), curve=tuple(flags.curve), **chosen)
@@ -350,7 +348,8 @@ def main(arguments: list[str] | None = None) -> None:
     from ldm.util.dist import launch
 
     rows = load_concepts(flags)
-    architecture = architecture or check_base(flags, rows[0].concept.architecture)
+    if rows and not architecture:
+        architecture = check_base(flags, rows[0].concept.architecture)
     concepts = {one.file: one.concept for row in rows for one in row.checkpoints}
     config = find_config(flags, architecture)
     check_fit(flags, config, concepts)
