@@ -1,1 +1,1 @@
-"""Results as JSON, CSV, plots and a page: table, output, page, rows, charts, gallery, words, markdown, html."""
+"""Results as JSON, CSV, plots and a page: aggregate, epochs, words, tables, plots, gallery, page, output, markdown."""

@@ -70,18 +70,17 @@ def has_own_floor(metric: str) -> bool:
 def table(groups: Sequence[Group], metrics: Sequence[str]) -> pd.DataFrame:
     """Figures as text: rows for what they are read against and for each group; "" where there is none."""
     results = [result for group in groups for result in group.results]
-    everything, rows = figures_of(results, errors_over(results)), {}
+    over, endpoints = errors_over(results), primary(groups)
+    everything, rows = figures_of(results, over), {}
     for which, title in READ_AGAINST.items():
         known = [name for name in metrics if which in everything.get(name, {})]
         known = [name for name in known if which != "floor" or not has_own_floor(name)]
         if known:
             rows[title] = [text(name, everything[name][which]) if name in known else "" for name in metrics]
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(metrics), dtype=object)
-    ours = pd.DataFrame([[cell(group, name) for name in metrics] for group in groups], columns=list(metrics))
-    frame = pd.concat([frame, ours.set_axis([titled(group) for group in groups])])
-    endpoints = primary(groups)
+    index = pd.Index([*rows, *map(titled, groups)], name=f"± {over}")
     heads = [metric_of(name).head + (" [primary]" if name in endpoints else "") for name in metrics]
-    return frame.set_axis(heads, axis=1).rename_axis(index=f"± {errors_over(results)}")
+    ours = ([cell(group, name) for name in metrics] for group in groups)
+    return pd.DataFrame([*rows.values(), *ours], index, heads, dtype=object)
 
 
 def primary(groups: Sequence[Group]) -> list[str]:
