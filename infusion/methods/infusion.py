@@ -19,8 +19,6 @@ from ldm.util.cli import UserError
 if TYPE_CHECKING:
     from infusion.concepts.concept import Concept
 
-ATTENTIONS = ("foundation", "own")
-
 
 class Infusion(Method):
     """The method's edits and its training pass.
@@ -34,7 +32,7 @@ class Infusion(Method):
             keep a residual of zero. Everything by default.
 
     Raises:
-        ValueError: an unknown attention, keys without attention "own", or no regular expression.
+        ValueError: keys without attention "own", or no regular expression.
     """
 
     name = "infusion"
@@ -43,8 +41,6 @@ class Infusion(Method):
     def __init__(
         self, attention: Literal["foundation", "own"] = "foundation", keys: bool = False, layers: str = ""
     ) -> None:
-        if attention not in ATTENTIONS:
-            raise UserError(f"attention must be one of {', '.join(ATTENTIONS)}, not {attention!r}")
         if keys and attention != "own":
             raise UserError("residual keys change an attention map, and the foundation's stays: set attention: own")
         try:

@@ -13,7 +13,7 @@ from infusion.tokens import Word
 from ldm.models.attention import CrossAttention
 from ldm.models.text import ClipText
 from ldm.pipeline import StableDiffusion
-from ldm.util.cli import UserError
+from ldm.util.cli import UserError, check_range
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -49,16 +49,13 @@ class LoRA(RareWord):
         train_text_encoder: bool = False,
         init_lora_weights: Literal["gaussian", "uniform"] = "gaussian",
     ) -> None:
-        if rank < 1:
-            raise UserError(f"rank: must be at least 1, not {rank}")
+        check_range("rank", rank, 1)
         super().__init__(identifier)
         self.rank, self.alpha, self.seed = rank, float(rank if alpha is None else alpha), seed
         self.self_attention, self.train_text_encoder = self_attention, train_text_encoder
         self.init_lora_weights = init_lora_weights
-        if not math.isfinite(self.alpha):
-            raise UserError(f"alpha: must be a finite number, not {alpha}")
-        if not 0 <= seed < 2**63:
-            raise UserError(f"seed: must be from 0 to 2**63 - 1, not {seed}")
+        check_range("alpha", self.alpha)
+        check_range("seed", seed, 0, 2**63 - 1)
         self.options = {"rank": rank, "alpha": self.alpha, **self.options}
 
     def start(self, sd: StableDiffusion, word: Word) -> dict[str, nn.Parameter]:

@@ -6,7 +6,6 @@ W e: `− s/E ⊗ W i*`, and the gate times o*. Values learn o*; keys have `o* =
 that the concept attends like its superclass.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from infusion.sampling.encode import own_embeddings
 from infusion.tokens import Word
 from ldm.models.attention import CrossAttention
 from ldm.pipeline import StableDiffusion
-from ldm.util.cli import UserError
+from ldm.util.cli import check_range
 
 TARGET = "target_input"  # i*
 
@@ -62,10 +61,8 @@ class Perfusion(Method):
     name = "perfusion"
 
     def __init__(self, token_learning_rate: float = 0.006, momentum: float = 0.99) -> None:
-        if not 0 < token_learning_rate < math.inf:
-            raise UserError(f"token_learning_rate: must be above 0 and finite, not {token_learning_rate}")
-        if not 0 <= momentum <= 1:
-            raise UserError(f"momentum: must be between 0 and 1, not {momentum}")
+        check_range("token_learning_rate", token_learning_rate, 0, inside=True)
+        check_range("momentum", momentum, 0, 1)
         self.token_learning_rate, self.momentum = token_learning_rate, momentum
 
     def start(self, sd: StableDiffusion, word: Word) -> dict[str, nn.Parameter]:

@@ -7,8 +7,6 @@ and the vectors come from two QR decompositions and the values from one matrix o
 Gaussian matrix's singular vectors are uniformly distributed) and needs no large SVD for each layer.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +15,7 @@ from infusion.methods.base import Tensors
 from infusion.methods.lora import DOWN, UP, LoRA
 from infusion.tokens import Word
 from ldm.pipeline import StableDiffusion
-from ldm.util.cli import UserError
+from ldm.util.cli import UserError, check_range
 
 SCALE, START = ".scale", ".start"  # S; before the start's A₀, S₀ and B₀
 PARTS = (DOWN, SCALE, UP)
@@ -50,10 +48,8 @@ class TLoRA(LoRA):
         self_attention: bool = True,
     ) -> None:
         super().__init__(rank, None, identifier, seed, self_attention)
-        if not 1 <= min_rank <= rank:
-            raise UserError(f"min_rank: must be from 1 to the rank {rank}, not {min_rank}")
-        if not 0 <= exponent < math.inf:
-            raise UserError(f"exponent: must be at least 0 and finite, not {exponent}")
+        check_range("min_rank", min_rank, 1, rank)
+        check_range("exponent", exponent, 0)
         self.min_rank, self.exponent = min_rank, exponent
         self.options = {"rank": rank, "min_rank": min_rank, "exponent": exponent, "identifier": identifier}
 

@@ -1,6 +1,5 @@
 """What a regulariser decides, and what of a training step it may look at."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from infusion.methods.base import Method, Tensors
 from infusion.tokens import Word
 from ldm.models.tokenizer import Tokenizer
 from ldm.pipeline import StableDiffusion
-from ldm.util.cli import UserError
+from ldm.util.cli import UserError, check_range
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +43,7 @@ class Regulariser:
     """
 
     def __init__(self, weight: float = 1.0) -> None:
-        if not 0 <= weight < math.inf:
-            raise UserError(f"weight: must be at least 0 and finite, not {weight}")
+        check_range("weight", weight, 0)
         self.weight = weight
 
     def start(self, sd: StableDiffusion, method: Method, tensors: Tensors, word: Word) -> None:

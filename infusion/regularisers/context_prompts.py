@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from infusion.covariance import read_captions
-from ldm.util.cli import UserError, naming, suggestion
+from ldm.util.cli import UserError, check_range, naming, suggestion
 from ldm.util.config import find
 from ldm.util.files import read_text
 
@@ -45,8 +45,7 @@ class ContextPrompts:
                 raise UserError("without: leaves no category")
             self.chosen: list[str] | None = None
             if size is not None:
-                if not 1 <= size <= len(self):
-                    raise UserError(f"size: must be from 1 to {len(self):,}, the number of prompts, not {size}")
+                check_range("size", size, 1, len(self))
                 generator, found = torch.Generator().manual_seed(seed), dict[str, None]()
                 while len(found) < size:
                     found |= dict.fromkeys(self.draw(size - len(found), generator))

@@ -27,7 +27,7 @@ from infusion.sampling.encode import choose, token_ids
 from infusion.tokens import Word, concept_places, fill
 from ldm.models.tokenizer import Tokenizer
 from ldm.pipeline import StableDiffusion
-from ldm.util.cli import UserError, naming
+from ldm.util.cli import UserError, check_range, naming
 
 WEIGHTS = {  # method -> λ there, of several the middle one, and the learning rate that it went with
     "textual_inversion": (5e-5, 2e-3),
@@ -63,10 +63,8 @@ class DiverseContext(Regulariser):
     ) -> None:
         super().__init__(0.0 if weight is None else weight)
         self.by_method, self.learning_rate = weight is None, learning_rate
-        if not 0 < mask_probability < 1:
-            raise UserError(f"mask_probability: must be above 0 and below 1, not {mask_probability}")
-        if not 1 <= rows <= 1000:
-            raise UserError(f"rows: must be from 1 to 1,000, not {rows}")
+        check_range("mask_probability", mask_probability, 0, 1, inside=True)
+        check_range("rows", rows, 1, 1000)
         self.path, self.mask_probability, self.rows = contextualizer, mask_probability, rows
         self.file, self.prompts = prompts, ContextPrompts(prompts, without or (), size)
 

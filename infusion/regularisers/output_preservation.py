@@ -14,7 +14,7 @@ from infusion.methods.base import Method, Tensors
 from infusion.regularisers.base import Regulariser, Step
 from infusion.tokens import Word, fill
 from ldm.pipeline import StableDiffusion
-from ldm.util.cli import UserError
+from ldm.util.cli import check_range
 
 
 class OutputPreservation(Regulariser):
@@ -27,8 +27,7 @@ class OutputPreservation(Regulariser):
 
     def __init__(self, weight: float = 1.0, empty: float = 0.5) -> None:
         super().__init__(weight)
-        if not 0 <= empty <= 1:
-            raise UserError(f"empty: must be from 0 to 1, not {empty}")
+        check_range("empty", empty, 0, 1)
         self.empty = empty
 
     def start(self, sd: StableDiffusion, method: Method, tensors: Tensors, word: Word) -> None:

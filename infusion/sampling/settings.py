@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from ldm.diffusion.schedulers import SAMPLERS
-from ldm.util.cli import UserError, count, number, numbers, words
+from ldm.util.cli import UserError, check_range, count, number, numbers, words
 
 if TYPE_CHECKING:
     from infusion.sampling.regions import Region
@@ -56,22 +56,17 @@ class Settings:
     precision: str = setting("full", str, "of the UNet", choices=PRECISIONS)
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"steps: must be at least 1, not {self.steps}")
-        if not math.isfinite(self.scale):
-            raise UserError(f"scale: must be a finite number, not {self.scale}")
-        if not 0 <= self.eta <= 1:
-            raise UserError(f"eta: must be between 0 and 1, not {self.eta}")
+        check_range("steps", self.steps, 1)
+        check_range("scale", self.scale)
+        check_range("eta", self.eta, 0, 1)
         if self.eta and self.sampler != "ddim":
             raise UserError(f"eta: only the ddim sampler takes it, not {self.sampler}")
         for name, side in (("height", self.height), ("width", self.width)):
-            if side is not None and not 1 <= side <= PIXELS:
-                raise UserError(f"{name}: must be from 1 to {PIXELS} pixels, not {side}")
-        for name in ("beta", "tau", "strength"):
+            if side is not None:
+                check_range(name, side, 1, PIXELS)
+        for name, low in (("beta", -math.inf), ("tau", 0), ("strength", -math.inf)):
             for value in each(getattr(self, name)):
-                if not math.isfinite(value) or (name == "tau" and value <= 0):
-                    limit = "above 0 and finite" if name == "tau" else "finite"
-                    raise UserError(f"{name}: must be {limit}, not {value}")
+                check_range(name, value, low, inside=True)
         named = (("sampler", [self.sampler], SAMPLERS), ("precision", [self.precision], PRECISIONS))
         for name, values, known in (*named, ("gate", each(self.gate or ()), GATES)):
             for value in values:

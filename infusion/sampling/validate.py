@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from infusion.sampling.prompts import Job
 from infusion.sampling.settings import LONGEST
 from infusion.tokens import PLACEHOLDER, fill, point, word_pattern
-from ldm.util.cli import UserError, naming
+from ldm.util.cli import UserError, check_range, naming
 from ldm.util.templates import foreign, foreign_warning
 
 if TYPE_CHECKING:
@@ -113,6 +113,4 @@ def check_sizes(sd: "StableDiffusion", jobs: list[Job]) -> None:
                 sd.latent_shape(*size)
             except UserError as error:
                 raise UserError(f"{error} (--{flag})") from error
-        if settings.steps >= sd.schedule.timesteps:
-            most = sd.schedule.timesteps - 1
-            raise UserError(f"--steps: steps must lie between 1 and {most}, not {settings.steps}")
+        check_range("--steps", settings.steps, 1, sd.schedule.timesteps - 1)

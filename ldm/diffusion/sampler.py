@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ldm.models.attention import Context
-from ldm.util.cli import UserError
+from ldm.util.cli import UserError, check_range
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
@@ -88,10 +88,8 @@ def sample(
         ValueError: an argument is out of range, or the scheduler has no `eta`.
     """
     trained = scheduler.config.num_train_timesteps
-    if not 1 <= steps < trained:
-        raise UserError(f"steps must lie between 1 and {trained - 1}, not {steps}")
-    if not 0 <= eta <= 1:
-        raise UserError(f"eta must lie between 0 and 1, not {eta}")
+    check_range("steps", steps, 1, trained - 1)
+    check_range("eta", eta, 0, 1)
     if generators is not None and len(generators) != len(latents):
         raise ValueError(f"{len(generators)} generators for {len(latents)} images")
     accepted = inspect.signature(scheduler.step).parameters

@@ -36,8 +36,6 @@ class Schedule:
         beta_end: float = 0.012,
         prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
     ) -> None:
-        if prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(f'prediction_type must be "epsilon" or "v_prediction", not {prediction_type!r}')
         if timesteps < 1 or not 0 < beta_start <= beta_end < 1:
             raise UserError(f"no schedule has {timesteps} steps with β from {beta_start} to {beta_end}")
         self.timesteps, self.beta_start, self.beta_end = timesteps, beta_start, beta_end

@@ -7,7 +7,7 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
-from ldm.util.cli import UserError
+from ldm.util.cli import UserError, check_range
 from ldm.util.templates import short
 
 BYTES = 512  # 256 bytes, and the same 256 as the end of a word
@@ -30,10 +30,7 @@ class Tokenizer:
     def __init__(
         self, merges: int | None = None, context_length: int = 77, pad: Literal["end", "zero"] = "end"
     ) -> None:
-        if pad not in ("end", "zero"):
-            raise UserError(f'pad must be "end" or "zero", not {pad!r}')
-        if context_length < 2:
-            raise UserError(f"context_length must be at least 2, not {context_length}")
+        check_range("context_length", context_length, 2)
         self.table = SimpleTokenizer(context_length=context_length)
         if merges is not None:
             _keep_merges(self.table, merges)
@@ -100,8 +97,7 @@ class Tokenizer:
 
 def _keep_merges(table: SimpleTokenizer, merges: int) -> None:
     """Cut the table to its `merges` most frequent merges and renumber the ids without gaps."""
-    if not 0 <= merges <= len(table.bpe_ranks):
-        raise UserError(f"merges must lie between 0 and {len(table.bpe_ranks)}, not {merges}")
+    check_range("merges", merges, 0, len(table.bpe_ranks))
     specials = [table.decoder[i] for i in table.all_special_ids]
     vocabulary = [table.decoder[i] for i in range(BYTES + merges)] + specials
     table.bpe_ranks = {pair: rank for pair, rank in table.bpe_ranks.items() if rank < merges}

@@ -15,7 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from ldm.util.cli import UserError
+from ldm.util.cli import UserError, check_range
 from ldm.util.files import replacing
 from ldm.weights.checkpoint import write
 
@@ -61,8 +61,7 @@ class EverySteps(pl.Callback):
     """
 
     def __init__(self, every: int) -> None:
-        if every < 1:
-            raise UserError(f"every: must be at least 1, not {every}")
+        check_range("every", every, 1)
         self.every = every
         self._done = 0
 
@@ -124,13 +123,14 @@ class Offload(pl.Callback):
             torch.cuda.empty_cache()
 
 
-def write_grid(trainer: pl.Trainer, images: Tensor, columns: int) -> Tensor | None:
-    """Writes `<run>/images/step=000500.png` and returns the grid (3, H', W'); warns of images that are not finite.
+def write_grid(trainer: pl.Trainer, images: Tensor, columns: int, name: str = "") -> Tensor | None:
+    """Writes `<run>/images/<name>.png` and returns the grid (3, H', W'); warns of images that are not finite.
 
     Args:
         images: (B, 3, H, W) in [0, 1], B a multiple of `columns`.
+        name: "" is that of the step, such as step=000500.
     """
-    path = Path(trainer.default_root_dir) / "images" / f"step={trainer.global_step:06d}.png"
+    path = Path(trainer.default_root_dir) / "images" / f"{name or f'step={trainer.global_step:06d}'}.png"
     if not images.isfinite().all():
         logger.warning("warning: samples at step %d are not finite: %s is not written", trainer.global_step, path)
         return None

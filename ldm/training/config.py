@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.util.cli import UserError, suggestion
+from ldm.util.cli import UserError, check_range, suggestion
 from ldm.util.config import ConfigError, check_params, find, load_config, override, refuse_unused, resolve, texts
 from ldm.util.defaults import POCKET, PREFIXES
 from ldm.util.folders import CONFIG, folder_of
@@ -101,8 +101,7 @@ def check_nodes(config: DictConfig) -> None:
     It imports the classes that the config names.
     """
     check_params(Training, {key: value for key, value in OmegaConf.to_container(config).items() if key in NODES}, "")
-    if not 0 <= config.seed < 2**32:
-        raise ConfigError(f"seed: must be from 0 to 2**32 - 1, not {config.seed}")
+    check_range("seed", config.seed, 0, 2**32 - 1)
 
 
 def weight_files(config: DictConfig) -> dict[str, Path]:

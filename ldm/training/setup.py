@@ -13,11 +13,14 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from ldm.pipeline import StableDiffusion
 from ldm.training.callbacks import StepBar
 from ldm.training.config import Training, weight_files
-from ldm.util.cli import UserError
+from ldm.util.cli import UserError, check_range
 from ldm.util.config import ConfigError, check_params, instantiate
 from ldm.util.run import Finite, Log, ResumeState, StateFile
 
-TRAINER = {"accelerator": "auto", "devices": 1, "enable_model_summary": False, "log_every_n_steps": 10}
+TRAINER = {  # where a config says nothing
+    **{"accelerator": "auto", "devices": 1, "accumulate_grad_batches": 1},
+    **{"enable_model_summary": False, "log_every_n_steps": 10},
+}
 NOISE = (  # warnings of Lightning's about what is meant to be so
     "many workers",
     "LeafSpec",
@@ -74,9 +77,8 @@ def make_trainer(
     """
     params = OmegaConf.to_container(config.trainer)
     check_params(pl.Trainer, params, "trainer")
-    if params.get("accumulate_grad_batches", 1) < 1:  # where Lightning divides by it
-        raise ConfigError("trainer.accumulate_grad_batches: must be at least 1")
     params = TRAINER | params
+    check_range("trainer.accumulate_grad_batches", params["accumulate_grad_batches"], 1)  # Lightning divides by it
     given = {"devices": devices, "num_nodes": num_nodes, "strategy": strategy}
     params |= {name: value for name, value in given.items() if value is not None}
     if gpus is not None:

@@ -106,6 +106,18 @@ def suggestion(name: str, known: list[str]) -> str:
     return f"; known: {', '.join(sorted(known))}" if known else ""
 
 
+def check_range(name: str, value: float, low: float = -math.inf, high: float = math.inf, inside: bool = False) -> None:
+    """Raises UserError, which begins with the name, for a number that is not finite or not from `low` to `high`; with
+    `inside`, these two are out of range themselves."""
+    if abs(value) < math.inf and (low < value < high if inside else low <= value <= high):
+        return
+    words = ("above", "below") if inside else ("at least", "at most")
+    limits = [f"{word} {limit:,}" for word, limit in zip(words, (low, high), strict=True) if abs(limit) < math.inf]
+    if len(limits) == 2 and not inside:
+        limits = [f"from {low:,} to {high:,}"]
+    raise UserError(f"{name}: must be {' and '.join(limits) or 'a finite number'}, not {value}")
+
+
 @contextmanager
 def naming(what: str) -> Iterator[None]:
     """Puts a flag, key or file in front of the message of a UserError from inside the `with`."""

@@ -27,7 +27,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.utils.tensorboard.summary import hparams
 
-from ldm.util.cli import UserError
+from ldm.util.cli import UserError, check_range
 from ldm.util.files import holds_work, locked, replacing, write
 from ldm.util.folders import CONFIG, STATE, is_run
 
@@ -117,8 +117,8 @@ class ResumeState(pl.Callback):
     """
 
     def __init__(self, every: int = 500, keep: int = 1) -> None:
-        if every < 1 or keep < 1:
-            raise UserError(f"save_every and keep: must be at least 1, not {every} and {keep}")
+        check_range("save_every", every, 1)
+        check_range("keep", keep, 1)
         self.every, self.keep = every, keep
         self._stop = self._save = False
         self._requeue: object = None  # what Lightning does about SIGUSR1
@@ -198,8 +198,6 @@ class Finite(pl.Callback):
     """
 
     def __init__(self, fault: Literal["stop", "skip"] = "stop") -> None:
-        if fault not in ("stop", "skip"):
-            raise UserError(f"non_finite: one of stop, skip is wanted, not {fault!r}")
         self.fault = fault
         self._found = ""
 

@@ -74,6 +74,9 @@ VALUES: dict[str, dict[str, tuple[str, ...]]] = {  # method ("": the demo) -> ov
         "model.params.gate.params.kind": ("soft",),
         "model.params.method.params.layers": ("'['", "nowhere"),
         "weights": ("half",),
+        "non_finite": ("ignore",),
+        "sd.params.schedule.params.prediction_type": ("x0",),
+        "model.params.method.params.attention": ("cross",),
         "ckpt": ("gone.safetensors",),
     },
     "lora": {

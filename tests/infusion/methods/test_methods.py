@@ -22,7 +22,7 @@ def test_layers_restrict_what_is_learned():
     assert [name.partition("_")[0] for name in learned] == ["middle"] + 4 * ["output"]
 
 
-@pytest.mark.parametrize("arguments", [{"attention": "both"}, {"layers": "("}, {"keys": True}])
+@pytest.mark.parametrize("arguments", [{"layers": "("}, {"keys": True}])
 def test_unusable_options_are_errors(arguments):
     with pytest.raises(ValueError):
         Infusion(**arguments)

@@ -142,8 +142,8 @@ def test_guidance_goes_past_the_prompt_away_from_the_negative():
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("ddim", {"steps": 0}, "steps must lie between 1 and 999"),
-        ("ddim", {"steps": 1000}, "steps must lie between 1 and 999"),
+        ("ddim", {"steps": 0}, "steps: must be from 1 to 999"),
+        ("ddim", {"steps": 1000}, "steps: must be from 1 to 999"),
         ("ddim", {"eta": 1.5}, "eta"),
         ("euler", {"eta": 0.5}, "only the ddim sampler"),
         ("ddim", {"generators": generators(1)}, "1 generators for 2 images"),

@@ -80,7 +80,5 @@ def test_a_scheduler_is_fresh():
 def test_mistakes_are_refused():
     with pytest.raises(ValueError, match="unknown sampler 'dimm': choose one of ddim, plms"):
         Schedule().scheduler("dimm")
-    with pytest.raises(ValueError, match="prediction_type"):
-        Schedule(prediction_type="x0")
     with pytest.raises(ValueError, match="schedule"):
         Schedule(beta_start=0.02, beta_end=0.01)

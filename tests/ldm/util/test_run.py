@@ -162,8 +162,3 @@ def test_a_loss_scaler_s_overflow_is_its_own_business():
     trainer.precision_plugin.scaler = None
     with pytest.raises(NonFinite, match="a gradient"):
         finite.on_before_optimizer_step(trainer, module, None)
-
-
-def test_another_word_is_refused():
-    with pytest.raises(ValueError, match="non_finite: one of stop, skip"):
-        Finite("ignore")
