@@ -11,20 +11,17 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from infusion.metrics.measures import fidelity
 from infusion.metrics.measures.best import best_of
 from infusion.metrics.run.features import Backbone, load_backbone
 from infusion.metrics.run.protocol import CONTEXT, Protocol
-from infusion.sampling.pictures import png
-from infusion.sampling.sample import sample
-from infusion.tokens import fill
+from infusion.training.callbacks import Drawing
 from infusion.training.trainer import ConceptTrainer
-from ldm.util.cli import UserError, find_device, naming
+from ldm.training.callbacks import write_grid
+from ldm.util.cli import UserError, check_range, find_device
 from ldm.util.files import write
-from ldm.util.templates import check_template
 
 BEST = "best.safetensors"
 logger = logging.getLogger(__name__)
@@ -36,7 +33,7 @@ def best_trial(trials: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return None if best is None else trials[best]
 
 
-class BestConcept(pl.Callback):
+class BestConcept(Drawing):
     """Tries the concept every so many optimiser steps and when training ends.
 
     `models/best.safetensors` is the best concept so far, `images/best.png` its samples below the base model's;
@@ -66,39 +63,31 @@ class BestConcept(pl.Callback):
         scale: float = 7.5,
         seed: int = 3_000_000,
     ) -> None:
-        least = {"every": (every, 1), "early_stop": (early_stop, 0), "samples": (samples, 1), "steps": (steps, 1)}
-        for name, (value, bound) in least.items():
-            if value < bound:
-                raise UserError(f"{name}: must be at least {bound}, not {value}")
-        for prompt in prompts:
-            check_template("prompts", prompt)
+        super().__init__(prompts, every, steps, scale, seed, batch_size)
+        check_range("early_stop", early_stop, 0)
+        check_range("samples", samples, 1)
         self.network = load_backbone(network, find_device("auto")) if isinstance(network, str) else network
-        self.prompts, self.every, self.early_stop = tuple(prompts), every, early_stop
-        self.samples, self.seed = samples, seed
-        self.settings = {"steps": steps, "scale": scale, "batch_size": batch_size}
+        self.early_stop, self.samples = early_stop, samples
         self.trials: list[dict[str, Any]] = []
-        self._base: Tensor | None = None  # samples of the base model (N, 3, H, W), the same throughout, as are
-        self._base_likeness, self._photos = 0.0, torch.empty(0)  # their likeness, and the photos' features (P, D)
+        self._base_likeness, self._photos = 0.0, torch.empty(0)  # of the base model's samples; features (P, D)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raises ValueError for a training of anything else than one concept."""
         if not isinstance(pl_module, ConceptTrainer):
             raise UserError("callbacks.best: it judges the training of one concept: leave it out of this one")
-        with naming("callbacks.best: prompts"):
-            pl_module.check_prompts(self.prompts)
+        super().on_fit_start(trainer, pl_module)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: ConceptTrainer) -> None:
+        super().on_train_start(trainer, pl_module)
         self._judge(trainer)  # of a run that is done already
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: ConceptTrainer, outputs: object, batch: object, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: ConceptTrainer, *_: object) -> None:
+        super().on_train_batch_end(trainer, pl_module)
         if trainer.global_step % self.every == 0:
-            self._try(trainer, pl_module)
             self._judge(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: ConceptTrainer) -> None:
-        self._try(trainer, pl_module)
+        super().on_train_end(trainer, pl_module)
         if trainer.is_global_zero:
             best, folder = best_trial(self.trials), Path(trainer.default_root_dir)
             logger.info("best by likeness: %s", f"step {best['step']}, {folder / 'models' / BEST}" if best else "none")
@@ -111,38 +100,30 @@ class BestConcept(pl.Callback):
 
     def _judge(self, trainer: pl.Trainer) -> None:
         """Stops a training whose last trials brought nothing better."""
-        if self.early_stop and len(self.trials) > self.early_stop:
-            stop = best_trial(self.trials) is best_trial(self.trials[: -self.early_stop])
-            trainer.should_stop |= trainer.strategy.broadcast(stop)
+        if self.early_stop:
+            enough = len(self.trials) > self.early_stop
+            stop = enough and best_trial(self.trials) is best_trial(self.trials[: -self.early_stop])
+            trainer.should_stop |= trainer.strategy.broadcast(stop)  # the first process has the trials
 
-    @rank_zero_only
-    def _try(self, trainer: pl.Trainer, module: ConceptTrainer) -> None:
-        step, folder = trainer.global_step, Path(trainer.default_root_dir)
-        if step == 0 or step in (trial["step"] for trial in self.trials):  # between micro-batches, or resumed there
-            return
+    def act(self, trainer: pl.Trainer, module: ConceptTrainer) -> None:
+        """A trial."""
         prompts = self.prompts or Protocol.of(module.sd.architecture).prompts(CONTEXT, module.word.superclass)
-        prompts = [prompts[i % len(prompts)] for i in range(self.samples)]
-        if self._base is None:
-            with module.unedited():
-                plain = [fill(prompt, [module.word.superclass]) for prompt in prompts]
-                self._base = sample(module.sd, plain, seed=self.seed, **self.settings)
+        concept, models = module.concept(), Path(trainer.default_root_dir) / "models"
+        base, drawn = self.draw(module, concept, [prompts[i % len(prompts)] for i in range(self.samples)])
+        if not len(self._photos):
             self._photos = self.network((trainer.datamodule.images.images + 1) / 2)
-            self._base_likeness = self._likeness(self._base)
-        concept, inverse = module.concept(), module.inverse_covariance
-        how = {"inverse_covariance": inverse, "seed": self.seed, **self.settings}
-        drawn = sample(module.sd, prompts, [concept], **how)
+            self._base_likeness = self._likeness(base)
         likeness = {"likeness": self._likeness(drawn), "base_likeness": self._base_likeness}
-        self.trials.append({"step": step} | likeness)
+        self.trials.append({"step": trainer.global_step} | likeness)
         best = best_trial(self.trials)
         if best is self.trials[-1]:
-            concept.save(folder / "models" / BEST)
-            rows = [torch.cat(list(images[:8]), 2) for images in (self._base, drawn)]
-            write(folder / "images" / "best.png", png(torch.cat(rows, 1), {"step": step}))
+            concept.save(models / BEST)
+            write_grid(trainer, torch.cat([base[:8], drawn[:8]]), len(base[:8]), "best")
         for one in trainer.loggers:
-            one.log_metrics({f"best/{name}": value for name, value in likeness.items()}, step)
-            one.log_metrics({"best/step": best["step"] if best else 0}, step)
-        said = {"best": best and best["step"], "trials": self.trials}
-        write(folder / "models" / "best.json", (json.dumps(said, indent=2) + "\n").encode())
+            said = {f"best/{name}": value for name, value in likeness.items()}
+            one.log_metrics(said | {"best/step": best["step"] if best else 0}, trainer.global_step)
+        content = {"best": best and best["step"], "trials": self.trials}
+        write(models / "best.json", (json.dumps(content, indent=2) + "\n").encode())
 
     def _likeness(self, images: Tensor) -> float:
         """The mean likeness of images (N, 3, H, W) in [0, 1] to the photos."""

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from infusion.covariance import read_captions, word_tokens
 from infusion.regularisers.contextualizer import Contextualizer, save
-from infusion.training.learner import Learner, check_learning_rate
+from infusion.training.learner import Learner
 from ldm.pipeline import StableDiffusion
-from ldm.util.cli import UserError
+from ldm.util.cli import UserError, check_range
 
 
 class ContextualizerTraining(Learner):
@@ -46,9 +46,8 @@ class ContextualizerTraining(Learner):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 < mask_probability < 1:
-            raise UserError(f"mask_probability: must be above 0 and below 1, not {mask_probability}")
-        check_learning_rate(learning_rate)
+        check_range("mask_probability", mask_probability, 0, 1, inside=True)
+        check_range("learning_rate", learning_rate, 0, 1000, inside=True)
         self.text = sd.text.requires_grad_(False).eval()
         self.facts = {"base_architecture": sd.architecture, "base_sha256": sd.digests.get("text", "")}
         self.contextualizer = Contextualizer.of(sd.text, layers, heads)
@@ -77,11 +76,6 @@ class ContextualizerTraining(Learner):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.contextualizer.parameters(), lr=self.learning_rate)
-
-    def check_state(self, state_dict: Mapping[str, Tensor]) -> None:
-        own = {name: tensor.shape for name, tensor in self.tensors.items()}
-        if own != {name: tensor.shape for name, tensor in state_dict.items()}:
-            raise UserError("the resume state does not fit: it is of another contextualizer")
 
 
 class SaveContextualizer(pl.Callback):
@@ -125,8 +119,7 @@ class CaptionFile(pl.LightningDataModule):
 
     def __init__(self, path: str, batch_size: int = 300) -> None:
         super().__init__()
-        if not 1 <= batch_size <= 100_000:
-            raise UserError(f"batch_size: must be from 1 to 100,000, not {batch_size}")
+        check_range("batch_size", batch_size, 1, 100_000)
         if next(read_captions(path), None) is None:
             raise UserError(f"{path}: holds no captions")
         self.path, self.batch_size = path, batch_size

@@ -9,10 +9,13 @@ from torch import Tensor
 from ldm.util.cli import UserError
 
 
-def check_learning_rate(rate: float) -> None:
-    """Raises ValueError for a rate of 0 or less, NaN, or above 1,000."""
-    if not 0 < rate <= 1000:
-        raise UserError(f"learning_rate: must be above 0 and at most 1,000, not {rate}")
+def check_alike(own: Mapping[str, Tensor], others: Mapping[str, Tensor], what: str) -> None:
+    """Raises ValueError, which begins with `what`, for other names or shapes."""
+    if odd := sorted(own.keys() ^ others.keys()):
+        raise UserError(f"{what}: {odd[0]} is in one of them only")
+    for name, tensor in own.items():
+        if tensor.shape != others[name].shape:
+            raise UserError(f"{what}: {name} is {tuple(others[name].shape)}, not {tuple(tensor.shape)}")
 
 
 class Learner(pl.LightningModule):
@@ -39,12 +42,8 @@ class Learner(pl.LightningModule):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
-        """Always strict; raises ValueError as `check_state`."""
-        self.check_state(state_dict)
+        """Always strict; raises ValueError for a tensor too few, too many, or of another shape."""
+        check_alike(self.tensors, state_dict, "the resume state does not fit")
         with torch.no_grad():
             for name, tensor in self.tensors.items():
                 tensor.copy_(state_dict[name])
-
-    def check_state(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Raises ValueError for a tensor too few, too many, or of another shape."""
-        raise NotImplementedError

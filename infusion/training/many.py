@@ -169,12 +169,6 @@ class ManyTrainer(Learner):
         k = self.names.index(name)
         return replace(self.parts[k].concept(), tensors={layer: bank[k] for layer, bank in self.tensors.items()})
 
-    def check_state(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Raises ValueError for banks of other layers, or of another number of concepts."""
-        shapes, own = ({name: bank.shape for name, bank in banks.items()} for banks in (state_dict, self.tensors))
-        if shapes != own:
-            raise UserError(f"the resume state does not fit: it is not of these layers and {len(self.names)} concepts")
-
     def _sizes(self, batch: Mapping[str, Mapping[str, Any]]) -> list[int]:
         return [len(batch[name]["latents"]) for name in self.names]
 

@@ -1,7 +1,6 @@
 """Trains a concept by any method: the base model is frozen, and what is learned is edited into it."""
 
 import logging
-import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,12 +24,12 @@ from infusion.methods.base import Method, by_layer
 from infusion.regularisers.base import Regulariser, Step
 from infusion.sampling.encode import each, encode
 from infusion.tokens import Word
-from infusion.training.learner import Learner, check_learning_rate
+from infusion.training.learner import Learner, check_alike
 from infusion.training.words import check_caption, check_samples, check_training_words
 from ldm.models.attention import Context
 from ldm.pipeline import StableDiffusion
 from ldm.training.callbacks import EverySteps
-from ldm.util.cli import UserError, naming
+from ldm.util.cli import UserError, check_range, naming
 from ldm.util.config import find
 from ldm.util.run import NonFinite
 from ldm.util.templates import bare
@@ -89,12 +88,10 @@ class ConceptTrainer(Learner):
         start_from: str | Path | None = None,
     ) -> None:
         super().__init__()
-        check_learning_rate(learning_rate)
-        for name, value in (("weight_decay", weight_decay), ("prior_weight", prior_weight)):
-            if not 0 <= value < math.inf:
-                raise UserError(f"{name}: must be at least 0 and finite, not {value}")
-        if not 0 <= seed < 2**32:
-            raise UserError(f"seed: must be from 0 to 2**32 - 1, not {seed}")
+        check_range("learning_rate", learning_rate, 0, 1000, inside=True)
+        check_range("weight_decay", weight_decay, 0)
+        check_range("prior_weight", prior_weight, 0)
+        check_range("seed", seed, 0, 2**32 - 1)
         self.sd = sd.requires_grad_(False).eval()
         self.method = method
         superclass = bare(superclass)
@@ -298,7 +295,7 @@ class ConceptTrainer(Learner):
             if concept.method != self.method.name:
                 raise UserError(f"learned by {concept.method}, and this training is of {self.method.name}")
             concept.check_base(self.sd.architecture, self.sd.hash)
-            _check_alike(self.tensors, concept.tensors, "the concept does not fit the method")
+            check_alike(self.tensors, concept.tensors, "the concept does not fit the method")
         if concept.superclass != self.word.superclass:
             words = concept.superclass, self.word.superclass
             logger.warning("warning: start_from: %s was trained as %r, and goes on as %r", path, *words)
@@ -318,9 +315,6 @@ class ConceptTrainer(Learner):
         self.sd.eval()
         return self
 
-    def check_state(self, state_dict: Mapping[str, Tensor]) -> None:
-        _check_alike(self.tensors, state_dict, "the resume state does not fit the method")
-
     def _encode(self, templates: Sequence[str]) -> tuple[Context, Tensor]:
         context, masks = encode(self.sd.text, templates, [self.noun], [self.tokens])  # masks are (B, 1, L)
         text = context.text
@@ -336,15 +330,6 @@ class ConceptTrainer(Learner):
         """The rows of all processes, where every process encodes at every step: (B, …) -> (world · B, …)."""
         together = self.tokens is not None and self._trainer is not None and self._trainer.world_size > 1
         return self.all_gather(rows).flatten(0, 1) if together else rows
-
-
-def _check_alike(own: Mapping[str, Tensor], others: Mapping[str, Tensor], what: str) -> None:
-    """Raises ValueError for other names or shapes."""
-    if odd := sorted(own.keys() ^ others.keys()):
-        raise UserError(f"{what}: {odd[0]} is in one of them only")
-    for name, tensor in own.items():
-        if tensor.shape != others[name].shape:
-            raise UserError(f"{what}: {name} is {tuple(others[name].shape)}, not {tuple(tensor.shape)}")
 
 
 class SaveConcept(EverySteps):

@@ -1,7 +1,8 @@
 """YAML configs: how files become one config, and a config becomes objects.
 
 A file may name others under `include:` (one or a list, relative to the file); they are merged before it. A mapping with
-the keys `target` (a class) and `params` (its arguments) stands for an object. By convention
+the keys `target` (a class, or a class method that makes an object of it) and `params` (its arguments) stands for an
+object. By convention
 - `configs/backbone/*.yaml` hold the node `sd` (target `ldm.pipeline.StableDiffusion`), `ckpt` (its usual file) and
   `ckpt_source` (where that file comes from),
 - an entry file includes a backbone and refers to it as `${sd}`, or to a part of it as `${sd.params.vae}`,
@@ -19,7 +20,7 @@ import re
 import types
 import typing
 from argparse import ArgumentTypeError
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -170,7 +171,7 @@ def _within(hint: Any, step: str) -> Any:
     args = [arg for arg in typing.get_args(hint) if arg is not Ellipsis]
     if args:  # dict[str, T], Sequence[T]
         return args[-1]
-    return _hints(hint).get(step, Any) if isinstance(hint, type) else Any
+    return _hints(hint).get(step, Any) if isinstance(hint, type) or inspect.ismethod(hint) else Any
 
 
 def _steps(key: str) -> list[str]:
@@ -255,8 +256,8 @@ def check(node: Any, path: str = "") -> None:
             check(child, _join(path, key))
 
 
-def check_params(cls: type, params: dict[str, Any], path: str) -> None:
-    """Checks a class's parameters as `check` does: names known, none missing, plain values of the annotated type."""
+def check_params(cls: Callable, params: dict[str, Any], path: str) -> None:
+    """Checks the parameters of a target as `check` does: names known, none missing, values of the annotated type."""
     if not isinstance(params, dict):
         raise ConfigError(f"{path}: a mapping of names to values is wanted, not {params!r}")
     signature = inspect.signature(cls).parameters
@@ -264,22 +265,31 @@ def check_params(cls: type, params: dict[str, Any], path: str) -> None:
     for name in params:
         if name not in names:
             hint = suggestion(str(name), names)
-            raise ConfigError(f"{_join(path, name)}: {cls.__name__} has no parameter `{name}`{hint}")
+            raise ConfigError(f"{_join(path, name)}: {cls.__qualname__} has no parameter `{name}`{hint}")
     missing = [name for name in names if signature[name].default is inspect.Parameter.empty and name not in params]
     if missing:
-        raise ConfigError(f"{path}: {cls.__name__} also needs {', '.join(f'`{name}`' for name in missing)}")
+        raise ConfigError(f"{path}: {cls.__qualname__} also needs {', '.join(f'`{name}`' for name in missing)}")
     hints = _hints(cls)
     for name, value in params.items():
         check(value, _join(path, name))
         if not _fits(value, hints.get(name, Any)):
             wanted = inspect.formatannotation(hints[name]).replace("typing.", "")
-            raise ConfigError(f"{_join(path, name)}: {cls.__name__} wants {wanted} here, not {value!r}")
+            raise ConfigError(f"{_join(path, name)}: {cls.__qualname__} wants {wanted} here, not {value!r}")
 
 
-def find_class(target: object, path: str = "") -> type:
-    """The class that a config names; raises ConfigError for one outside `TARGETS`, and where there is none."""
+def find_class(target: object, path: str = "") -> Any:
+    """The class that a config names, or its class method, such as `IdentityFeatures.load`, that makes one.
+
+    Raises ConfigError for one outside `TARGETS`, and where there is none.
+    """
     where = _join(path, "target")
     module, _, name = str(target).rpartition(".")
+    if module.rpartition(".")[2][:1].isupper():
+        cls = find_class(module, path)
+        if not isinstance(vars(cls).get(name), classmethod):
+            methods = [key for key, value in vars(cls).items() if isinstance(value, classmethod)]
+            raise ConfigError(f"{where}: `{module}` has no class method `{name}`{suggestion(name, methods)}")
+        return getattr(cls, name)
     if not module or not name or not any(f"{target}.".startswith(f"{allowed}.") for allowed in TARGETS):
         raise ConfigError(f"{where}: `{target}` is not a class of {', '.join(TARGETS)}")
     try:
@@ -307,7 +317,7 @@ def _build(node: Any, path: str, given: dict[str, Any]) -> Any:
     hints = _hints(cls)
     for name, value in params.items():
         if not _fits(value, hints.get(name, Any)):
-            raise ConfigError(f"{_join(path, name)}: {cls.__name__} does not take a {type(value).__name__} here")
+            raise ConfigError(f"{_join(path, name)}: {cls.__qualname__} does not take a {type(value).__name__} here")
     try:
         return cls(**params)
     except UserError as error:
@@ -339,9 +349,9 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Callable) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(cls.__init__)
+        return typing.get_type_hints(cls.__init__ if isinstance(cls, type) else cls)
     except (NameError, TypeError):
         return {}
 

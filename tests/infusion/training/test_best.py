@@ -5,15 +5,19 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
+from data.pocket_two.identity import Identity
 from infusion.concepts.concept import Concept
 from infusion.deltas import detach
 from infusion.inject import remove
 from infusion.methods import find_method
 from infusion.training import best as module_under_test
+from infusion.training import callbacks
 from infusion.training.best import BestConcept
 from infusion.training.trainer import ConceptTrainer
+from ldm.util.config import instantiate
 from tests.infusion import conftest
 from tests.infusion.metrics.conftest import FakeClip
 
@@ -50,7 +54,7 @@ def told(monkeypatch):
     def put(likenesses):
         found = iter(value for likeness in likenesses for value in (likeness, 0.1))
         drawn = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-        monkeypatch.setattr(module_under_test, "sample", lambda *_, **__: drawn)
+        monkeypatch.setattr(callbacks, "sample", lambda *_, **__: drawn)
         monkeypatch.setattr(module_under_test.fidelity, "pairwise", lambda *_: torch.tensor([next(found)]))
 
     return put
@@ -65,7 +69,7 @@ def test_the_file_and_the_picture_are_the_best_step_s(sd, tmp_path, told):
     said = json.loads((tmp_path / "models/best.json").read_text())
     assert said["best"] == 4 and [trial["step"] for trial in said["trials"]] == [2, 4, 6, 7]  # the last step, too
     picture = Image.open(tmp_path / "images/best.png")
-    assert picture.text == {"step": "4"} and picture.size == (3 * 16, 2 * 16)  # the base model's above
+    assert picture.size == (3 * 18 + 2, 2 * 18 + 2)  # the base model's above
 
 
 def test_nothing_gained_is_no_best(sd, tmp_path, told):
@@ -138,6 +142,19 @@ def test_networks_by_name():
     assert BestConcept("pocket", **HOW).network.name == "pocket"
     with pytest.raises(ValueError, match="nowhere"):
         BestConcept("nowhere", **HOW)
+
+
+def test_a_config_may_name_any_network(tmp_path):
+    save_file(Identity().state_dict(), tmp_path / "identity.safetensors")
+    weights = {"weights": str(tmp_path / "identity.safetensors")}
+    network = {"target": "data.pocket_two.identity.IdentityFeatures.load", "params": weights}
+    node = {"target": "infusion.training.best.BestConcept", "params": {"network": network}}
+    best = instantiate(node, "callbacks.best")
+    assert best.network.name == "identity"
+    assert best.network(torch.rand(2, 3, 64, 64)).norm(dim=1).tolist() == pytest.approx([1, 1])
+    network["params"] = {"wieghts": "a"}
+    with pytest.raises(ValueError, match="^callbacks.best.params.network.params.wieghts: .* did you mean `weights`"):
+        instantiate(node, "callbacks.best")
 
 
 def test_only_one_concept_is_judged():

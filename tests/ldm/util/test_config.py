@@ -172,6 +172,16 @@ def test_a_node_builds_on_the_meta_device():
         ({"target": "ldm"}, "^top.target: `ldm` is not a class of ldm, "),
         ({"target": "ldm."}, "^top.target: `ldm.` is not a class of ldm, "),
         ({"target": 3}, "^top.target: `3` is not a class"),
+        (
+            {"target": "ldm.pipeline.StableDiffusion.from_confg"},
+            "^top.target: `ldm.pipeline.StableDiffusion` has no class method `from_confg`; did you mean `from_config`",
+        ),
+        ({"target": "ldm.pipeline.StableDiffusion.load"}, "^top.target: .* has no class method `load`"),
+        ({"target": "ldm.pipeline.Path.cwd"}, "^top.target: `ldm.pipeline` has no class `Path`"),
+        (
+            {"target": "ldm.pipeline.StableDiffusion.from_checkpoint", "params": {"config_path": "a", "use_ema": 3}},
+            "^top.params.use_ema: StableDiffusion.from_checkpoint wants bool . None here, not 3",
+        ),
         ({"target": "ldm.models.attention.GEGLU", "params": [1]}, "^top.params: a mapping"),
     ],
 )
