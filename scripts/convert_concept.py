@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def read(flags: argparse.Namespace) -> "Concept":
-    from infusion.concepts import others, released  # after the flags: it takes seconds
+    from infusion.concepts import released  # after the flags: it takes seconds
     from infusion.concepts.concept import Concept
     from ldm.weights.files import TensorFile
     from ldm.weights.recognise import recognise
@@ -73,7 +73,7 @@ def read(flags: argparse.Namespace) -> "Concept":
     is_released = False
     if Path(flags.source).is_file():
         with TensorFile(flags.source) as file:
-            is_released = recognise(file).name == others.RELEASED
+            is_released = recognise(file).name == "released concept"
     for name in ("noun",) if is_released else RELEASED:
         if name in said:
             what = "a" if is_released else "no"

@@ -19,15 +19,7 @@ from ldm.util.defaults import PREFIXES
 from ldm.weights.files import TensorFile, tensors_of
 
 THEIRS = re.compile(r"(?:unet\.)?(.+)\.processor\.(to_[kqv]|to_out)_custom_diffusion(\.0)?\.(weight|bias)")
-WEIGHT = re.compile(r"(.+\.attn2\.to_[kqv]|.+\.attn2\.to_out\.0)\.(weight|bias)")
 LDM = PREFIXES["unet"]
-
-
-def fits(file: TensorFile) -> bool:
-    if any(THEIRS.fullmatch(name) for name in file.shapes) or "modifier_token" in file.content:
-        return True
-    names = [name for name in file.shapes if name != "embed"]
-    return bool(names) and all(name.startswith(LDM) and WEIGHT.fullmatch(name) for name in names)
 
 
 def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:

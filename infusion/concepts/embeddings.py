@@ -13,21 +13,10 @@ from infusion.concepts.concept import Concept
 from infusion.concepts.places import find_architecture, history
 from infusion.methods.base import TOKENS
 from ldm.util.cli import UserError
-from ldm.weights import recognise
 from ldm.weights.files import TensorFile
 
 PLACEHOLDER = "* "  # one token of the tokenizer's, in the place of each vector
 PAIRS = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"), ("emb", "emb2"))  # of SDXL's two encoders
-
-
-def fits(file: TensorFile) -> bool:
-    if "string_to_param" in file.content or "emb_params" in file.shapes:
-        return True
-    if any(set(pair) & file.shapes.keys() for pair in PAIRS):
-        return True
-    widths = {768, 1280, *(node["params"]["unet"]["params"]["context_dim"] for node in recognise.backbones().values())}
-    shapes = [shape for name, shape in file.shapes.items() if "." not in name]
-    return 0 < len(shapes) == len(file.shapes) and all(1 <= len(s) <= 2 and s[-1] in widths for s in shapes)
 
 
 def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:

@@ -38,10 +38,6 @@ NUMBERED = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
 Module = dict[str, Tensor]  # role, such as "down" -> tensor
 
 
-def fits(file: TensorFile) -> bool:
-    return any(NUMBERED.fullmatch(name) or ROLE.fullmatch(_usual(name)) for name in file.shapes)
-
-
 def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
     """Raises ValueError for a tensor that has no place in the base model, or a kind of change that is not read."""
     modules: dict[str, Module] = {}

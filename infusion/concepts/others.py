@@ -8,10 +8,14 @@ from infusion.concepts import checkpoints, custom_diffusion, embeddings, lora
 from infusion.concepts.concept import Concept
 from ldm.util.cli import UserError, naming
 from ldm.weights.diffusers_layout import open_checkpoint
-from ldm.weights.recognise import guess, recognise
+from ldm.weights.recognise import BASE, recognise
 
-FAMILIES = (custom_diffusion, lora, embeddings, checkpoints)  # the first that fits a file reads it
-RELEASED = "released concept"  # a kind of file
+READERS = {  # kind of file -> what reads it
+    "custom diffusion": custom_diffusion,
+    "lora": lora,
+    "textual inversion": embeddings,
+    BASE: checkpoints,
+}
 IN_FOLDERS = [
     f"{stem}{ending}"
     for stem in ("pytorch_lora_weights", "adapter_model", "pytorch_custom_diffusion_weights", "learned_embeds")
@@ -26,15 +30,15 @@ def load(path: str | Path, said: Mapping[str, Any]) -> Concept:
         said: what the file does not say or says otherwise, see `Concept.load`.
 
     Raises:
-        ValueError: no family reads it, or it has something that is not read; the message names the file.
+        ValueError: nothing reads it, or it has something that is not read; the message names the file.
     """
     path = Path(path)
     path = next((path / name for name in IN_FOLDERS if (path / name).is_file()), path)
     with open_checkpoint(path) as file, naming(str(path)):
-        for family in FAMILIES if recognise(file).name != RELEASED else ():
-            if family.fits(file):
-                return family.load(file, said)
-        raise UserError(f"no concept file; {guess(file)}")
+        kind = recognise(file)
+        if kind.name not in READERS:
+            raise UserError(f"no concept file; it looks like {kind.says}")
+        return READERS[kind.name].load(file, said)
 
 
 def summary(path: str | Path) -> dict[str, Any]:

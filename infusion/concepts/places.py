@@ -102,7 +102,7 @@ def find_architecture(metadata: Mapping[str, str], said: Mapping[str, Any], widt
     Raises:
         ValueError: none of the backbones; or one whose text has another width.
     """
-    widths = {name: node["params"]["unet"]["params"]["context_dim"] for name, node in recognise.backbones().items()}
+    widths = {name: unet["context_dim"] for name, unet in recognise.unets().items()}
     named = said.get("architecture") or metadata.get("base_architecture")
     version, spec = metadata.get("ss_base_model_version"), metadata.get("modelspec.architecture", "").split("/")[0]
     named = named or VERSIONS.get(version or "", version) or SPECS.get(spec, spec)

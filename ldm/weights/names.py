@@ -42,6 +42,11 @@ def prefix_of(component: str, module: nn.Module) -> str:
     return PAIR if isinstance(module, TextPair) else PREFIXES[component]
 
 
+def by_prefix(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """What the names in a checkpoint begin with -> module, of a model's components (unet, vae, text)."""
+    return {prefix_of(component, modules[component]): modules[component] for component in PREFIXES}
+
+
 def ema_name(name: str) -> str:
     """LDM's name for the average of the UNet's tensor `name`: without any dots of its own."""
     return EMA + f"diffusion_model.{name}".replace(".", "")

@@ -1,5 +1,6 @@
-"""What a file of tensors is, without loading it: for error messages and `scripts/inspect_file.py`."""
+"""What a file of tensors is, without loading it: for error messages, readers and `scripts/inspect_file.py`."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from ldm.util.config import backbones, instantiate
 from ldm.util.defaults import PAIR
 from ldm.weights.diffusers_layout import PARTS, TEXTS, Folder, open_checkpoint, sha256
 from ldm.weights.files import CONCEPT, TensorFile
-from ldm.weights.names import EMA, PREFIXES, match, prefix_of
+from ldm.weights.names import EMA, PREFIXES, by_prefix, match
 
 File = TensorFile | Folder
+Rule = Callable[[File], bool]
 TITLES = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sd21_768": "SD 2.1", "sdxl": "SDXL 1.0", "pocket": "pocket"}
 LEARNED = "target_output"  # what Infusion's released code calls a residual
 
@@ -35,33 +37,37 @@ class Kind:
     architectures: tuple[str, ...] = ()
 
 
-def begins(*starts: str) -> Callable[[File], bool]:
-    """Some tensor's name begins with one of them."""
-    return lambda file: any(name.startswith(starts) for name in file.shapes)
+def named(pattern: str) -> Rule:
+    """Some tensor, or some key at the top of a pickle, has a name that begins as the regular expression says."""
+    fits = re.compile(pattern).match
+    return lambda file: any(map(fits, [*file.shapes, *map(str, file.content)]))
 
 
-def contains(*parts: str) -> Callable[[File], bool]:
-    """Some tensor's name has one of them in it."""
-    return lambda file: any(part in name for name in file.shapes for part in parts)
+def scheduler_says(key: str, *values: object) -> Rule:
+    """A folder's scheduler has one of these values."""
+    return lambda file: isinstance(file, Folder) and file.scheduler.get(key) in values
 
 
-def holds(*keys: str) -> Callable[[File], bool]:
-    """Some key at the top of a pickle begins with one of them."""
-    return lambda file: any(str(key).startswith(keys) for key in file.content)
+def any_of(*rules: Rule) -> Rule:
+    return lambda file: any(rule(file) for rule in rules)
+
+
+def unets() -> dict[str, dict[str, Any]]:
+    """The arguments of each backbone's UNet."""
+    return {name: sd["params"]["unet"]["params"] for name, sd in backbones().items()}
 
 
 def is_embedding(file: File) -> bool:
-    """There are only a few vectors as wide as text encodings, under names without dots."""
-    return 0 < len(file.shapes) <= 2 and all(
-        "." not in name and 1 <= len(shape) <= 2 and shape[-1] in (768, 1024, 1280)
-        for name, shape in file.shapes.items()
-    )
+    """There are only vectors as wide as text encodings, under names without dots."""
+    widths = {768, 1280, *(unet["context_dim"] for unet in unets().values())}
+    shapes = [shape for name, shape in file.shapes.items() if "." not in name]
+    return 0 < len(shapes) == len(file.shapes) and all(1 <= len(s) <= 2 and s[-1] in widths for s in shapes)
 
 
 def is_whole(file: File) -> bool:
     """A folder, or a file with UNet, autoencoder and text encoder."""
-    starts = (PREFIXES["unet"], PREFIXES["vae"], (PREFIXES["text"], PAIR))
-    return isinstance(file, Folder) or all(any(n.startswith(start) for n in file.shapes) for start in starts)
+    starts = (PREFIXES["unet"], PREFIXES["vae"], f"{PREFIXES['text']}|{PAIR}")
+    return isinstance(file, Folder) or all(named(start)(file) for start in starts)
 
 
 def is_list_of_factors(file: File) -> bool:
@@ -72,84 +78,78 @@ def is_list_of_factors(file: File) -> bool:
     return len(shapes) > 1 and len(shapes) % 2 == 0 and all(map(str.isdigit, file.shapes)) and alike
 
 
-def is_state(file: File) -> bool:
-    """What Lightning resumes a training from; LDM's own checkpoints are such, and whole models."""
-    return holds("pytorch-lightning")(file) and not is_whole(file)
-
-
-def scheduler_says(key: str, *values: object) -> Callable[[File], bool]:
-    """A folder's scheduler has one of these values."""
-    return lambda file: isinstance(file, Folder) and file.scheduler.get(key) in values
-
-
-def any_of(*rules: Callable[[File], bool]) -> Callable[[File], bool]:
-    return lambda file: any(rule(file) for rule in rules)
+def is_cross_attention(file: File) -> bool:
+    """There are only weights of the UNet's cross-attentions, and perhaps a word: Custom Diffusion of its authors."""
+    weight = re.compile(rf"{PREFIXES['unet']}.+\.attn2\.(to_[kqv]|to_out\.0)\.(weight|bias)")
+    names = file.shapes.keys() - {"embed"}
+    return bool(names) and all(map(weight.fullmatch, names))
 
 
 BASE = "base checkpoint"
-RELEASED = "a concept of Infusion's released code: convert it by scripts/convert_concept.py"
 ADDED = "a change to a base checkpoint, and no base checkpoint itself; --personalized_ckpt takes it"
-STATE = "the state of a training, which main.py --resume continues; what it learned is in step=*.safetensors beside it"
 EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
-REFUSED: tuple[tuple[str, Callable[[File], bool]], ...] = (  # what would load, or nearly, and be something else
-    ("CosXL, whose noise levels (EDM) no schedule here has", begins("edm_vpred.")),
+LORA = (  # names in LoRAs; behind them what the oldest diffusers, LyCORIS and cloneofsimo have
+    r".*(lora_(up|down|A|B)|\.lora|lora_linear_layer|_lora)\.|.*(hada_w|lokr_w)|.+\.(diff|diff_b|dora_scale|alpha)$"
+    r"|(unet|text_encoder):"
+)
+REFUSED: tuple[tuple[str, Rule], ...] = (  # what would load, or nearly, and be something else
+    ("CosXL, whose noise levels (EDM) no schedule here has", named("edm_vpred.")),
     (
         "a model with EDM's noise levels, such as Playground 2.5, which no schedule here has",
-        any_of(begins("edm_mean", "edm_std"), scheduler_says("_class_name", *EDM)),
+        any_of(named("edm_mean|edm_std"), scheduler_says("_class_name", *EDM)),
     ),
     (
         "a model with zero terminal SNR (ztsnr), which no schedule here has",
-        any_of(lambda file: "ztsnr" in file.shapes, scheduler_says("rescale_betas_zero_snr", True)),
+        any_of(named("ztsnr$"), scheduler_says("rescale_betas_zero_snr", True)),
     ),
     (
         "weights of 8 bits with scales of their own: get the file in fp16 or bf16",
-        lambda file: any(n.endswith((".scale_weight", ".weight_scale", "scaled_fp8")) for n in file.shapes),
+        named(r".*(\.scale_weight|\.weight_scale|scaled_fp8)$"),
     ),
     ("SDXL's refiner, which takes no concepts: use the base model", lambda file: signature(file)[2] == 1280),
 )
-KINDS: tuple[tuple[str, str, Callable[[File], bool]], ...] = (  # kind, what it says, what fits it; the first one counts
+KINDS: tuple[tuple[str, str, Rule], ...] = (  # kind, what it says, what fits it; the first one counts
     (
         "concept",
         "a concept file of this project: pass it as --personalized_ckpt",
         lambda file: file.metadata.get("format") == CONCEPT,
     ),
-    ("released concept", RELEASED, holds(LEARNED)),
-    ("released concept", RELEASED, contains(f".to_v.{LEARNED}")),
-    ("training state", STATE, is_state),
     (
-        "lora",
-        f"a LoRA: {ADDED}",
-        any_of(
-            contains("lora_up.", "lora_down.", "lora_A.", "lora_B.", ".lora.", "lora_linear_layer."),
-            contains("_lora.", "hada_w", "lokr_w"),  # of the oldest diffusers, and of LyCORIS
-            begins("unet:", "text_encoder:"),  # cloneofsimo's, and below without names
-            is_list_of_factors,
-        ),
+        "released concept",
+        "a concept of Infusion's released code: convert it by scripts/convert_concept.py",
+        named(rf"{LEARNED}|.*\.to_v\.{LEARNED}"),
     ),
-    ("custom diffusion", f"Custom Diffusion: {ADDED}", contains("_custom_diffusion.")),
-    ("custom diffusion", f"Custom Diffusion: {ADDED}", holds("modifier_token")),
-    ("textual inversion", f"a textual inversion embedding: {ADDED}", holds("string_to_param", "string_to_token")),
-    ("textual inversion", f"a textual inversion embedding: {ADDED}", begins("emb_params")),
-    ("textual inversion", f"a textual inversion embedding: {ADDED}", is_embedding),
+    (
+        "training state",
+        "the state of a training, which main.py --resume continues; what it learned is in step=*.safetensors beside it",
+        lambda file: named("pytorch-lightning")(file) and not is_whole(file),  # LDM's own checkpoints are such, too
+    ),
+    (
+        "custom diffusion",
+        f"Custom Diffusion: {ADDED}",
+        any_of(named(r"modifier_token|.*_custom_diffusion\."), is_cross_attention),
+    ),
+    ("lora", f"a LoRA: {ADDED}", any_of(named(LORA), is_list_of_factors)),
+    (
+        "textual inversion",
+        f"a textual inversion embedding: {ADDED}",
+        any_of(named("string_to_param|string_to_token|emb_params|(clip_[lg]|text_encoders_[01]|emb2?)$"), is_embedding),
+    ),
     *(("other", says, fits) for says, fits in REFUSED),
     (BASE, "", is_whole),  # which one, `_base` says
-    ("controlnet", "a ControlNet", begins("control_model.")),
-    ("other", "FLUX", begins("double_blocks.", "model.diffusion_model.double_blocks.")),
-    ("other", "SD 3", begins("joint_blocks.", "model.diffusion_model.joint_blocks.")),
+    ("controlnet", "a ControlNet", named("control_model.")),
+    ("other", "FLUX", named(r"(model\.diffusion_model\.)?double_blocks\.")),
+    ("other", "SD 3", named(r"(model\.diffusion_model\.)?joint_blocks\.")),
     (
         "diffusers unet",
         "a diffusers UNet file alone; name the folder of all its parts, or give it as parts.unet",
-        begins("down_blocks."),
+        named("down_blocks."),
     ),
-    (
-        "vae",
-        "a VAE alone; give it as parts.vae",
-        begins("encoder.down_blocks.", "encoder.down.", PREFIXES["vae"]),
-    ),
-    ("unet", "a UNet alone; give it as parts.unet", begins("input_blocks.", PREFIXES["unet"])),
-    ("text encoder", "a text encoder alone; give it as parts.text", begins(PREFIXES["text"], PAIR)),
-    ("clip", "CLIP's image and text towers, which metrics use", begins("vision.")),
-    ("text encoder", "a CLIP text encoder alone; give it as parts.text", begins("text_model.")),
+    ("vae", "a VAE alone; give it as parts.vae", named(rf"encoder\.down(_blocks)?\.|{PREFIXES['vae']}")),
+    ("unet", "a UNet alone; give it as parts.unet", named(f"input_blocks.|{PREFIXES['unet']}")),
+    ("text encoder", "a text encoder alone; give it as parts.text", named(f"{PREFIXES['text']}|{PAIR}")),
+    ("clip", "CLIP's image and text towers, which metrics use", named(r"vision\.")),
+    ("text encoder", "a CLIP text encoder alone; give it as parts.text", named("text_model.")),
 )
 
 
@@ -202,10 +202,9 @@ def signature(file: File) -> tuple[int | None, int | None, int | None]:
 
 def _alike(found: tuple[int | None, int | None, int | None]) -> tuple[str, ...]:
     """The backbones of a signature."""
-    unets = {name: sd["params"]["unet"]["params"] for name, sd in backbones().items()}
     return tuple(
         name
-        for name, unet in unets.items()
+        for name, unet in unets().items()
         if (unet.get("in_channels", 4), unet["model_channels"], unet["context_dim"]) == found
     )
 
@@ -268,7 +267,7 @@ def _base_facts(file: File, kind: Kind) -> dict[str, Any]:
         "configs": [config_name(name) for name in kind.architectures],
         "prediction_type": known or "unknown",
         "prediction_type_from": source,
-        "has_ema": begins(EMA)(file),
+        "has_ema": named(EMA)(file),
         "components": {
             component: sum(prod(shape) for name, shape in file.shapes.items() if name.startswith(start))
             for component, start in starts.items()
@@ -277,8 +276,7 @@ def _base_facts(file: File, kind: Kind) -> dict[str, Any]:
     if kind.architectures:
         with torch.device("meta"):
             sd = instantiate(backbones()[kind.architectures[0]], "sd")
-        parts = {component: getattr(sd, component) for component in PREFIXES}
-        found = match(file, {prefix_of(component, module): module for component, module in parts.items()})
+        found = match(file, by_prefix(dict(sd.named_children())))
         facts |= {"missing": found.missing, "wrong_shapes": found.wrong, "unexpected": found.unexpected}
     return facts
 
