@@ -25,10 +25,10 @@ MODELSPEC_ARCHITECTURES = {
     "sd21_768": "stable-diffusion-v2-768-v",
     "sdxl": "stable-diffusion-xl-v1-base",
 }
-REQUIRED = (  # of a file's metadata
-    *("method", "attention", "superclass", "templates", "gate", "beta", "tau", "covariance", "layers"),
-    *("base_architecture", "base_sha256", "steps", "learning_rate", "seed", "date"),
-)
+TEXTS = ("method", "attention", "superclass", "covariance", "date")  # attributes that a file has as they are …
+JSON = {"templates": list, "steps": int, "learning_rate": float, "seed": int}  # … and those that it has in JSON …
+MORE = {"options": dict, "base_use_ema": bool, "base_parts": dict, "batch_size": int}  # … if there is something to say
+REQUIRED = (*TEXTS, *JSON, "gate", "beta", "tau", "layers", "base_architecture", "base_sha256")  # of a file's metadata
 TWINS = {"sd21", "sd21_768"}  # of the same tensors: files of other tools often do not say which one they are for
 
 
@@ -101,6 +101,8 @@ class Concept:
         tensors = {name: tensor.detach().cpu().float().clone() for name, tensor in self.tensors.items()}
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "templates", tuple(self.templates))
+        object.__setattr__(self, "options", dict(self.options))
+        object.__setattr__(self, "base_parts", dict(sorted(self.base_parts.items())))
         object.__setattr__(self, "noun", self.noun.strip() or self.superclass)
 
     @property
@@ -160,25 +162,15 @@ class Concept:
     def metadata(self) -> dict[str, str]:
         """What a file says beside its tensors, in any form (docs/concept-file.md)."""
         name = MODELSPEC_ARCHITECTURES.get(self.architecture, self.architecture)
+        said = [key for key in (*JSON, *MORE) if key in JSON or getattr(self, key)]
         return {
-            "method": self.method,
-            "attention": self.attention,
-            **({"options": json.dumps(dict(self.options))} if self.options else {}),
-            "superclass": self.superclass,
-            "templates": json.dumps(self.templates),
+            **{key: getattr(self, key) for key in TEXTS},
+            **{key: json.dumps(getattr(self, key)) for key in said},
             "gate": self.gate.kind,
             "beta": str(self.gate.beta),
             "tau": str(self.gate.tau),
-            "covariance": self.covariance,
             "base_architecture": self.architecture,
             "base_sha256": self.base_hash or "",
-            **({"base_use_ema": "true"} if self.base_use_ema else {}),
-            **({"base_parts": json.dumps(dict(sorted(self.base_parts.items())))} if self.base_parts else {}),
-            "steps": str(self.steps),
-            **({"batch_size": str(self.batch_size)} if self.batch_size else {}),
-            "learning_rate": str(self.learning_rate),
-            "seed": str(self.seed),
-            "date": self.date,
             "trained_words": json.dumps([self.noun]),
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": f"{name}/{self.method}",
@@ -226,33 +218,21 @@ class Concept:
 
     @classmethod
     def _from_metadata(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Self:
-        def parsed(name: str, kind: type, default: str | None = None) -> Any:
-            return fields.as_json(name, metadata.get(name, default) if default else metadata[name], kind)
-
         if lacking := [name for name in REQUIRED if name not in metadata]:
             raise UserError(f"the metadata lacks {lacking[0]!r}")
-        layers = parsed("layers", list)
+        kinds = JSON | MORE | {"beta": float, "tau": float, "layers": list}
+        parsed = {key: fields.as_json(key, metadata[key], kind) for key, kind in kinds.items() if key in metadata}
+        layers, gate = parsed.pop("layers"), Gate(metadata["gate"], parsed.pop("beta"), parsed.pop("tau"))
         if not all(isinstance(name, str) for name in layers) or set(layers) != set(tensors):
             raise UserError("the layers that the metadata lists are not those of the tensors")
         return cls(
             tensors={name: tensors[name] for name in layers},
-            superclass=metadata["superclass"],
-            templates=tuple(parsed("templates", list)),
             architecture=metadata["base_architecture"],
             base_hash=metadata["base_sha256"] or None,
-            base_use_ema=parsed("base_use_ema", bool, "false"),
-            base_parts=parsed("base_parts", dict, "{}"),
-            gate=Gate(metadata["gate"], parsed("beta", float), parsed("tau", float)),
-            covariance=metadata["covariance"],
-            method=metadata["method"],
-            attention=metadata["attention"],
-            options=parsed("options", dict, "{}"),
+            gate=gate,
             noun=metadata.get("modelspec.trigger_phrase", ""),
-            steps=parsed("steps", int),
-            learning_rate=parsed("learning_rate", float),
-            seed=parsed("seed", int),
-            batch_size=parsed("batch_size", int, "0"),
-            date=metadata["date"],
+            **{key: metadata[key] for key in TEXTS},
+            **parsed,
         )
 
 
