@@ -35,6 +35,7 @@ from ldm.util.files import read_text
 ROOT = Path(__file__).resolve().parents[2]
 BACKBONES = ROOT / "configs" / "backbone"
 OWN = ("ldm", "clipseg", "data", "infusion")
+MARK = "«override»"
 TARGETS = (*OWN, "pytorch_lightning.callbacks", "transformers.CLIPSegConfig")  # what a target begins with
 
 
@@ -103,80 +104,54 @@ def override(config: DictConfig, word: str, keys: type | None = None) -> None:
     if top not in config.keys():  # noqa: SIM118 (`in config` leaves out what is open: ???)
         raise ConfigError(f"override `{word}`: the config has no key `{top}`{suggestion(top, list(map(str, config)))}")
     try:
-        value = _value(config, key, text, keys)
-        OmegaConf.update(config, key, value, force_add=True)
+        OmegaConf.update(config, key, _value(config, key, text, keys), force_add=True)
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError, LookupError, ValueError) as error:
         raise ConfigError(f"override `{word}`: {_first_line(error)}") from error
 
 
 def _value(config: DictConfig, key: str, text: str, keys: type | None) -> Any:
     """What `key=text` sets."""
-    error, value = None, None
+    fault = None
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-    except (OmegaConfBaseException, yaml.YAMLError) as raised:
-        error = raised
-    if value == text:
-        return value
-    hints = annotations(OmegaConf.to_container(config, resolve=False), key, keys)
+        if value == text:
+            return text
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        fault = error
+    probe = config.copy()
+    OmegaConf.update(probe, key, MARK, force_add=True)
+    for name in OmegaConf.missing_keys(probe):
+        OmegaConf.update(probe, name, "")
+    hints = [hint for hint in _annotations(_plain(probe), keys or Any) if hint is not Any]
     if hints and all(_fits("text", hint) and not _fits([], hint) for hint in hints):
         return None if text in ("", "null") and all(_fits(None, hint) for hint in hints) else text
-    if error is not None:
-        raise error
+    if fault is not None:
+        raise fault
     return value
 
 
-def annotations(nodes: dict, key: str, keys: type | None = None) -> list[Any]:
-    """The annotations of the parameters that a key is or is referred to by; without those that allow anything.
+def _annotations(node: Any, hint: Any) -> Iterator[Any]:
+    """The annotations of all parameters that are `MARK`; of one that has it within, `str`.
 
     Imports the classes that lie on the way.
-
-    Args:
-        nodes: a config without resolved references.
-        keys: as for `override`.
     """
-    found, wanted, seen = [], [".".join(_steps(key))], set()
-    while wanted:
-        if (key := wanted.pop()) in seen:
-            continue
-        seen.add(key)
-        found.append(_annotation(nodes, _steps(key), keys))
-        link = f"${{{key}}}"
-        for path, text in texts(nodes):
-            if text == link:
-                wanted.append(path)
-            elif link in text:
-                found.append(str)
-    return [hint for hint in found if hint is not Any]
+    if isinstance(node, str):
+        yield hint if node == MARK else str
+    for key, child in _items(node) if isinstance(node, dict | list) else ():
+        if MARK in str(child):
+            params = key == "params" and "target" in node
+            yield from _annotations(child, find_class(node["target"]) if params else _within(hint, key))
 
 
-def _annotation(node: Any, steps: list[str], keys: type | None) -> Any:
-    """The annotation of what lies at the end of a path; Any where nothing says."""
-    hint: Any = keys or Any
-    for place, step in enumerate(steps):
-        if isinstance(node, dict) and "target" in node and step == "params":
-            hint = find_class(node["target"], ".".join(steps[:place]))
-        else:
-            hint = _within(hint, step)
-        child = node.get(step) if isinstance(node, dict) else None
-        node = node[int(step)] if isinstance(node, list) and step.isdigit() and int(step) < len(node) else child
-    return hint
-
-
-def _within(hint: Any, step: str) -> Any:
+def _within(hint: Any, key: Any) -> Any:
     """The annotation of an item or attribute of what an annotation allows."""
     if typing.get_origin(hint) in (Union, types.UnionType):
-        inner = [_within(arg, step) for arg in typing.get_args(hint)]
+        inner = [_within(arg, key) for arg in typing.get_args(hint)]
         return next((found for found in inner if found is not Any), Any)
     args = [arg for arg in typing.get_args(hint) if arg is not Ellipsis]
     if args:  # dict[str, T], Sequence[T]
         return args[-1]
-    return _hints(hint).get(step, Any) if isinstance(hint, type) or inspect.ismethod(hint) else Any
-
-
-def _steps(key: str) -> list[str]:
-    """The names and indices in `data.params.list[1]`."""
-    return re.findall(r"[^.\[\]]+", key)
+    return _hints(hint).get(key, Any) if isinstance(hint, type) or inspect.ismethod(hint) else Any
 
 
 def texts(node: object, path: str = "") -> Iterator[tuple[str, str]]:
