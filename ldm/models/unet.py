@@ -115,7 +115,8 @@ class UNet(nn.Module):
 
     Attributes:
         factor: the ratio of the finest level's size to the coarsest's; sides of latents must be divisible by it.
-        depths: `transformer_depth` of each level.
+        widths, heads, depths, attends: of each level, its channels, the heads and blocks of its transformers, and
+            whether it has some.
 
     Raises:
         ValueError: unless exactly one of `num_heads` and `num_head_channels` is given and divides every width; a list
@@ -145,31 +146,32 @@ class UNet(nn.Module):
         divisor = num_head_channels if num_heads is None else num_heads
         if (num_heads is None) == (num_head_channels is None) or divisor < 1:
             raise UserError(f"give exactly one of num_heads and num_head_channels: {num_heads=}, {num_head_channels=}")
-        self.model_channels = model_channels
-        self.context_dim = context_dim
-        self.factor = 2 ** (len(channel_mult) - 1)
-        self.checkpoint = checkpoint
+        self.model_channels, self.context_dim, self.checkpoint = model_channels, context_dim, checkpoint
+        self.widths = [multiple * model_channels for multiple in channel_mult]
+        self.heads = [num_heads or width // num_head_channels for width in self.widths]
+        levels = range(len(channel_mult))
+        self.attends = [2**level in attention_resolutions for level in levels]
+        self.factor = 2 ** levels[-1]
         self.pooled_dim, self.pixels = pooled_dim, pixels
-        levels = len(channel_mult)
-        self.depths = (transformer_depth,) * levels if isinstance(transformer_depth, int) else tuple(transformer_depth)
-        if len(self.depths) != levels:
-            raise UserError(f"transformer_depth: {len(self.depths)} numbers for {levels} levels (channel_mult)")
+        depths = [transformer_depth] * len(levels) if isinstance(transformer_depth, int) else transformer_depth
+        self.num_res_blocks, self.depths = num_res_blocks, tuple(depths)
+        if len(self.depths) != len(levels):
+            raise UserError(f"transformer_depth: {len(self.depths)} numbers for {len(levels)} levels (channel_mult)")
         time_dim = 4 * model_channels
 
-        def transformer(channels: int, depth: int) -> SpatialTransformer:
+        def transformer(level: int) -> SpatialTransformer:
+            channels = self.widths[level]
             if channels % divisor:
                 raise UserError(f"{channels} channels do not divide into heads: {num_heads=}, {num_head_channels=}")
-            heads = num_heads or channels // divisor
+            heads, depth = self.heads[level], self.depths[level]
             return SpatialTransformer(
-                channels,
-                heads,
-                channels // heads,
-                context_dim,
-                depth,
-                use_linear,
-                upcast_attention,
-                norm_groups,
+                channels, heads, channels // heads, context_dim, depth, use_linear, upcast_attention, norm_groups
             )
+
+        def residual(channels: int, level: int) -> list[nn.Module]:
+            """Layers from so many channels to the level's width."""
+            block = ResBlock(channels, time_dim, self.widths[level], norm_groups)
+            return [block, transformer(level)] if self.attends[level] else [block]
 
         self.time_embed = nn.Sequential(nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         self.label_emb = None
@@ -180,31 +182,26 @@ class UNet(nn.Module):
         channels = model_channels
         self.input_blocks = nn.ModuleList([Block(nn.Conv2d(in_channels, channels, 3, padding=1))])
         skips = [channels]  # widths of the feature maps that the way up takes back
-        for level, multiple in enumerate(channel_mult):
+        for level in levels:
             for _ in range(num_res_blocks):
-                layers = [ResBlock(channels, time_dim, multiple * model_channels, norm_groups)]
-                channels = multiple * model_channels
-                if 2**level in attention_resolutions:
-                    layers.append(transformer(channels, self.depths[level]))
-                self.input_blocks.append(Block(*layers))
+                self.input_blocks.append(Block(*residual(channels, level)))
+                channels = self.widths[level]
                 skips.append(channels)
-            if level < len(channel_mult) - 1:
+            if level < levels[-1]:
                 self.input_blocks.append(Block(Downsample(channels)))
                 skips.append(channels)
 
         self.middle_block = Block(
             ResBlock(channels, time_dim, channels, norm_groups),
-            transformer(channels, self.depths[-1]),
+            transformer(levels[-1]),
             ResBlock(channels, time_dim, channels, norm_groups),
         )
 
         self.output_blocks = nn.ModuleList()
-        for level, multiple in reversed(list(enumerate(channel_mult))):
+        for level in reversed(levels):
             for i in range(num_res_blocks + 1):
-                layers = [ResBlock(channels + skips.pop(), time_dim, multiple * model_channels, norm_groups)]
-                channels = multiple * model_channels
-                if 2**level in attention_resolutions:
-                    layers.append(transformer(channels, self.depths[level]))
+                layers = residual(channels + skips.pop(), level)
+                channels = self.widths[level]
                 if level > 0 and i == num_res_blocks:
                     layers.append(Upsample(channels))
                 self.output_blocks.append(Block(*layers))

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.models.attention import CrossAttention, SpatialTransformer
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text import ClipText, OpenClipText, TextPair
 from ldm.models.tokenizer import Tokenizer
-from ldm.models.unet import SIZE_FEATURES, Downsample, ResBlock, UNet
+from ldm.models.unet import SIZE_FEATURES, UNet
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError
 from ldm.util.files import replacing
@@ -76,18 +75,9 @@ def diffusers_tensors(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor
 
 def unet_config(unet: UNet, sample_size: int) -> dict[str, Any]:
     """Config of diffusers' UNet2DConditionModel."""
-    levels: list[list[nn.Module]] = [[]]
-    for block in list(unet.input_blocks)[1:]:
-        levels[-1] += block
-        if isinstance(block[-1], Downsample):
-            levels.append([])
-    resblocks = [[layer for layer in level if isinstance(layer, ResBlock)] for level in levels]
-    attends = [any(isinstance(layer, SpatialTransformer) for layer in level) for level in levels]
-    widths = [level[0].out_layers[3].out_channels for level in resblocks]
     transformer = unet.middle_block[1]
     attention = transformer.transformer_blocks[0].attn2
-    heads = [_heads(level) or attention.heads for level in levels]
-    depths = [depth if attend else 1 for depth, attend in zip(unet.depths, attends, strict=True)]
+    depths = [depth if attends else 1 for depth, attends in zip(unet.depths, unet.attends, strict=True)]
     depths[-1] = unet.depths[-1]  # the middle block's too
     sdxl = {
         "addition_embed_type": "text_time",
@@ -100,12 +90,12 @@ def unet_config(unet: UNet, sample_size: int) -> dict[str, Any]:
         "sample_size": sample_size,
         "in_channels": unet.input_blocks[0][0].in_channels,
         "out_channels": unet.out[2].out_channels,
-        "block_out_channels": widths,
-        "down_block_types": ["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
-        "up_block_types": ["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
-        "layers_per_block": len(resblocks[0]),
+        "block_out_channels": unet.widths,
+        "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in unet.attends],
+        "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(unet.attends)],
+        "layers_per_block": unet.num_res_blocks,
         "transformer_layers_per_block": depths,
-        "attention_head_dim": heads,  # the number of heads, whatever its name
+        "attention_head_dim": unet.heads,  # their number, whatever its name
         "cross_attention_dim": unet.context_dim,
         "use_linear_projection": transformer.use_linear,
         "upcast_attention": attention.upcast,
@@ -174,11 +164,6 @@ def text_config(text: ClipText | OpenClipText) -> dict[str, Any]:
     }
 
 
-def _heads(level: list[nn.Module]) -> int | None:
-    """Heads of a level's attention; None where it has none."""
-    return next((m.heads for layer in level for m in layer.modules() if isinstance(m, CrossAttention)), None)
-
-
 def _groups(module: nn.Module) -> int:
     groups = {norm.num_groups for norm in module.modules() if isinstance(norm, nn.GroupNorm)}
     if len(groups) > 1:
@@ -203,7 +188,14 @@ def _tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def _index(sdxl: bool) -> dict[str, Any]:
-    common = {
+    second = {
+        TEXTS[1]: ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "image_encoder": [None, None],
+        "force_zeros_for_empty_prompt": True,
+    }
+    return {
+        "_class_name": "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline",
         "_diffusers_version": VERSION,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
@@ -211,17 +203,8 @@ def _index(sdxl: bool) -> dict[str, Any]:
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", "DDIMScheduler"],
         "feature_extractor": [None, None],
+        **(second if sdxl else {"safety_checker": [None, None], "requires_safety_checker": False}),
     }
-    if not sdxl:
-        nothing = {"safety_checker": [None, None], "requires_safety_checker": False}
-        return {"_class_name": "StableDiffusionPipeline"} | common | nothing
-    second = {
-        TEXTS[1]: ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "image_encoder": [None, None],
-        "force_zeros_for_empty_prompt": True,
-    }
-    return {"_class_name": "StableDiffusionXLPipeline"} | common | second
 
 
 def _json(path: Path, content: dict[str, Any]) -> None:
