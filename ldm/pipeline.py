@@ -20,16 +20,11 @@ from ldm.models.unet import UNet
 from ldm.util.cli import UserError, suggestion
 from ldm.util.config import ConfigError, find, instantiate, load_config
 from ldm.weights import checkpoint as files
-from ldm.weights.names import prefix_of
+from ldm.weights.names import by_prefix
 from ldm.weights.recognise import guess, refusal, stated_prediction
 
 DECODED = 4  # images at a time: more are no faster, and the decoder needs a gigabyte for one of 512 × 512
 LARGE = 768 * 768  # pixels of an image; larger ones are decoded one at a time
-
-
-def half_precision(device: torch.device) -> torch.dtype:
-    """bfloat16, or float16 on a device that lacks it."""
-    return torch.float16 if device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
 
 
 class StableDiffusion(nn.Module):
@@ -139,8 +134,8 @@ class StableDiffusion(nn.Module):
             pipeline.load_part(component, find(file), device)
         return pipeline.requires_grad_(False).to(device)
 
-    def load(self, path: str | Path | None = None, use_ema: bool = False, device: torch.device | str = "cpu") -> None:
-        """Load weights from a checkpoint, strictly; None is the model's usual file.
+    def load(self, path: str | Path, use_ema: bool = False, device: torch.device | str = "cpu") -> None:
+        """Load weights from a checkpoint, strictly.
 
         Warns of tensors of the file that the model has no place for.
 
@@ -152,16 +147,14 @@ class StableDiffusion(nn.Module):
         Raises:
             ValueError: no such file, or a file that does not hold exactly this model.
         """
-        path = self._usual_weights() if path is None else Path(path)
+        path = Path(path)
         self._check_kind(path)
-        parts = {component: getattr(self, component) for component in files.PREFIXES}
-        modules = {prefix_of(component, module): module for component, module in parts.items()}
-        unexpected = files.load_into(modules, path, use_ema, device)
+        unexpected = files.load_into(by_prefix(dict(self.named_children())), path, use_ema, device)
         if unexpected:
             shown = files.listed(unexpected)
             warn(f"{path}: {len(unexpected)} tensors have no place in {self.architecture}: {shown}", stacklevel=2)
         self.weights, self.sources, self.use_ema = path, dict.fromkeys(files.PREFIXES, path), use_ema
-        self._forget()
+        vars(self).pop("digests", None)
 
     def load_part(self, component: str, path: str | Path, device: torch.device | str = "cpu") -> None:
         """Load one component from a file, strictly; its tensors may be named as in a checkpoint or as in the module.
@@ -182,7 +175,7 @@ class StableDiffusion(nn.Module):
         files.load_part(component, getattr(self, component), path, device)
         self.sources[component] = path
         self.use_ema &= component != "unet"
-        self._forget()
+        vars(self).pop("digests", None)
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -241,8 +234,9 @@ class StableDiffusion(nn.Module):
         self.text.to(dtype)
 
     def autocast(self, precision: Literal["full", "autocast"]) -> AbstractContextManager:
-        """With "autocast", the device's half precision where torch deems it safe."""
-        return torch.autocast(self.device.type, half_precision(self.device), precision == "autocast")
+        """With "autocast", bfloat16, or float16 on a device that lacks it, where torch deems it safe."""
+        lacking = self.device.type == "cuda" and not torch.cuda.is_bf16_supported()
+        return torch.autocast(self.device.type, torch.float16 if lacking else torch.bfloat16, precision == "autocast")
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -356,10 +350,6 @@ class StableDiffusion(nn.Module):
             "config": params,
         }
 
-    def _forget(self) -> None:
-        """What is remembered of files is of others than those in use now."""
-        self.__dict__.pop("digests", None)
-
     def _check_kind(self, path: Path) -> None:
         """A file may say what its UNet predicts and how its noise is scheduled, which shapes of tensors do not."""
         with files.open_checkpoint(path) as file:
@@ -372,7 +362,7 @@ class StableDiffusion(nn.Module):
                     f"sd.params.schedule.params.prediction_type is the key); {guess(file)}"
                 )
 
-    def _usual_weights(self, source: str | None = None) -> Path:
+    def _usual_weights(self, source: str | None) -> Path:
         """The usual weights' file; `source` says where to get it when it is not there."""
         if self.checkpoint is None:
             raise UserError(f"the model {self.architecture!r} has no usual checkpoint file: name one")

@@ -18,7 +18,7 @@ from ldm.models.text import TextEncoder
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError, naming
 from ldm.util.config import find
-from ldm.weights.checkpoint import write
+from ldm.weights.checkpoint import load_into, write
 from ldm.weights.files import TensorFile
 
 FORMAT = "infusion-contextualizer"
@@ -112,8 +112,9 @@ def load(path: str | Path, sd: StableDiffusion) -> Contextualizer:
     file = find(path)
     if not file.is_file():
         raise UserError(f"{path}: there is no such contextualizer; train one (docs/regularisers.md)")
-    with TensorFile(file) as content, naming(str(path)):
+    with TensorFile(file) as content:
         metadata = content.metadata
+    with naming(str(path)):
         if metadata.get("format") != FORMAT:
             raise UserError(f"no contextualizer: its format is {metadata.get('format')!r}, not {FORMAT!r}")
         sizes = [metadata.get(name, "") for name in SHAPE]
@@ -122,9 +123,6 @@ def load(path: str | Path, sd: StableDiffusion) -> Contextualizer:
         with torch.device("meta"):
             contextualizer = Contextualizer(*map(int, sizes))
         contextualizer.check_base(sd, metadata)
-        shapes = {name: tuple(tensor.shape) for name, tensor in contextualizer.state_dict().items()}
-        if shapes != {name: tuple(shape) for name, shape in content.shapes.items()}:
-            raise UserError("damaged: its tensors are not those of the contextualizer that it says it is")
-        state = {name: content.read(name).float() for name in shapes}
-    contextualizer.load_state_dict(state, assign=True)
+    if odd := load_into({"": contextualizer}, file):
+        raise UserError(f"{path}: damaged: no contextualizer of the size that it says has {odd[0]}")
     return contextualizer.requires_grad_(False).eval()

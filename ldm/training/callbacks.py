@@ -17,7 +17,7 @@ from torchvision.utils import make_grid, save_image
 
 from ldm.util.cli import UserError, check_range
 from ldm.util.files import replacing
-from ldm.weights.checkpoint import write
+from ldm.weights.checkpoint import stored, write
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +96,7 @@ class ExportWeights(pl.Callback):
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         path = Path(trainer.default_root_dir) / "models" / "weights.safetensors"
-        half = {name: t.half() if t.is_floating_point() else t for name, t in module.weights().items()}
-        write(path, half)
+        write(path, {name: stored(tensor, torch.float16) for name, tensor in module.weights().items()})
 
 
 class Offload(pl.Callback):

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ldm.pipeline import StableDiffusion
 from ldm.training.optimise import adamw
 from ldm.util.cli import UserError
-from ldm.weights.names import PREFIXES, prefix_of
+from ldm.weights.checkpoint import checkpoint_tensors
 
 
 class LatentDiffusion(pl.LightningModule):
@@ -76,8 +76,4 @@ class LatentDiffusion(pl.LightningModule):
         return adamw(trained, self.learning_rate, self.trainer.max_steps)
 
     def weights(self) -> dict[str, Tensor]:
-        return {
-            prefix_of(part, getattr(self.sd, part)) + name: tensor
-            for part in PREFIXES
-            for name, tensor in getattr(self.sd, part).state_dict().items()
-        }
+        return checkpoint_tensors(dict(self.sd.named_children()))

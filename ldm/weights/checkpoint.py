@@ -11,7 +11,7 @@ from ldm.util import files
 from ldm.util.cli import UserError
 from ldm.weights.diffusers_layout import Folder, open_checkpoint, sha256, transposes
 from ldm.weights.files import TensorFile, serialise
-from ldm.weights.names import EMA, PREFIXES, ignored, match, prefix_of
+from ldm.weights.names import EMA, PREFIXES, by_prefix, ignored, match, prefix_of
 from ldm.weights.recognise import guess
 
 __all__ = ["PREFIXES", "load_component", "load_into", "load_part", "open_checkpoint", "save", "sha256", "write"]
@@ -59,22 +59,18 @@ def load_into(
         if use_ema and not any(name.startswith(EMA) for name in file.shapes):
             raise UserError(f"{path}: has no averaged weights ({EMA}*): load it without use_ema")
         found = match(file, modules, use_ema)
-        if len(found.missing) == found.expected:
-            raise UserError(f"{path}: has none of the {found.expected} expected tensors; {guess(file)}")
-        if found.missing:
-            raise UserError(
-                f"{path}: {len(found.missing)} of {found.expected} expected tensors are missing: "
-                f"{listed(found.missing)}; {guess(file)}"
-            )
-        if found.wrong:
-            raise UserError(
-                f"{path}: {len(found.wrong)} tensors have other shapes: {listed(found.wrong)}; {guess(file)}"
-            )
+        for names, fault in ((found.missing, "are missing"), (found.wrong, "have other shapes")):
+            if names:
+                of = f"{len(names)} of {found.expected} expected tensors"
+                raise UserError(f"{path}: {of} {fault}: {listed(names)}; {guess(file)}")
         for prefix, module in modules.items():
             _materialise(prefix, module, device)
         for prefix, module in modules.items():
             for name, target in module.state_dict().items():
-                _fill(name, target, file, found.sources[prefix][name])
+                if sources := found.sources[prefix][name]:
+                    target.copy_(read_tensor(name, target.shape, file, sources))
+                else:
+                    target.zero_()
     return found.unexpected
 
 
@@ -113,12 +109,14 @@ def save(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: the name must end in .safetensors")
-    tensors = {
-        prefix_of(component, modules[component]) + name: stored(tensor, dtype)
-        for component in PREFIXES
-        for name, tensor in modules[component].state_dict().items()
-    }
+    tensors = {name: stored(tensor, dtype) for name, tensor in checkpoint_tensors(modules).items()}
     write(path, tensors, {"modelspec.architecture": architecture})
+
+
+def checkpoint_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Tensors of components (unet, vae, text) under their names in a checkpoint."""
+    prefixes = by_prefix(modules).items()
+    return {prefix + name: tensor for prefix, module in prefixes for name, tensor in module.state_dict().items()}
 
 
 def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,14 +138,6 @@ def _materialise(prefix: str, module: nn.Module, device: torch.device | str) -> 
         raise RuntimeError(f"{prefix}: no value for {listed(unset)}, which are in no checkpoint")
     if any(tensor.is_meta for tensor in module.state_dict().values()):
         module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
-
-
-def _fill(name: str, target: Tensor, file: TensorFile | Folder, sources: tuple[str, ...]) -> None:
-    """Values of one tensor, from the tensors of the file that are it; zero from none."""
-    if sources:
-        target.copy_(read_tensor(name, target.shape, file, sources))
-    else:
-        target.zero_()
 
 
 def read_tensor(name: str, shape: torch.Size, file: TensorFile | Folder, sources: tuple[str, ...]) -> Tensor:

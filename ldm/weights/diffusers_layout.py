@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ CLIP_ENDS = {
 }
 
 
-class Folder:
+class Folder(AbstractContextManager):
     """The tensors of a diffusers folder, as `ldm.weights.files.TensorFile`; those of `unet/` are named `unet/…`.
 
     Attributes:
@@ -83,9 +83,6 @@ class Folder:
         """The tensor of that name, on the CPU, as stored."""
         file, stored = self._places[name]
         return file.read(stored)
-
-    def __enter__(self) -> "Folder":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()

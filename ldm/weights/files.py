@@ -11,6 +11,7 @@ import pickletools
 import struct
 import zipfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,22 +24,10 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from ldm.util.cli import UserError
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
 }
 CONCEPT = "infusion-concept"  # `format` in the metadata of this project's concept files
 HEADER = 2**24  # bytes of a safetensors file's header; safetensors takes 100 MB, which takes a minute to read
@@ -79,7 +68,7 @@ class DictStandIn:
         return {}
 
 
-class TensorFile:
+class TensorFile(AbstractContextManager):
     """Tensors of a `.safetensors` or `.ckpt` file by name; a context manager.
 
     Tensors nested under `state_dict` or `string_to_param` are found there; those of a list are named by their places.
@@ -138,9 +127,6 @@ class TensorFile:
             return self._tensors[name]
         with safe_open(self.path, framework="pt") as file:  # anew: pages that were read would stay in memory
             return file.get_tensor(name)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         """Lets go of the file: nothing can be read afterwards."""
