@@ -50,11 +50,16 @@ def load(model_weight: str | Path = USUAL, clip: str | Path | None = None, confi
         if config or clip:
             raise UserError(f"{'config' if config else 'clip'}: the folder {model_weight} brings its own: leave it out")
         return from_folder(path)
-    if config is None:
-        return from_decoder(path, clip)
-    if clip is not None:
+    if config and clip:
         raise UserError(f"clip: {config} names the network's CLIP: leave clip out")
-    return from_config(config, path)
+    if config:
+        return from_config(config, path)
+    if clip is None:
+        raise UserError(
+            f"clip: {path} holds CLIPSeg's decoder alone; name a CLIP ViT-B/16 too, such as the files of "
+            "`openai/clip-vit-base-patch16` (Hugging Face)"
+        )
+    return fill(empty(refined_config(), SIZE), convert_decoder(read(path)) | read_clip(clip), f"{path} and {clip}")
 
 
 def refined_config() -> CLIPSegConfig:
@@ -69,9 +74,8 @@ def from_config(config: str | Path, file: Path) -> ClipSeg:
         raise ConfigError(f"{config}: the config has no node `clipseg`")
     with torch.device("meta"):
         model = instantiate(nodes.clipseg, "clipseg")
-    if nodes.get("clip") is None:
-        return fill(model, read(file), file)
-    return fill(model, read_clip(nodes.clip) | read(file), f"{file} and {nodes.clip}")
+    clip = nodes.get("clip")
+    return fill(model, (read_clip(clip) if clip else {}) | read(file), f"{file} and {clip}" if clip else file)
 
 
 def on_clip(clipseg: ClipSeg, clip: str | Path, start: str | Path | None = None) -> ClipSeg:
@@ -88,16 +92,6 @@ def on_clip(clipseg: ClipSeg, clip: str | Path, start: str | Path | None = None)
     fill(clipseg, read_clip(clip) | (drawn if start is None else read(find(start))), clip)
     decoder.requires_grad_(True)
     return clipseg.train()
-
-
-def from_decoder(file: Path, clip: str | Path | None) -> ClipSeg:
-    """The original decoder file and its CLIP; raises ValueError if either is missing or does not fit."""
-    if clip is None:
-        raise UserError(
-            f"clip: {file} holds CLIPSeg's decoder alone; name a CLIP ViT-B/16 too, such as the files of "
-            "`openai/clip-vit-base-patch16` (Hugging Face)"
-        )
-    return fill(empty(refined_config(), SIZE), convert_decoder(read(file)) | read_clip(clip), f"{file} and {clip}")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -88,14 +88,9 @@ def load(file: TensorFile, said: Mapping[str, Any]) -> Concept:
     return Concept(tensors, architecture=architecture, method="lora", options=options, **facts)
 
 
-def _usual(name: str) -> str:
-    """diffusers' names of 2023 in the way of those that followed."""
-    return re.sub(r"\.processor\.(to_\w+?)_lora\.", r".\1.lora.", name)
-
-
 def _split(name: str) -> tuple[str, str]:
     """The key of the module that a tensor changes, and the tensor's role in that."""
-    match = ROLE.fullmatch(_usual(name))
+    match = ROLE.fullmatch(re.sub(r"\.processor\.(to_\w+?)_lora\.", r".\1.lora.", name))  # diffusers' names of 2023
     start = next((start for start in PARTS if name.startswith(start)), None)
     if not match or start is None:
         raise UserError(f"a LoRA with a tensor {name[:100]!r}, which is of no kind that is read")

@@ -16,7 +16,7 @@ from infusion.regularisers.base import Regulariser, Step, check_reads
 from infusion.sampling.encode import Words, each, encode
 from infusion.tokens import Word, fill
 from ldm.pipeline import StableDiffusion
-from ldm.util.cli import UserError
+from ldm.util.templates import check_template
 
 
 class ClassSemantics(Regulariser):
@@ -32,8 +32,7 @@ class ClassSemantics(Regulariser):
         self, weight: float = 1.0, pooling: Literal["end", "argmax"] = "end", template: str = "a photo of a {}"
     ) -> None:
         super().__init__(weight)
-        if "{}" not in template:
-            raise UserError(f"template: {template!r} must have {{}} for the concept")
+        check_template("template", template)
         self.pooling, self.template = pooling, template
 
     def start(self, sd: StableDiffusion, method: Method, tensors: Tensors, word: Word) -> None:

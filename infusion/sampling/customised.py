@@ -13,7 +13,7 @@ from infusion.deltas import find_layers, in_model, outputs_changed, weights_edit
 from infusion.gate import IDENTITY, fingerprint
 from infusion.inject import edited
 from infusion.methods import method_of
-from infusion.methods.base import Method, by_layer
+from infusion.methods.base import by_layer
 from infusion.sampling.encode import Words, encode, own_embeddings
 from infusion.sampling.regions import weights
 from infusion.sampling.settings import Settings, for_each
@@ -54,7 +54,9 @@ class Customised:
             raise ValueError("customised sampling needs at least one concept")
         settings = Settings() if settings is None else settings
         self.sd, self.settings, self.inverse_covariance = sd, settings, inverse_covariance
-        self.methods = _methods(sd, concepts)
+        for concept in concepts:
+            concept.check_base(sd.architecture, sd.hash)
+        self.methods = [method_of(concept) for concept in concepts]
         check_covariance(concepts, inverse_covariance)
         count = len(concepts)
         betas, taus = for_each(settings.beta, count, "beta"), for_each(settings.tau, count, "tau")
@@ -252,12 +254,6 @@ def nouns_of(concepts: Sequence[Concept], noun: str | Sequence[str] | None = Non
     if noun is None:
         return [concept.noun for concept in concepts]
     return [bare(word) for word in for_each(noun, len(concepts), "noun")]
-
-
-def _methods(sd: StableDiffusion, concepts: Sequence[Concept]) -> list[Method]:
-    for concept in concepts:
-        concept.check_base(sd.architecture, sd.hash)
-    return [method_of(concept) for concept in concepts]
 
 
 def _common_attention(concepts: Sequence[Concept]) -> str:

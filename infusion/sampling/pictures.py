@@ -54,16 +54,10 @@ class Numbered:
     Args:
         folder: made when the first file is written.
         prefix: of the names. digits: of the numbers.
-
-    Raises:
-        UserError: the folder's path is, or leads through, a file.
     """
 
     def __init__(self, folder: str | Path, prefix: str = "", digits: int = 5) -> None:
         self.folder, self.prefix, self.digits = Path(folder), prefix, digits
-        for path in (self.folder, *self.folder.parents):
-            if path.exists() and not path.is_dir():
-                raise UserError(f"{path}: is a file; name a folder to write to")
         pattern = re.compile(rf"{re.escape(prefix)}(\d+)\.png")
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         self.next = max((int(found[1]) + 1 for found in map(pattern.fullmatch, names) if found), default=0)

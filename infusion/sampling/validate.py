@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 def check_words(flags: argparse.Namespace, jobs: list[Job]) -> None:
     """Warns of foreign syntax; UserError for words that are too long, or that cannot be written in UTF-8."""
-    texts = [(source(flags, job, name), text) for job in jobs for name, text in said_by(job).items()]
+    texts = [(source(flags, job), job.prompt) for job in jobs]
+    texts += [(source(flags, job, "negative_prompt"), job.settings.negative_prompt) for job in jobs]
     said = texts + [(f"--{name}", word) for name in ("target_word", "noun") for word in getattr(flags, name) or ()]
     for flag, text in said:
         if len(text) > LONGEST:
@@ -69,11 +70,6 @@ def fill_in(flags: argparse.Namespace, jobs: list[Job], concepts: "list[Concept]
 def source(flags: argparse.Namespace, job: Job, name: str = "prompt") -> str:
     """What a job's prompt, or its negative prompt, came by: a flag, or a line of a file."""
     return f"--from-file: {flags.from_file}: line {job.row}" if job.row else f"--{name}"
-
-
-def said_by(job: Job) -> dict[str, str]:
-    """The texts of a job, by the names of their flags."""
-    return {"prompt": job.prompt, "negative_prompt": job.settings.negative_prompt}
 
 
 def check_texts(

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 
 from infusion.covariance import read_captions, word_tokens
 from infusion.regularisers.contextualizer import Contextualizer, save
@@ -87,31 +86,13 @@ class SaveContextualizer(pl.Callback):
         save(path, pl_module.contextualizer, pl_module.facts | {"steps": trainer.global_step})
 
 
-class CaptionLines(IterableDataset):
-    """Endless batches {"captions": list of B} of a file's lines in their order, again and again; each process has its
-    part of a batch.
-
-    Args:
-        path: UTF-8 text, which is read as it is used.
-        rank, world: which of how many processes. start: index of the first batch.
-    """
-
-    def __init__(self, path: str, batch_size: int, rank: int = 0, world: int = 1, start: int = 0) -> None:
-        self.path, self.batch_size, self.rank, self.world, self.start = path, batch_size, rank, world, start
-
-    def __iter__(self) -> Iterator[dict[str, list[str]]]:
-        whole, own = self.world * self.batch_size, slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        lines = chain.from_iterable(read_captions(path) for path in repeat(self.path))
-        lines = islice(lines, self.start * whole, None)
-        while True:
-            yield {"captions": list(islice(lines, whole))[own]}
-
-
 class CaptionFile(pl.LightningDataModule):
-    """Batches of a text file's lines; a resumed run continues with the next batch. Shuffle the file beforehand.
+    """Endless batches {"captions": list of B} of a text file's lines in their order, again and again.
+
+    Each process has its part of a batch; a resumed run continues with the next one. Shuffle the file beforehand.
 
     Args:
-        path: captions, one a line. batch_size: on every device.
+        path: captions, one a line, which are read as they are used. batch_size: on every device.
 
     Raises:
         ValueError: the file is missing, empty or not UTF-8 at its beginning.
@@ -124,8 +105,10 @@ class CaptionFile(pl.LightningDataModule):
             raise UserError(f"{path}: holds no captions")
         self.path, self.batch_size = path, batch_size
 
-    def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
-        start = trainer.global_step * trainer.accumulate_grad_batches
-        lines = CaptionLines(self.path, self.batch_size, trainer.global_rank, trainer.world_size, start)
-        return DataLoader(lines, batch_size=None)
+    def train_dataloader(self) -> Iterator[dict[str, list[str]]]:
+        trainer, size = self.trainer, self.batch_size
+        whole, own = trainer.world_size * size, slice(trainer.global_rank * size, (trainer.global_rank + 1) * size)
+        lines = chain.from_iterable(read_captions(path) for path in repeat(self.path))
+        lines = islice(lines, trainer.global_step * trainer.accumulate_grad_batches * whole, None)
+        while True:
+            yield {"captions": list(islice(lines, whole))[own]}

@@ -32,14 +32,9 @@ class Learner(pl.LightningModule):
         if any(tensor.dtype != torch.float32 for tensor in self.tensors.values()):
             raise UserError("what is learned must stay in float32: use precision 32-true, bf16-mixed or 16-mixed")
 
-    def state_dict(
-        self, *, destination: dict[str, Tensor] | None = None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The tensors alone: the base model is in its own file."""
-        state = {} if destination is None else destination
-        for name, tensor in self.tensors.items():
-            state[prefix + name] = tensor if keep_vars else tensor.detach()
-        return state
+        return {name: tensor.detach() for name, tensor in self.tensors.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
         """Always strict; raises ValueError for a tensor too few, too many, or of another shape."""

@@ -337,20 +337,17 @@ class SaveConcept(EverySteps):
 
     Args:
         every: optimiser steps between two files.
-        dirpath: folder; None is `models/` in the trainer's root folder.
     """
 
-    def __init__(self, every: int = 100, dirpath: str | Path | None = None) -> None:
+    def __init__(self, every: int = 100) -> None:
         super().__init__(every)
-        self.dirpath = dirpath
 
     def on_exception(self, trainer: pl.Trainer, pl_module: ConceptTrainer, exception: BaseException) -> None:
         if isinstance(exception, NonFinite):
             self.now(trainer, pl_module)
 
     def act(self, trainer: pl.Trainer, module: ConceptTrainer) -> None:
-        folder = Path(trainer.default_root_dir) / "models" if self.dirpath is None else Path(self.dirpath)
-        self.write(module, folder, f"step={trainer.global_step:06d}.safetensors")
+        self.write(module, Path(trainer.default_root_dir) / "models", f"step={trainer.global_step:06d}.safetensors")
 
     def write(self, module: ConceptTrainer, folder: Path, name: str) -> None:
         module.concept().save(folder / name)

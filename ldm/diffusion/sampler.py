@@ -46,7 +46,6 @@ def initial_noise(
     seeds: Sequence[int | torch.Generator],
     shape: Sequence[int],
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Standard normal noise (B, *shape), each image's drawn in float32 from its own CPU generator.
 
@@ -54,8 +53,9 @@ def initial_noise(
         seeds: one per image: a seed, or a CPU generator, which is advanced.
         shape: (C, h, w).
     """
-    rows = [torch.randn(tuple(shape), generator=_generator(seed), device="cpu") for seed in seeds]
-    return torch.stack(rows).to(device, dtype)
+    own = [s if isinstance(s, torch.Generator) else torch.Generator("cpu").manual_seed(s) for s in seeds]
+    rows = [torch.randn(tuple(shape), generator=generator, device="cpu") for generator in own]
+    return torch.stack(rows).to(device)
 
 
 @torch.no_grad()
@@ -105,7 +105,3 @@ def sample(
         prediction = denoise(inputs, t.round().long()).to(latents.dtype)
         latents = scheduler.step(prediction, t, latents, **options).prev_sample
     return latents
-
-
-def _generator(seed: int | torch.Generator) -> torch.Generator:
-    return seed if isinstance(seed, torch.Generator) else torch.Generator("cpu").manual_seed(seed)

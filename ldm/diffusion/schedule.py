@@ -62,13 +62,6 @@ class Schedule:
         signal, sigma = self._rates(timesteps, noisy)
         return signal * prediction + sigma * noisy
 
-    def to_latents(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """The clean latents x_0 that a prediction stands for; from v: √ᾱ x_t − √(1 − ᾱ) v."""
-        signal, sigma = self._rates(timesteps, noisy)
-        if self.prediction_type == "epsilon":
-            return (noisy - sigma * prediction) / signal
-        return signal * noisy - sigma * prediction
-
     def scheduler(self, name: str = "ddim") -> SchedulerMixin:
         """A fresh diffusers scheduler of this schedule; `name` is a key of `SAMPLERS`.
 

@@ -153,21 +153,14 @@ class Parser(argparse.ArgumentParser):
 
 
 class More(argparse.Action):
-    """A flag whose values are lists; given several times, it holds all of them."""
+    """A flag whose values are lists, or mappings; given several times, it holds all of them."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         if self.nargs == "+":
             values = [one for many in values for one in many]
-        earlier = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, values if earlier is self.default else [*earlier, *values])
-
-
-class Together(argparse.Action):
-    """A flag whose values are mappings; given several times, it holds all of them."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        earlier = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, (earlier if isinstance(earlier, dict) else {}) | values)
+        if (earlier := getattr(namespace, self.dest)) is not self.default:
+            values = earlier | values if isinstance(values, dict) else [*earlier, *values]
+        setattr(namespace, self.dest, values)
 
 
 def add_base_flags(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +171,7 @@ def add_base_flags(parser: argparse.ArgumentParser) -> None:
         "--part",
         metavar="P=FILE",
         type=components,
-        action=Together,
+        action=More,
         help="file of a component alone, such as vae=FILE (unet, vae, text; commas between several)",
     )
     add(
@@ -228,35 +221,21 @@ def components(text: str) -> dict[str, str]:
     return found
 
 
-def count(text: str, most: int = MOST) -> int:
-    """A whole number from 1 to `most`."""
-    return _whole(text, 1, most)
+def count(text: str, most: int = MOST, least: int = 1) -> int:
+    """A whole number from `least` to `most`."""
+    if not (text.isascii() and text.isdigit() and len(text) < 100 and least <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f"`{text[:30]}` is not a whole number from {least} to {most:,}")
+    return int(text)
 
 
-def batch(text: str) -> int:
-    """How many of something that takes much memory to work on at a time."""
-    return count(text, 1000)
-
-
-def processes(text: str) -> int:
-    """How many processes of this machine are to work."""
-    return count(text, max(8, os.cpu_count() or 1))
-
-
-def seed(text: str) -> int:
-    """A whole number that `torch.Generator.manual_seed` takes, with room for those that follow it."""
-    return _whole(text, 0, 2**63 - 1)
+batch = functools.partial(count, most=1000)  # of something that takes much memory to work on at a time
+processes = functools.partial(count, most=max(8, os.cpu_count() or 1))  # of this machine
+seed = functools.partial(count, most=2**63 - 1, least=0)  # as `torch.Generator.manual_seed` takes them
 
 
 def any_seed(text: str) -> int:
     """As `seed`, or -1 for one that is yet to be drawn."""
     return -1 if text.strip() == "-1" else seed(text)
-
-
-def _whole(text: str, least: int, most: int) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 100 and least <= int(text) <= most):
-        raise argparse.ArgumentTypeError(f"`{text[:30]}` is not a whole number from {least} to {most:,}")
-    return int(text)
 
 
 def writable(text: str) -> str:

@@ -172,15 +172,11 @@ class ResumeState(pl.Callback):
         if self.keep > 1:
             with replacing(root / f"models/step={trainer.global_step:06d}.ckpt") as partial:
                 shutil.copyfile(root / STATE, partial)
-        for old in states(root / "models")[self.keep if self.keep > 1 else 0 :]:
+        states = sorted((root / "models").glob("step=*.ckpt"), reverse=True)  # the last first
+        for old in states[self.keep if self.keep > 1 else 0 :]:
             old.unlink()
         for requeued in root.glob("hpc_ckpt_*.ckpt"):  # Lightning would prefer it
             requeued.unlink()
-
-
-def states(folder: Path) -> list[Path]:
-    """The numbered states in a folder, the last first."""
-    return sorted(folder.glob("step=*.ckpt"), reverse=True)
 
 
 class NonFinite(UserError):

@@ -52,15 +52,12 @@ def placeholders(template: str, concepts: int) -> Iterator[tuple[re.Match[str], 
     """Each placeholder of the template with the index of its concept."""
     for match in PLACEHOLDER.finditer(template):
         number = match.group(1)
-        if len(number) > 4:
-            raise UserError(f"{match.group()[:20]} in {short(template)} names no concept: there are {concepts}")
         if not number and concepts > 1:
             raise UserError(f"{{}} in {short(template)} could be any of {concepts} concepts: write {{1}}, {{2}} …")
-        concept = int(number or 1) - 1
-        if not 0 <= concept < concepts:
-            raise UserError(
-                f"{match.group()} in {short(template)} names no concept: there are {concepts}, counted from 1"
-            )
+        concept = int(number[:5] or 1) - 1
+        if len(number) > 4 or not 0 <= concept < concepts:
+            named = f"{match.group()[:20]} in {short(template)}"
+            raise UserError(f"{named} names no concept: there are {concepts}, counted from 1")
         yield match, concept
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from infusion.regularisers.contextualizer import load
-from infusion.training.contextual import CaptionFile, CaptionLines, ContextualizerTraining, SaveContextualizer
+from infusion.training.contextual import CaptionFile, ContextualizerTraining, SaveContextualizer
 from ldm.models.text import ClipText
 from ldm.models.tokenizer import Tokenizer
 from ldm.util.cli import UserError
@@ -83,9 +83,15 @@ def test_it_learns_what_goes_together_and_resumes_exactly(sd, tmp_path):
 
 def test_lines_are_read_in_order_again_and_again_and_shared_out(tmp_path):
     (tmp_path / "a.txt").write_text("a\nb\n\nc\n")
-    lines = iter(CaptionLines(str(tmp_path / "a.txt"), 2, start=1))
+    data = CaptionFile(str(tmp_path / "a.txt"), batch_size=2)
+    one = {"world_size": 1, "accumulate_grad_batches": 1}
+    data.trainer = SimpleNamespace(global_step=1, global_rank=0, **one)
+    lines = data.train_dataloader()
     assert [next(lines)["captions"] for _ in range(3)] == [["c", "a"], ["b", "c"], ["a", "b"]]
-    parts = [next(iter(CaptionLines(str(tmp_path / "a.txt"), 2, rank, 2)))["captions"] for rank in (0, 1)]
+    parts = []
+    for rank in (0, 1):
+        data.trainer = SimpleNamespace(global_step=0, global_rank=rank, **one | {"world_size": 2})
+        parts.append(next(data.train_dataloader())["captions"])
     assert parts == [["a", "b"], ["c", "a"]]
 
 

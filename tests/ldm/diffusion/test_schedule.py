@@ -32,13 +32,12 @@ def test_noise_and_targets_agree_with_diffusers(kind):
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("timesteps", [torch.tensor([1, 500, 999]), torch.tensor(700)])
-def test_a_perfect_prediction_gives_back_noise_and_latents(kind, timesteps):
+def test_a_perfect_prediction_gives_back_the_noise(kind, timesteps):
     schedule = Schedule(prediction_type=kind)
     latents, noise, _ = example()
     noisy = schedule.add_noise(latents, noise, timesteps)
     prediction = schedule.target(latents, noise, timesteps)
     torch.testing.assert_close(schedule.to_epsilon(prediction, noisy, timesteps), noise, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(schedule.to_latents(prediction, noisy, timesteps), latents, atol=1e-4, rtol=1e-4)
 
 
 def test_half_precision_stays_half():
