@@ -61,8 +61,10 @@ def load_into(
         found = match(file, modules, use_ema)
         for names, fault in ((found.missing, "are missing"), (found.wrong, "have other shapes")):
             if names:
-                of = f"{len(names)} of {found.expected} expected tensors"
-                raise UserError(f"{path}: {of} {fault}: {listed(names)}; {guess(file)}")
+                which = "" if len(names) == found.expected else f": {listed(names)}"
+                raise UserError(
+                    f"{path}: {len(names)} of {found.expected} expected tensors {fault}{which}; {guess(file)}"
+                )
         for prefix, module in modules.items():
             _materialise(prefix, module, device)
         for prefix, module in modules.items():
