@@ -11,6 +11,7 @@ from ldm.util.cli import (
     OUT_OF_MEMORY,
     UserError,
     add_base_flags,
+    check_range,
     components,
     count,
     find_device,
@@ -154,3 +155,26 @@ def test_components_of_a_base_model():
 def test_a_device_that_is_not_there(name):
     with pytest.raises(UserError, match=f"^--device: {name} cannot be used here; there is cpu(, cuda:\\d)*$"):
         find_device(name)
+
+
+@pytest.mark.parametrize(
+    ("value", "limits", "said"),
+    [
+        (0, {"low": 1}, "at least 1"),
+        (1001, {"low": 1, "high": 1000}, "from 1 to 1,000"),
+        (0, {"low": 0, "inside": True}, "above 0"),
+        (1.0, {"low": 0, "high": 1, "inside": True}, "above 0 and below 1"),
+        (float("nan"), {}, "a finite number"),
+        (float("inf"), {"low": 0}, "at least 0"),
+        (10**400, {"high": 5}, "at most 5"),
+    ],
+)
+def test_numbers_out_of_range_are_named_with_their_limits(value, limits, said):
+    with pytest.raises(UserError, match=f"^rows: must be {said}, not "):
+        check_range("rows", value, **limits)
+
+
+def test_limits_themselves_are_in_range_but_where_they_are_excluded():
+    check_range("rows", 1, low=1, high=1)
+    check_range("rows", 1e-300, low=0, inside=True)
+    check_range("rows", -1e300)
