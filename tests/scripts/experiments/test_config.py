@@ -172,5 +172,5 @@ def test_what_is_shipped_lacks_nothing_but_weights_and_photos(path, tmp_path):
     if path.stem not in ABSENT:
         assert read_experiment(str(path), [], tmp_path).runs()
         return
-    with pytest.raises(UserError, match=r"there is no (file|folder) (ckpt|photos)/"):
+    with pytest.raises(UserError, match=r"there is no (file|folder|photo in) (ckpt|photos)/"):
         read_experiment(str(path), [], tmp_path)
