@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import data.soft_segment as soft_segment
 import main as training
@@ -52,6 +52,7 @@ class Variant:
 
     Attributes:
         config: files as for `main.py --base`, with `overrides`. seeds: its own; [] takes the experiment's.
+        step: of the training, which is measured: a number, `best` (configs/with/best.yaml), or "" for the last.
         file: instead, a concept file or run folder that is there. pictures: instead, a folder of pictures.
     """
 
@@ -59,6 +60,7 @@ class Variant:
     config: list[str] = field(default_factory=list, hash=False)
     overrides: list[str] = field(default_factory=list, hash=False)
     seeds: list[int] = field(default_factory=list, hash=False)
+    step: str | list[str] = ""  # a list in a config is a variant of each
     file: str = ""
     pictures: str = ""
 
@@ -115,6 +117,23 @@ def arguments(variant: Variant, subject: Subject, seed: int, data_root: str | Pa
     """The arguments of main.py that describe a training."""
     words = [f"superclass={subject.superclass}", f"data_root={data_root}", f"seed={seed}"]
     return ["--base", *variant.config, *words, *subject.overrides, *variant.overrides]
+
+
+def step_file(variant: Variant, config: DictConfig) -> str:
+    """The concept file of a variant's step, in its run folder; "" for the folder itself, which stands for the last.
+
+    Raises:
+        UserError: the training does not keep that step.
+    """
+    if variant.step in ("", "best"):
+        if variant.step and not OmegaConf.select(config, "callbacks.best"):
+            raise UserError("step: no best step is marked: add configs/with/best.yaml to config")
+        return variant.step and "models/best.safetensors"
+    every = OmegaConf.select(config, "callbacks.concept.params.every", default=0)
+    kept = range(every, config.trainer.get("max_steps", 0) + 1, every) if every else ()
+    if not variant.step.isdecimal() or int(variant.step) not in kept:
+        raise UserError(f"step: `best` or a multiple of callbacks.concept.params.every ({every}), not {variant.step}")
+    return f"models/step={int(variant.step):06d}.safetensors"
 
 
 def as_flags(flags: Mapping[str, Any]) -> list[str]:
@@ -199,11 +218,12 @@ def protocol_file(subject: BenchmarkSubject, folder: Path) -> str:
 
 def read_variants(said: dict[str, Any], base: str | list[str]) -> list[Variant]:
     """A config file, a list of these, or a mapping, in which `trials:` stands for a variant of each combination of the
-    values of some keys. `base` comes after every variant's own config."""
+    values of some keys, and a list of `step` for one of each. `base` comes after every variant's own config."""
     found = []
     for name, own in said.items():
         values = (dict(own) if isinstance(own, dict) else {"config": own}) | {"name": name}
-        trials = values.pop("trials", {})
+        trials, steps = values.pop("trials", {}), values.pop("step", "")
+        named = isinstance(steps, list)
         if values.get("config"):
             values["config"] = [*as_list(values["config"]), *as_list(base)]
         check_params(Variant, values, f"variants.{name}")
@@ -211,10 +231,11 @@ def read_variants(said: dict[str, Any], base: str | list[str]) -> list[Variant]:
             raise ConfigError(f"variants.{name}: give one of config, file and pictures")
         if not isinstance(trials, dict) or not all(isinstance(tried, list) for tried in trials.values()):
             raise ConfigError(f"variants.{name}.trials: a mapping of keys to lists of values is wanted")
-        for chosen in product(*trials.values()):
+        for *chosen, step in product(*trials.values(), as_list(steps)):
             words = [f"{key}={value}" for key, value in zip(trials, chosen, strict=True)]
-            one = {"name": " ".join(map(str, (name, *chosen))), "overrides": [*values.get("overrides", []), *words]}
-            found.append(Variant(**values | one))
+            said = [name, *chosen, *([step] if named else [])]
+            one = {"name": " ".join(map(str, said)), "overrides": [*values.get("overrides", []), *words]}
+            found.append(Variant(**values | one, step=str(step)))
     return found
 
 
@@ -256,6 +277,7 @@ def check(experiment: Experiment) -> None:
                 config = read_config(training.parse(arguments(variant, subjects[0], experiment.seeds[0], data_root)))
                 check_inputs(config)
                 check_nodes(config)
+                step_file(variant, config)
                 trainings.append((variant, subjects, config))
             for subject in () if variant.config else experiment.subjects:
                 check_there("file" if variant.file else "pictures", variant.place(subject))

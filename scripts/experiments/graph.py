@@ -27,7 +27,7 @@ from ldm.util.config import ROOT, find
 from ldm.util.defaults import CLIPSEG, POCKET, POCKET_CLIP, POCKET_CLIPSEG
 from ldm.util.digests import sha256
 from ldm.util.folders import is_run
-from scripts.experiments.config import Experiment, Subject, Variant, arguments, as_flags
+from scripts.experiments.config import Experiment, Subject, Variant, arguments, as_flags, step_file
 
 OWN = {"clip": POCKET_CLIP, "clipseg": POCKET_CLIPSEG, "model_weight": POCKET_CLIPSEG}  # where a flag says `pocket`
 RESULT = "\0"  # stands in commands for the path that a task makes
@@ -81,7 +81,8 @@ class Row:
     """A row of the report.
 
     Attributes:
-        made: its training; None for what is from elsewhere. path: of the run folder, file or pictures.
+        made: its training; None for what is from elsewhere. path: of the run folder, a file in it or elsewhere, or
+            pictures.
         networks: SHA-256 of those that measure it where no flag names others.
     """
 
@@ -158,7 +159,8 @@ class Graph:
         command = [ROOT / "main.py", "-t", "--logdir", RESULT, *words, "trainer.enable_progress_bar=false"]
         size = {"like": variant.like, "count": steps, "files": ceil(steps / every)}
         made = self._task("train", name, what, command, "run", needs=tuple(needs), **size)
-        return Row(variant, subject, seed, photos, made, str(made.result), networks_of(config))
+        path = made.result / step_file(variant, config)
+        return Row(variant, subject, seed, photos, made, str(path), networks_of(config))
 
     def _measures(self) -> list[Task]:
         """A task for each row; the first of a noun and protocol makes what is the base model's before the others."""

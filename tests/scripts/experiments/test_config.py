@@ -44,6 +44,8 @@ ABSENT = {  # whose weights or photos are not in the repository
         (["measure.out=x"], "measure: out: each row has its own; leave it out"),
         (["variants.drawn.pictures=."], "measure: with pictures: name the base model by `config`, and take subjects"),
         (["variants.infusion.trials={seed: 3}"], "variants.infusion.trials: a mapping of keys to lists"),
+        (["variants.infusion.step=3"], "step: `best` or a multiple of callbacks.concept.params.every (100), not 3"),
+        (["variants.infusion.step=best"], "step: no best step is marked: add configs/with/best.yaml"),
         (["cores=0"], "cores must be at least 1"),
         (["--only", "lora"], "--only: there is no variant or subject `lora`"),
     ],

@@ -42,6 +42,17 @@ def test_every_step_is_there_once(graph):
     assert (training.count, training.files) == (4, 1)
 
 
+def test_steps_are_rows_of_one_training(graph, tiny, tmp_path):
+    files = [tiny, "configs/method/infusion.yaml", tmp_path / "recipe.yaml", "configs/with/best.yaml"]
+    words = [f"variants.infusion.config=[{','.join(map(str, files))}]", "variants.infusion.step=[2,best,4]"]
+    words.append("variants.infusion.overrides=[clip=pocket,callbacks.concept.params.every=2]")
+    rows = [row for row in graph("", *words).rows if row.variant.name.startswith("infusion")]
+    assert len(rows) == 6 and len({row.made for row in rows}) == 2
+    assert [row.label for row in rows[::2]] == [f"infusion {step} · this cat · 0" for step in (2, "best", 4)]
+    names = [Path(row.path).relative_to(row.made.result).as_posix() for row in rows[::2]]
+    assert names == ["models/step=000002.safetensors", "models/best.safetensors", "models/step=000004.safetensors"]
+
+
 def test_the_first_row_of_a_noun_is_measured_before_the_others(graph):
     found = graph()
     first = {"cat": found.measures[0], "dog": found.measures[1]}
