@@ -16,6 +16,7 @@ from ldm.models.text import TextEncoder
 from ldm.training.optimise import adamw
 
 OWN = ("noun", "colour", "second", "texture", "size")  # of an object
+NOISE = 2.0  # so much that every word needs its share of the variance
 PRESENT = ("style", "background", "noun", "colour", "texture", "place")
 
 
@@ -52,8 +53,10 @@ class TextReading(pl.LightningModule):
     A linear layer reads an object's noun and looks from the encoding of its noun's last token, its noun from that of
     its place's last token, and all words of the scene from that of the end token, and from the pooled vector where
     there is one. The layers are not kept. A diffusion loss alone takes very long to tell whose colour is whose when a
-    caption has two nouns. What no layer reads is lost: where looks alone are read at a noun's token, its encoding no
-    longer has the noun.
+    caption has two nouns.
+
+    Nouns and looks are read through noise. Without it a word may be read from hardly any of an encoding's variance: a
+    noun had less than 1 % of it at its own token, where a concept's method has to find it.
     """
 
     def __init__(self, text: TextEncoder, learning_rate: float = 1e-3):
@@ -84,15 +87,14 @@ class TextReading(pl.LightningModule):
                 if said in batch["captions"][i]:
                     at_places.append((i, last_token(ids, self.text.tokenizer.encode(said)), thing))
         rows, places, things = zip(*at_nouns, strict=True)
-        own = self.things(encodings[list(rows), list(places)]).split([len(CHOICES[part]) for part in OWN], dim=1)
+        own = self.things(noisy(encodings[list(rows), list(places)])).split([len(CHOICES[part]) for part in OWN], dim=1)
         of_things = sum(
             F.cross_entropy(logits, labels_of(things, part).to(logits.device))
             for logits, part in zip(own, OWN, strict=True)
         )
         rows, places, things = zip(*at_places, strict=True)
-        of_nouns = F.cross_entropy(
-            self.nouns(encodings[list(rows), list(places)]), labels_of(things, "noun").to(whole.device)
-        )
+        at_place = self.nouns(noisy(encodings[list(rows), list(places)]))
+        of_nouns = F.cross_entropy(at_place, labels_of(things, "noun").to(whole.device))
         self.log_dict({"train/scene": of_scene, "train/things": of_things, "train/nouns": of_nouns}, prog_bar=True)
         return 10 * of_scene + of_things + of_nouns
 
@@ -101,6 +103,11 @@ class TextReading(pl.LightningModule):
 
     def weights(self) -> dict[str, Tensor]:
         return self.text.state_dict()
+
+
+def noisy(encodings: Tensor) -> Tensor:
+    """Encodings (N, D) at a mean square of 1, under noise of standard deviation `NOISE`."""
+    return encodings * encodings.square().mean(-1, keepdim=True).rsqrt() + NOISE * torch.randn_like(encodings)
 
 
 def labels_of(things: Sequence[ThingWords], part: str) -> Tensor:
