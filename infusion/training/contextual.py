@@ -1,5 +1,6 @@
 """Trains the contextualizer of a text encoder, which diverse context needs (docs/regularisers.md)."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -16,6 +17,9 @@ from infusion.regularisers.contextualizer import Contextualizer, save
 from infusion.training.learner import Learner
 from ldm.pipeline import StableDiffusion
 from ldm.util.cli import UserError, check_range
+from ldm.util.templates import short
+
+logger = logging.getLogger(__name__)
 
 
 class ContextualizerTraining(Learner):
@@ -53,13 +57,19 @@ class ContextualizerTraining(Learner):
         self.tensors = dict(self.contextualizer.named_parameters())
         self.learning_rate, self.seed = learning_rate, seed
         self.mask_probability, self.masked_weight = mask_probability, masked_weight
+        self.told = False  # that captions are cut
 
     def training_step(self, batch: Mapping[str, list[str]], batch_idx: int) -> Tensor:
-        tokens = self.text.tokenizer(batch["captions"])  # (B, L)
+        tokenizer, captions = self.text.tokenizer, batch["captions"]
+        tokens = tokenizer(captions)  # (B, L)
+        if not self.told and (long := next(filter(tokenizer.beyond, captions), None)):
+            read = tokenizer.context_length - 2
+            logger.warning("warning: captions of more than %d tokens are cut, the first: %s", read, short(long))
+            self.told = True
         draw = np.random.SeedSequence((self.seed, self.global_step, batch_idx, self.global_rank)).generate_state(1)
         generator = torch.Generator().manual_seed(int(draw[0]))
         chosen = torch.rand(tokens.shape, generator=generator) < self.mask_probability
-        loss, accuracy = self.reading(tokens, word_tokens(self.text.tokenizer, tokens) & chosen)
+        loss, accuracy = self.reading(tokens, word_tokens(tokenizer, tokens) & chosen)
         self.log_dict({"train/loss": loss, "train/accuracy": accuracy}, prog_bar=True, batch_size=len(tokens))
         return loss
 

@@ -9,6 +9,7 @@ from infusion.training.contextual import CaptionFile, ContextualizerTraining, Sa
 from ldm.models.text import ClipText
 from ldm.models.tokenizer import Tokenizer
 from ldm.util.cli import UserError
+from ldm.util.templates import short
 from tests.infusion import conftest
 
 PAIRS = [
@@ -44,6 +45,16 @@ def test_the_loss_is_that_of_the_recipe(sd):
         for j in range(row.index(sd.text.tokenizer.eos)):  # the begin token too, the end token not
             total += (5 if masked[i, j] else 1) * F.cross_entropy(logits[i, j], tokens[i, j]).item()
     assert loss.item() == pytest.approx(total / (3 * 16), rel=1e-5) and 0 <= accuracy <= 1
+
+
+def test_a_caption_that_is_cut_is_told_once(sd, caplog, monkeypatch):
+    module = ContextualizerTraining(sd, layers=2, heads=2)
+    monkeypatch.setattr(module, "log_dict", lambda *_, **__: None)
+    for captions in (CAPTIONS[:2], [CAPTIONS[0], "fish " * 15], ["meat " * 20] * 2):
+        module.training_step({"captions": captions}, 0)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"warning: captions of more than 14 tokens are cut, the first: {short('fish ' * 15)}"
+    ]
 
 
 def test_it_learns_what_goes_together_and_resumes_exactly(sd, tmp_path):
