@@ -35,11 +35,12 @@ def test_train_export_load_and_sample(command, configs: Path, tmp_path: Path):
     given = [f"parts.vae={tmp_path / 'vae.safetensors'}", f"parts.text={text}", "data.params.count=10000"]
     given += [f"data.params.cache={tmp_path / 'latents'}", "model.params.compile=false"]
     given += ["callbacks.average=null", "callbacks.samples=null"]
+    given.append("trainer.max_steps=4")  # the last layers of UNet and transformers are zero at first
     command("--base", recipes / "xl.yaml", "-t", "--logdir", tmp_path / "xl", *BRIEF, *given)
 
     sd = StableDiffusion.from_checkpoint(backbone, tmp_path / "xl/models/weights.safetensors")
     read = load_file(text)
-    assert all(torch.equal(tensor, read[name].float()) for name, tensor in sd.text.state_dict().items())
+    assert any((tensor != read[name].float()).any() for name, tensor in sd.text.state_dict().items())  # trained on
     assert all(torch.equal(tensor, start.vae.state_dict()[name].half().float())
                for name, tensor in sd.vae.state_dict().items())  # fmt: skip
     assert sd.unet.out[2].weight.any()  # a fresh one is zero there
