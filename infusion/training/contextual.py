@@ -62,7 +62,9 @@ class ContextualizerTraining(Learner):
     def training_step(self, batch: Mapping[str, list[str]], batch_idx: int) -> Tensor:
         tokenizer, captions = self.text.tokenizer, batch["captions"]
         tokens = tokenizer(captions)  # (B, L)
-        if not self.told and (long := next(filter(tokenizer.beyond, captions), None)):
+        full = (tokens[:, :-1] != tokenizer.eos).all(1).tolist()  # the others end before the last place
+        longest = [caption for caption, whole in zip(captions, full, strict=True) if whole]
+        if not self.told and (long := next(filter(tokenizer.beyond, longest), None)):
             read = tokenizer.context_length - 2
             logger.warning("warning: captions of more than %d tokens are cut, the first: %s", read, short(long))
             self.told = True

@@ -85,6 +85,8 @@ class Tokenizer:
 
         Only they count: attention to windows of the empty text would make a prompt depend on those beside it.
         """
+        if ids.shape[1] == self.context_length:
+            return None
         rows = ids.unflatten(1, (-1, self.context_length))  # (B, n, L)
         read = (rows != self([""]).to(ids.device)).any(-1)
         read[:, 0] = True  # of an empty text, too
