@@ -204,8 +204,9 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(entry, comman
     first, second = (load_file(run / "models/step=000004.safetensors") for run in (alone, both))
     start = load_file(alone / "models/step=000002.safetensors")
     for name in first:
-        torch.testing.assert_close(second[name], first[name], atol=1e-5, rtol=1e-5)
-    assert any((first[name] - start[name]).abs().max() > 1e-4 for name in first)
+        learned = (first[name] - start[name]).abs().max().item()
+        torch.testing.assert_close(second[name], first[name], atol=0.01 * learned, rtol=0)
+        assert learned > 1e-5
     assert sorted(path.name for path in (both / "models").iterdir()) == sorted(
         path.name for path in (alone / "models").iterdir()
     )
