@@ -15,6 +15,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from ldm.util.config import ROOT
+from ldm.util.files import PARTIAL
 from scripts.experiment import main
 from tests.scripts.experiments.conftest import NODE
 
@@ -67,8 +68,9 @@ def lose(process: psutil.Process) -> None:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """Concepts and measured rows, by relative path."""
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*.safetensors"))}
+    """Concepts and measured rows, by relative path; what a killed process had not finished is none of these."""
+    paths = (path for path in sorted(out.rglob("*.safetensors")) if not path.parent.name.endswith(PARTIAL))
+    return {str(path.relative_to(out)): path.read_bytes() for path in paths}
 
 
 def figures(out: Path) -> dict:
