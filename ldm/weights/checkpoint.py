@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldm.util import files
 from ldm.util.cli import UserError
 from ldm.weights.diffusers_layout import Folder, open_checkpoint, sha256, transposes
-from ldm.weights.files import TensorFile, serialise
+from ldm.weights.files import TensorFile, pieces
 from ldm.weights.names import EMA, PREFIXES, by_prefix, ignored, match, prefix_of
 from ldm.weights.recognise import guess
 
@@ -127,15 +127,16 @@ def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file in one go: it is there whole, or not at all; raises OSError as `ldm.util.files`."""
-    files.write(path, serialise(tensors, {"format": "pt"} | dict(metadata or {})))
+    """Write a safetensors file: it is there whole, or not at all; raises OSError as `ldm.util.files`."""
+    with files.replacing(path) as partial, partial.open("wb") as file:
+        file.writelines(pieces(tensors, {"format": "pt"} | dict(metadata or {})))
 
 
 def _materialise(prefix: str, module: nn.Module, device: torch.device | str) -> None:
     """Give what is on the meta device room on a device; the values must all come from the file."""
     covered = module.state_dict().keys()
-    pieces = chain(module.named_parameters(), module.named_buffers())
-    unset = [name for name, tensor in pieces if tensor.is_meta and name not in covered]
+    named = chain(module.named_parameters(), module.named_buffers())
+    unset = [name for name, tensor in named if tensor.is_meta and name not in covered]
     if unset:
         raise RuntimeError(f"{prefix}: no value for {listed(unset)}, which are in no checkpoint")
     if any(tensor.is_meta for tensor in module.state_dict().values()):

@@ -10,12 +10,11 @@ import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -28,6 +27,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
           "BOOL": torch.bool}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CONCEPT = "infusion-concept"  # `format` in the metadata of this project's concept files
 HEADER = 2**24  # bytes of a safetensors file's header; safetensors takes 100 MB, which takes a minute to read
 LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how files of torch before 1.6 begin
@@ -151,12 +151,22 @@ def _mapping(value: Any) -> Mapping | None:
 
 def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file; the same tensors and metadata make the same bytes, which the library's own order does not."""
-    content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end]) | {"__metadata__": dict(sorted(metadata.items()))}
+    return b"".join(pieces(tensors, metadata))
+
+
+def pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """`serialise` piece by piece, so that a file of several GB needs no memory of its own."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # each is aligned
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[end:]
+    yield struct.pack("<Q", len(text)) + text
+    for _, tensor in ordered:
+        yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _format(path: Path) -> str:

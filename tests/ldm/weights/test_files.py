@@ -3,6 +3,7 @@
 import argparse
 import functools
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -17,10 +18,10 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.parsing import AttributeDict
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
-from ldm.weights.files import LEGACY, TensorFile
+from ldm.weights.files import LEGACY, TensorFile, serialise
 
 
 class Call:
@@ -229,3 +230,19 @@ def test_what_is_no_state_dict_is_refused(tmp_path):
     archive(tmp_path / "a.ckpt", pickle.dumps(content, protocol=2))
     with TensorFile(tmp_path / "a.ckpt") as file:
         assert file.shapes == {}
+
+
+def test_what_is_written_is_what_the_library_reads():
+    """Every type and shape, whatever the order of tensors and metadata; each tensor begins where its type may."""
+    said = {"b": "é", "a": "1"}
+    content = serialise(tensors(), said)
+    assert content == serialise(dict(reversed(tensors().items())), dict(reversed(said.items())))
+    found = load(content)
+    assert found.keys() == tensors().keys()
+    for name, tensor in tensors().items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor.detach())
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert header.pop("__metadata__") == said and length % 8 == 0
+    for name, place in header.items():
+        assert place["data_offsets"][0] % tensors()[name].element_size() == 0
