@@ -10,6 +10,7 @@ from torch import Tensor
 
 import infusion
 from infusion.concepts.concept import Concept
+from infusion.covariance import InverseCovariance
 from infusion.inject import remove
 from infusion.methods import find_method, method_names
 from infusion.regularisers.class_semantics import ClassSemantics
@@ -23,7 +24,8 @@ from infusion.training.trainer import ConceptTrainer
 from ldm.models.unet import UNet
 from ldm.pipeline import StableDiffusion
 from ldm.weights.checkpoint import save, sha256
-from scripts import metrics
+from scripts import estimate_C_inv, metrics
+from scripts import infusion_txt2img as txt2img
 
 SMALL = ("trainer.max_steps=2", "trainer.accumulate_grad_batches=1", "trainer.accelerator=cpu", "batch_size=2")
 QUIET = ("trainer.enable_progress_bar=false", "callbacks.samples=null", "superclass=cat", "flip_p=1")
@@ -36,6 +38,7 @@ neighbours: ["a photo of a {neighbour}"]
 others: [owl, bee]
 """
 TEMPLATES = ["a photo of a {}", "the {} in a box"]
+COUNTS, NOUNS, PLACES = ("one", "two", "three"), ("cat", "dog", "hat", "house"), ("on a hill", "outside", "at night")
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +219,30 @@ def test_the_gate_opens_at_the_concepts_word_alone(sd):
 def test_full_size_is_not_needed_for_the_numbers(configs: Path, command: Callable[..., None], capsys):
     command("--base", configs.parent / "infusion_sdxl.yaml", "--summary")
     assert json.loads(capsys.readouterr().out) == {"trainable_parameters": 83_200, "layers": 70, "bytes": 332_800}
+
+
+def test_the_other_commands_take_it(command, config, file, photos, tmp_path):
+    """A covariance of both encoders' text, two concepts in one training, regions, and a picture that is drawn again."""
+
+    def run(script: Callable[[list[str]], None], *said: object) -> None:
+        script([str(word) for word in said])
+
+    captions, inverse, logs = tmp_path / "captions.txt", tmp_path / "inverse.safetensors", tmp_path / "run"
+    captions.write_text("\n".join(f"{count} {noun}s {place}" for count in COUNTS for noun in NOUNS for place in PLACES))
+    base = ["--config", config, "--ckpt", file, "--device", "cpu"]
+    run(estimate_C_inv.main, "--caption", captions, "--save_path", inverse, *base)
+    matrix = InverseCovariance(inverse).matrix
+    assert matrix.shape == (40, 40) and torch.linalg.eigvalsh(matrix.double()).min() > 0
+
+    listed = [f"{{name: {name}, superclass: {name}, data_root: {photos}}}" for name in ("cat", "dog")]
+    given = [f"concepts=[{','.join(listed)}]", f"ckpt={file}", f"covariance={inverse}", *SMALL, *QUIET[:1]]
+    command("--base", config.parents[1] / "infusion_many_sdxl.yaml", config, "-t", "--logdir", logs, *given)
+    files = sorted(logs.glob("models/**/*.safetensors"))
+    assert [Concept.load(path).superclass for path in files] == ["cat", "dog"]
+
+    concepts = ",".join(map(str, files))
+    said = ["--personalized_ckpt", concepts, "--region", "1:0,0,0.5,1", "2:0.5,0,1,1", "--covariance", inverse, *base]
+    first, again = tmp_path / "first/samples/00000.png", tmp_path / "again/samples/00000.png"
+    run(txt2img.main, "--prompt", "a {1} and a {2}", *said, "--ddim_steps", 2, "--outdir", tmp_path / "first")
+    run(txt2img.main, "--from-png", first, "--outdir", tmp_path / "again", "--device", "cpu")
+    assert again.read_bytes() == first.read_bytes()
