@@ -23,8 +23,8 @@ from ldm.util import files
 from ldm.util.cli import UserError
 from ldm.weights import recognise
 from ldm.weights.checkpoint import save
+from ldm.weights.checkpoint import write as write_tensors
 from ldm.weights.export import export_diffusers
-from ldm.weights.files import serialise
 
 WHOLE_MODELS = ("folder", "checkpoint")
 EQUALS = {  # method -> the layouts that have what it learns
@@ -101,9 +101,9 @@ def write(
     else:
         tensors = _words(concept, layout) if concept.method == "textual_inversion" else _low_rank(concept, layout)
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        metadata = {"format": "pt"} | spec(concept, said, tensors) | (_ss(concept) if concept.method == "lora" else {})
+        metadata = spec(concept, said, tensors) | (_ss(concept) if concept.method == "lora" else {})
         metadata["modelspec.usage_hint"] = f"Write {_trigger(concept)} in the prompt"
-        files.write(path, serialise(tensors, metadata))
+        write_tensors(path, tensors, metadata)
 
 
 def spec(concept: Concept, said: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:

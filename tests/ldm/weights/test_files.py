@@ -21,7 +21,7 @@ from pytorch_lightning.utilities.parsing import AttributeDict
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from ldm.weights.files import LEGACY, TensorFile, serialise
+from ldm.weights.files import LEGACY, TensorFile, pieces, serialise
 
 
 class Call:
@@ -246,3 +246,9 @@ def test_what_is_written_is_what_the_library_reads():
     assert header.pop("__metadata__") == said and length % 8 == 0
     for name, place in header.items():
         assert place["data_offsets"][0] % tensors()[name].element_size() == 0
+
+
+def test_what_is_written_is_not_copied_first():
+    tensor = torch.randn(64, 64)
+    _, piece = pieces({"a": tensor}, {})
+    assert np.asarray(piece).ctypes.data == tensor.data_ptr()
