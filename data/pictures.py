@@ -73,7 +73,7 @@ def natural(path: Path) -> list[int | str]:
 def lines_of(file: str | Path) -> list[str]:
     """The prompts of a file, one a line; raises UserError for none."""
     with naming("--prompts"):
-        lines = [line.strip() for line in read_text(find(file)).splitlines()]
+        lines = [line.strip() for line in read_text(find(file)).split("\n")]
     if not (found := [line for line in lines if line]):
         raise UserError(f"--prompts: {file} holds no prompt")
     return found

@@ -47,7 +47,7 @@ def read_jobs(text: str, settings: Settings) -> list[Job]:
     Raises:
         ValueError: no prompt, or too many; an unknown option, or one with a wrong value: the message names the line.
     """
-    lines = ((row, line.strip()) for row, line in enumerate(text.splitlines(), 1))
+    lines = ((row, line.strip()) for row, line in enumerate(text.split("\n"), 1))
     jobs = [read_line(line, row, settings) for row, line in lines if line and not line.startswith("#")]
     if not jobs:
         raise UserError("has no prompt in it")

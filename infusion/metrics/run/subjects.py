@@ -152,7 +152,7 @@ def _entries(file: Path) -> dict[str, dict[str, str]]:
 
 
 def _prompts(file: Path) -> tuple[str, ...]:
-    lines = [line.strip() for line in read_text(file).splitlines()]
+    lines = [line.strip() for line in read_text(file).split("\n")]
     prompts = tuple(dict.fromkeys(line for line in lines if line))
     if not prompts:
         raise UserError(f"{file}: holds no prompt")

@@ -13,6 +13,12 @@ def test_a_line_without_options_is_drawn_as_usual():
     ]
 
 
+def test_only_line_feeds_part_prompts():
+    """Pasted text has other separators, which str.splitlines would cut at."""
+    (job,) = read_jobs("a {} on a hill\u2028in the\x0bfog\n", USUAL)
+    assert job.prompt == "a {} on a hill\u2028in the\x0bfog"
+
+
 def test_options_follow_the_prompt():
     (job,) = read_jobs("a {}, close-up -- nice --n dull, grey --w 640 --h 512 --s 30 --l 6.5 --d 12", USUAL)
     own = Settings(steps=30, scale=6.5, negative_prompt="dull, grey", width=640, height=512)
