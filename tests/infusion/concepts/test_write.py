@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -112,7 +112,7 @@ def test_custom_diffusion_opens_in_diffusers_and_here(known, models, learned, ou
 @pytest.mark.parametrize("layout", ["folder", "checkpoint"])
 @pytest.mark.parametrize("method", ["dreambooth", "lora"])
 @pytest.mark.parametrize("name", ["tiny", "tinyxl"])
-def test_whole_models(known, models, learned, ours, theirs, agree, tmp_path, name, method, layout):
+def test_whole_models(known, models, learned, ours, exported, theirs, agree, tmp_path, name, method, layout):
     concept, path = learned(name, method), tmp_path / f"a{'' if layout == 'folder' else '.safetensors'}"
     if method == "dreambooth":
         concept = replace(concept, tensors={key: 0.2 * tensor for key, tensor in concept.tensors.items()})
@@ -121,8 +121,11 @@ def test_whole_models(known, models, learned, ours, theirs, agree, tmp_path, nam
     assert (ours(name, [Concept.load(path)], prompt) - image).abs().max() <= 2e-4
     if layout == "folder":
         pipe = DiffusionPipeline.from_pretrained(path, local_files_only=True)
-        pipe.set_progress_bar_config(disable=True)
-        agree(name, image, theirs(pipe, name, prompt), PROMPT)
+    else:
+        kind = {"tiny": StableDiffusionPipeline, "tinyxl": StableDiffusionXLPipeline}[name]
+        pipe = kind.from_single_file(path, config=str(exported[name]), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    agree(name, image, theirs(pipe, name, prompt), PROMPT)
 
 
 def test_what_has_no_equal_is_said(known, learned):
