@@ -20,6 +20,7 @@ from ldm.util.files import create
 HEAT = "inferno"  # matplotlib's name of the heat maps' colours
 PAPER, INK = "white", "#333333"
 SIDE = 256  # pixels of a picture in a report, at most
+NAME = 24  # characters in a line of a row's name
 
 
 def shrunk(images: Tensor, side: int = SIDE) -> Tensor:
@@ -80,7 +81,7 @@ def grid(images: Sequence[Tensor] | Tensor, columns: int) -> Tensor:
 
 
 def captioned_grid(
-    rows: Mapping[str, Sequence[Tensor]],
+    rows: Mapping[str, Sequence[Tensor | None]],
     captions: Sequence[str],
     above: Mapping[str, Sequence[Tensor]] | None = None,
     side: int = 128,
@@ -89,7 +90,7 @@ def captioned_grid(
     """Rows of images, each named on its left, under one line of captions.
 
     Args:
-        rows: name of the row -> its images (3, H, W) in [0, 1], one for each caption.
+        rows: name of the row -> its images (3, H, W) in [0, 1], one for each caption; None leaves a place empty.
         captions: one for each column.
         above: rows that the captions do not speak of, of any length up to that of the others.
         side: pixels of each image's side in the picture.
@@ -97,15 +98,18 @@ def captioned_grid(
     above = {} if above is None else above
     font = ImageFont.load_default(13)
     wrapped = ["\n".join(textwrap.wrap(caption, max(side // 7, 1))) for caption in captions]
-    margin = 8 + max(int(font.getlength(name)) for name in (*rows, *above)) + 2 * gap
+    names = {name: "\n".join(textwrap.wrap(name, NAME)) for name in (*rows, *above)}
+    margin = 8 + max(int(font.getlength(line)) for name in names.values() for line in name.split("\n")) + 2 * gap
     head = 16 * max(caption.count("\n") + 1 for caption in wrapped) + 2 * gap
     height = head + (len(rows) + len(above)) * (side + gap) + gap
     sheet = Image.new("RGB", (margin + len(captions) * (side + gap), height), PAPER)
     draw = ImageDraw.Draw(sheet)
 
-    def paste(y: int, name: str, images: Sequence[Tensor]) -> int:
-        draw.text((8, y + side // 2), name, INK, font, anchor="lm")
+    def paste(y: int, name: str, images: Sequence[Tensor | None]) -> int:
+        draw.multiline_text((8, y + side // 2), names[name], INK, font, anchor="lm")
         for column, image in enumerate(images[: len(captions)]):
+            if image is None:
+                continue
             picture = to_image(image).resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(picture, (margin + column * (side + gap), y))
         return y + side + gap

@@ -1,4 +1,4 @@
-"""Results on disk: `metrics.json`, `metrics.csv`, `plots/` and `report.html` in one folder."""
+"""Results on disk: `metrics.json`, `metrics.csv`, `plots/`, `side_by_side.png` and `report.html` in one folder."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,10 @@ import pandas as pd
 from infusion.concepts.concept import now
 from infusion.metrics.report.aggregate import READ_AGAINST, Group, Result, groups_of
 from infusion.metrics.report.epochs import epochs_of
-from infusion.metrics.report.page import page
+from infusion.metrics.report.page import page, side_by_side
 from infusion.metrics.report.plots import plots
 from infusion.metrics.run.options import CACHE
+from infusion.sampling.pictures import captioned_grid, png
 from ldm.util.cli import UserError
 from ldm.util.config import find
 from ldm.util.files import holds_work
@@ -21,6 +22,7 @@ from ldm.util.files import write as write_file
 
 FORMAT, VERSION = "infusion-metrics", 1
 JSON, CSV, REPORT, PLOTS = "metrics.json", "metrics.csv", "report.html", "plots"
+PICTURES = "side_by_side.png"
 COLUMNS = ("label", "group", "method", "superclass", "training_steps", "training_seed", "metric", "value", "stderr",
            "n", "low", "high", *READ_AGAINST)  # fmt: skip
 FREE = ("metrics", "batch_size")  # settings that change no figure
@@ -88,6 +90,10 @@ def write(out: str | Path, measured: Measured) -> Path:
     for name, svg in drawn.items():
         write_file(out / PLOTS / f"{name}.svg", svg.encode())
     write_file(out / CSV, measured.as_csv().encode())
+    if rows := dict(side_by_side(measured.groups)):
+        columns = list(dict.fromkeys(name for shown in rows.values() for name in shown))
+        sheet = captioned_grid({said: [shown.get(name) for name in columns] for said, shown in rows.items()}, columns)
+        write_file(out / PICTURES, png(sheet))
     write_file(out / REPORT, page(measured, drawn).encode())
     return out / REPORT
 

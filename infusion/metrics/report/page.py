@@ -48,7 +48,9 @@ def page(measured: "Measured", drawn: Mapping[str, str]) -> str:
         plots=list(pictures.values()),
         concepts=len({concept_of(result) for result in results}),
         runs=len(results),
-        side_by_side=side_by_side(groups),
+        side_by_side=[
+            (said, {name: picture(image) for name, image in shown.items()}) for said, shown in side_by_side(groups)
+        ],
         extremes={titled(group): found for group in groups if (found := extremes(group))},
         few=len(groups) <= FEW,
         families=families(groups),
@@ -94,8 +96,8 @@ def about(group: Group) -> str:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def side_by_side(groups: Sequence[Group]) -> list[tuple[str, list[dict[str, str]]]]:
-    """Samples of one prompt and seed by all groups, a row each: what was asked, and pictures by their captions.
+def side_by_side(groups: Sequence[Group]) -> list[tuple[str, dict[str, Tensor]]]:
+    """Samples of one prompt and seed by all groups, a row each: what was asked, and images (3, h, w) by their captions.
 
     Concepts are drawn by a seed, and so were the samples (`gallery`): nobody has chosen them.
     """
@@ -109,11 +111,11 @@ def side_by_side(groups: Sequence[Group]) -> list[tuple[str, list[dict[str, str]
         photos = next((run["pictures"]["photos"] for run in runs.values() if _photos(run) is not None), [])
         for i, (prompt, seed) in enumerate(list(dict.fromkeys(key for own in dealt.values() for key in own))[:ROWS]):
             found = {name: own[prompt, seed] for name, own in dealt.items() if (prompt, seed) in own}
-            shown = {"a photo": picture(photos[i % len(photos)])} if len(photos) else {}
+            shown = {"a photo": photos[i % len(photos)]} if len(photos) else {}
             base = next((one["base"] for one in found.values() if one["base"] is not None), None)
-            shown |= {} if base is None else {"base model": picture(base)}
+            shown |= {} if base is None else {"base model": base}
             rows.append((f"{Path(concept).name.replace('_', ' ')}: {prompt} (seed {seed})",
-                         shown | {name: picture(one["ours"]) for name, one in found.items()}))  # fmt: skip
+                         shown | {name: one["ours"] for name, one in found.items()}))  # fmt: skip
     return rows
 
 

@@ -30,6 +30,8 @@ def test_numbering_goes_on_and_overwrites_nothing(tmp_path):
 def test_grid_has_every_image_in_its_place():
     red, green, blue = torch.eye(3)[:, :, None, None].expand(3, 3, 8, 8)
     sheet = captioned_grid({"base": [red, green], "ours": [green, blue]}, ["one", "two"], {"photos": [blue]}, 16, gap=4)
+    half = captioned_grid({"base": [None, green]}, ["one", "two"], side=16, gap=4)
+    assert np.asarray(half)[-12, [-28, -12]].tolist() == [[255, 255, 255], [0, 255, 0]]
     pixels = np.asarray(sheet)
     left = sheet.width - 2 * 20
     bottom = sheet.height - 4

@@ -3,6 +3,7 @@ import io
 import json
 
 import pytest
+from PIL import Image
 
 from infusion.metrics.report.output import Measured, check_folder, write
 from ldm.util.cli import UserError
@@ -25,6 +26,7 @@ def test_everything_is_written(tmp_path):
     assert said["settings"] == SETTINGS and said["files"] == {"base": "abc"} and "pictures" not in about
     svg = (tmp_path / "out/plots/tradeoff_lfd.svg").read_text()
     assert svg.startswith("<?xml") and "</svg>" in svg
+    assert Image.open(tmp_path / "out/side_by_side.png").width > 128
     assert not list(tmp_path.rglob("*.partial"))
 
 

@@ -62,8 +62,9 @@ def test_a_row_is_of_one_prompt_and_seed():
     assert [list(pictures) for _, pictures in rows[:2]] == [
         ["a photo", "base model", "infusion"], ["a photo", "base model", "infusion", "words", "lora"]
     ]  # fmt: skip
-    assert rows[0][0].endswith(": a cat at sea (seed 9)") and rows == side_by_side(groups_of(runs))
-    assert rows[0][1]["infusion"] != rows[1][1]["infusion"]
+    assert rows[0][0].endswith(": a cat at sea (seed 9)")
+    assert [said for said, _ in rows] == [said for said, _ in side_by_side(groups_of(runs))]
+    assert not rows[0][1]["infusion"].equal(rows[1][1]["infusion"])
 
 
 def test_best_and_worst_are_of_different_concepts():
