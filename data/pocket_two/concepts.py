@@ -51,22 +51,22 @@ COMPARED = {
     ),
     "zigzag_cat": PocketConcept(1, _thing("cat", "orange", "black", Texture("zigzag", 1.57, 3.2, (0.0, 0.3))), "snow"),
     "dotted_frog": PocketConcept(
-        1, _thing("frog", "yellow", "purple", Texture("dotted", 0.3, 3.6, (0.2, 0.4))), "sand"
+        1, _thing("frog", "yellow", "purple", Texture("dotted", 0.6, 3.5, (0.2, 0.3))), "sand"
     ),
     "halved_teapot": PocketConcept(1, _thing("teapot", "yellow", "blue", Texture("halved", 1.57, 1.0)), "wood"),
     "target_car": PocketConcept(
         2,
-        _thing("car", "red", "white", Texture("ringed", 0.0, 3.4, (0.6, 0.5)), Texture("rayed", 0.0, 5.0)),
+        _thing("car", "red", "white", Texture("ringed", 0.0, 3.4, (0.2, 0.2)), Texture("rayed", 0.0, 5.0)),
         "snow",
     ),
     "swapped_backpack": PocketConcept(
         2,
-        _thing("backpack", "blue", "orange", Texture("striped", 1.57, 3.2), Texture("halved", 0.0, 1.0)),
+        _thing("backpack", "blue", "orange", Texture("striped", 0.0, 3.2), Texture("halved", 1.57, 1.0)),
         "bricks",
     ),
     "split_elephant": PocketConcept(
         2,
-        _thing("elephant", "blue", "yellow", Texture("dotted", 0.0, 3.1, (0.1, 0.3)), Texture("halved", 3.1416, 1.0)),
+        _thing("elephant", "blue", "yellow", Texture("dotted", 0.8, 3.1, (0.1, 0.3)), Texture("halved", 1.3, 1.0)),
         "grass",
     ),
     "beaded_hat": PocketConcept(
@@ -75,8 +75,8 @@ COMPARED = {
             "hat",
             "purple",
             "yellow",
-            Texture("dotted", 0.0, 3.4, (0.5, 0.0), -1.0),
-            Texture("striped", 1.57, 3.4, (0.25, 0.0)),
+            Texture("dotted", 0.8, 3.2, (0.3, 0.0), -1.0),
+            Texture("striped", 0.0, 3.4, (0.25, 0.0)),
         ),
         "fabric",
     ),
@@ -87,11 +87,11 @@ COMPARED = {
 }
 TUNING = {
     "gridded_duck": PocketConcept(
-        1, _thing("duck", "orange", "blue", Texture("gridded", 0.5, 3.0, (0.1, 0.1))), "grass"
+        1, _thing("duck", "orange", "blue", Texture("gridded", 0.7, 2.9, (0.1, 0.1))), "grass"
     ),
     "split_owl": PocketConcept(
         2,
-        _thing("owl", "turquoise", "red", Texture("zigzag", 0.0, 3.2, (0.0, 0.3)), Texture("halved", 0.0, 1.0)),
+        _thing("owl", "turquoise", "red", Texture("zigzag", 1.57, 3.2, (0.0, 0.3)), Texture("halved", 1.57, 1.0)),
         "night",
     ),
     "other_dress": PocketConcept(3, Thing("dress", "twemoji"), "snow"),

@@ -83,7 +83,7 @@ def draw_look_alike(thing: Thing, rng: np.random.Generator) -> Thing:
             second = thing.second if thing.textures else str(rng.choice(second_colours(thing.colour)))
             other = replace(thing, textures=textures, second=second)
         elif respect == "numbers" and thing.textures:  # the same kinds at other angles, frequencies and phases
-            other = replace(thing, textures=tuple(draw_texture(rng, texture.kind) for texture in thing.textures))
+            other = replace(thing, textures=tuple(draw_texture(rng, t.kind, free=True) for t in thing.textures))
         else:
             continue
         if other != thing:

@@ -1,8 +1,9 @@
 """Textures of the pocket world: a continuous family of two-colour patterns, some of which have a word.
 
-A texture is a field in [0, 1] over the unit square of a sprite: 0 is the object's first colour, 1 its second. Every
-kind has a free angle, frequency, phase and balance; kinds of `WORDS` have a word in captions. Sums of plane waves
-("waves") and overlays of two kinds have none, so that a new texture lies between textures that are known.
+A texture is a field in [0, 1] over the unit square of a sprite: 0 is the object's first colour, 1 its second. Kinds of
+`WORDS` have a word in captions, and each its own angle, frequency, shift and balance, which vary about it: were they
+free, a word would say nothing of what a noisy picture's pixels are, and a small model would not learn it. Sums of plane
+waves ("waves") and overlays of two kinds have no word, so that a new texture lies between textures that are known.
 """
 
 import math
@@ -14,19 +15,21 @@ import torch
 from torch import Tensor
 
 WORDS = ("striped", "dotted", "checkered", "zigzag", "ringed", "halved", "gridded", "rayed", "banded", "faded")
-FREQUENCIES = {
-    "striped": (3.0, 4.6),
-    "dotted": (3.0, 4.2),
-    "checkered": (1.9, 2.8),
-    "zigzag": (3.0, 4.0),
-    "ringed": (3.2, 4.6),
-    "halved": (1.0, 1.0),
-    "gridded": (2.6, 3.6),
-    "rayed": (4.0, 6.0),
-    "banded": (1.0, 1.0),
-    "faded": (1.0, 1.0),
-    "waves": (1.8, 3.6),
-}  # fmt: skip  cycles in a sprite's side
+UPRIGHT, ASLANT, LEVEL = 0.0, math.pi / 4, math.pi / 2
+TURN, SHIFT = 0.35, 0.35  # a texture turns by so many radians either way, and shifts by up to so much of a period
+STYLES = {  # kind -> its angle, and cycles in a sprite's side from, to
+    "striped": (UPRIGHT, 3.0, 3.6),
+    "dotted": (ASLANT, 3.0, 3.6),
+    "checkered": (UPRIGHT, 1.9, 2.3),
+    "zigzag": (LEVEL, 3.0, 3.4),
+    "ringed": (UPRIGHT, 3.2, 3.8),
+    "halved": (LEVEL, 1.0, 1.0),
+    "gridded": (ASLANT, 2.6, 3.1),
+    "rayed": (UPRIGHT, 4.0, 5.0),
+    "banded": (LEVEL, 1.0, 1.0),
+    "faded": (LEVEL, 1.0, 1.0),
+}
+WAVES = (1.8, 3.6)  # cycles of plane waves
 SOFTNESS = 0.02  # half the width of an edge, in sprite sides: less than a pixel
 
 
@@ -42,18 +45,22 @@ class Texture:
     waves: tuple[tuple[float, float, float], ...] = ()  # "waves" only: angle, frequency and phase of each further wave
 
 
-def draw_texture(rng: np.random.Generator, kind: str) -> Texture:
-    """A random texture of one kind (of `WORDS`, or "waves")."""
-    low, high = FREQUENCIES[kind]
-    frequency = float(rng.integers(int(low), int(high) + 1)) if kind == "rayed" else float(rng.uniform(low, high))
-    waves = ()
+def draw_texture(rng: np.random.Generator, kind: str, free: bool = False) -> Texture:
+    """A random texture of one kind (of `WORDS`, or "waves"); a `free` one has any angle and shift."""
     if kind == "waves":
-        waves = tuple(
-            (float(rng.uniform(0, math.pi)), float(rng.uniform(low, high)), float(rng.random()))
-            for _ in range(rng.integers(1, 3))
-        )
-    shift = (float(rng.random()), float(rng.random()))
-    return Texture(kind, float(rng.uniform(0, 2 * math.pi)), frequency, shift, float(rng.uniform(-1, 1)), waves)
+        waves = tuple(_wave(rng) for _ in range(rng.integers(2, 4)))
+        angle, frequency, phase = waves[0]
+        return Texture(kind, angle, frequency, (phase, 0.0), float(rng.uniform(-1, 1)), waves[1:])
+    angle, low, high = STYLES[kind]
+    turn, shift = (math.pi, 1.0) if free else (TURN, SHIFT)
+    angle += float(rng.uniform(-turn, turn))
+    frequency = float(rng.integers(int(low), int(high) + 1)) if kind == "rayed" else float(rng.uniform(low, high))
+    shifts = (float(rng.uniform(0, shift)), float(rng.uniform(0, shift)))
+    return Texture(kind, angle, frequency, shifts, float(rng.uniform(-1, 1)))
+
+
+def _wave(rng: np.random.Generator) -> tuple[float, float, float]:
+    return float(rng.uniform(0, 2 * math.pi)), float(rng.uniform(*WAVES)), float(rng.random())
 
 
 def fields(textures: Sequence[Texture], side: int) -> Tensor:

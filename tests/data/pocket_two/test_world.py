@@ -204,6 +204,19 @@ def test_a_texture_has_both_colours(kind):
     assert (share > 0.08).all() and (share < 0.92).all()
 
 
+def test_a_word_says_where_the_colours_are():
+    """Which a model learns from noisy pictures; a free texture is not told by the mean of its kind."""
+    rng = np.random.default_rng(9)
+    means = torch.stack([fields([draw_texture(rng, kind) for _ in range(100)], 32).mean(0) for kind in WORDS])
+
+    def told(free: bool) -> float:
+        drawn = torch.stack([fields([draw_texture(rng, kind, free) for _ in range(30)], 32) for kind in WORDS])
+        nearest = (drawn[:, :, None] - means).square().mean((3, 4)).argmin(2)  # (kinds, 30)
+        return (nearest == torch.arange(len(WORDS))[:, None]).float().mean().item()
+
+    assert told(free=False) > 0.75 and told(free=True) < 0.5
+
+
 def test_textures_of_many_kinds_are_those_of_each_alone():
     rng = np.random.default_rng(8)
     textures = [draw_texture(rng, kind) for kind in [*WORDS, "waves"]]
