@@ -8,7 +8,7 @@ from pathlib import Path
 from data.photos import PhotoFolder
 from ldm.models.tokenizer import Tokenizer
 from ldm.util.cli import UserError
-from ldm.util.files import read_text
+from ldm.util.files import numbered_lines, read_text
 from ldm.util.templates import fill, foreign, foreign_warning, short
 
 LARGEST = 100_000  # bytes of a photo's captions, at most
@@ -47,13 +47,12 @@ def read_captions(path: Path, superclass: str) -> list[Caption]:
     words = r"\s+".join(map(re.escape, superclass.split()))
     noun = re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
     captions = []
-    for number, line in enumerate(map(str.strip, read_text(path, LARGEST).split("\n")), 1):
+    for number, line in numbered_lines(read_text(path, LARGEST)):
         if set("{}") & set(line.replace("{}", "")):
             raise UserError(f"{path}:{number}: {short(line)} has other braces than {{}}, which is the concept")
-        if line:
-            template = line if "{}" in line else noun.sub("{}", line)
-            named = "{}" in template
-            captions.append(Caption(path, number, template if named else BEFORE + template, named))
+        template = line if "{}" in line else noun.sub("{}", line)
+        named = "{}" in template
+        captions.append(Caption(path, number, template if named else BEFORE + template, named))
     return captions
 
 

@@ -12,7 +12,7 @@ from data.images import over_white, read_image, text_of
 from data.photos import Photo, PhotoFolder
 from ldm.util.cli import UserError, naming
 from ldm.util.config import find
-from ldm.util.files import read_text
+from ldm.util.files import numbered_lines, read_text
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def natural(path: Path) -> list[int | str]:
 def lines_of(file: str | Path) -> list[str]:
     """The prompts of a file, one a line; raises UserError for none."""
     with naming("--prompts"):
-        lines = [line.strip() for line in read_text(find(file)).split("\n")]
-    if not (found := [line for line in lines if line]):
+        found = [line for _, line in numbered_lines(read_text(find(file)))]
+    if not found:
         raise UserError(f"--prompts: {file} holds no prompt")
     return found
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from infusion.sampling.settings import Settings
 from ldm.util.cli import UserError, count, number, seed
+from ldm.util.files import numbered_lines
 
 OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {  # letter -> setting, and how it is read
     "n": ("negative_prompt", str),
@@ -47,8 +48,7 @@ def read_jobs(text: str, settings: Settings) -> list[Job]:
     Raises:
         ValueError: no prompt, or too many; an unknown option, or one with a wrong value: the message names the line.
     """
-    lines = ((row, line.strip()) for row, line in enumerate(text.split("\n"), 1))
-    jobs = [read_line(line, row, settings) for row, line in lines if line and not line.startswith("#")]
+    jobs = [read_line(line, row, settings) for row, line in numbered_lines(text) if not line.startswith("#")]
     if not jobs:
         raise UserError("has no prompt in it")
     if len(jobs) > PROMPTS:

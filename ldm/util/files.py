@@ -76,6 +76,14 @@ def read_text(path: str | Path, most: int | None = None) -> str:
     return text
 
 
+def numbered_lines(text: str) -> list[tuple[int, str]]:
+    """The lines of a text that are not blank, stripped, each with its number from 1.
+
+    Line feeds alone part them: pasted text has other separators, at which str.splitlines would cut.
+    """
+    return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
 def write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; a file of that name is replaced."""
     with replacing(path) as partial:

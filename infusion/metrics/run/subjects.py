@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from infusion.metrics.run.protocol import FOLDER, Protocol
 from ldm.util.cli import UserError, suggestion
 from ldm.util.config import ROOT, find
-from ldm.util.files import read_text
+from ldm.util.files import numbered_lines, read_text
 
 DREAMBOOTH = ROOT / "data" / "dreambooth"
 DATASET = "dataset.json"
@@ -152,8 +152,7 @@ def _entries(file: Path) -> dict[str, dict[str, str]]:
 
 
 def _prompts(file: Path) -> tuple[str, ...]:
-    lines = [line.strip() for line in read_text(file).split("\n")]
-    prompts = tuple(dict.fromkeys(line for line in lines if line))
+    prompts = tuple(dict.fromkeys(line for _, line in numbered_lines(read_text(file))))
     if not prompts:
         raise UserError(f"{file}: holds no prompt")
     if odd := [prompt for prompt in prompts if prompt.count("{}") != 1]:

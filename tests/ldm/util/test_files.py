@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ldm.util.cli import UserError
-from ldm.util.files import create, holds_work, locked, read_text, replacing, write
+from ldm.util.files import create, holds_work, locked, numbered_lines, read_text, replacing, write
 from ldm.util.run import StateFile
 from ldm.weights.checkpoint import write as write_tensors
 
@@ -129,6 +129,10 @@ def test_a_folder_with_a_lock_alone_holds_no_work(tmp_path):
         assert not holds_work(tmp_path / "new")
         (tmp_path / "new/file").touch()
         assert holds_work(tmp_path / "new")
+
+
+def test_lines_are_numbered_as_an_editor_does_and_parted_at_line_feeds_only():
+    assert numbered_lines("\n a\u2028b \n\t\nc\x0bd") == [(2, "a\u2028b"), (4, "c\x0bd")]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
