@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+from torch import Tensor
 
 from infusion.concepts.concept import now
 from infusion.metrics.report.aggregate import READ_AGAINST, Group, Result, groups_of
@@ -56,6 +57,10 @@ class Measured:
     def groups(self) -> list[Group]:
         return groups_of(self.results)
 
+    @cached_property
+    def side_by_side(self) -> list[tuple[str, dict[str, Tensor]]]:
+        return side_by_side(self.groups)
+
     def as_dict(self) -> dict[str, object]:
         """What `metrics.json` holds but for the date: the same for the same results."""
         methods = {
@@ -90,7 +95,7 @@ def write(out: str | Path, measured: Measured) -> Path:
     for name, svg in drawn.items():
         write_file(out / PLOTS / f"{name}.svg", svg.encode())
     write_file(out / CSV, measured.as_csv().encode())
-    if rows := dict(side_by_side(measured.groups)):
+    if rows := dict(measured.side_by_side):
         columns = list(dict.fromkeys(name for shown in rows.values() for name in shown))
         sheet = captioned_grid({said: [shown.get(name) for name in columns] for said, shown in rows.items()}, columns)
         write_file(out / PICTURES, png(sheet))

@@ -48,9 +48,7 @@ def page(measured: "Measured", drawn: Mapping[str, str]) -> str:
         plots=list(pictures.values()),
         concepts=len({concept_of(result) for result in results}),
         runs=len(results),
-        side_by_side=[
-            (said, {name: picture(image) for name, image in shown.items()}) for said, shown in side_by_side(groups)
-        ],
+        side_by_side=measured.side_by_side,
         extremes={titled(group): found for group in groups if (found := extremes(group))},
         few=len(groups) <= FEW,
         families=families(groups),
@@ -75,7 +73,7 @@ def render(template: Path, **values: object) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "decimal": decimal}
+    environment.filters |= {"percent": percent, "decimal": decimal, "picture": picture}
     return environment.get_template(template.name).render(values)
 
 
@@ -102,7 +100,7 @@ def side_by_side(groups: Sequence[Group]) -> list[tuple[str, dict[str, Tensor]]]
     Concepts are drawn by a seed, and so were the samples (`gallery`): nobody has chosen them.
     """
     concepts = list(dict.fromkeys(concept for group in groups for concept in group.concepts))
-    rows = []
+    names, rows = [Path(concept).name for concept in concepts], []
     for concept in random.Random(0).sample(concepts, min(CONCEPTS, len(concepts))):
         runs = {titled(group): run for group in groups if (run := _first(group, concept))}
         dealt = {
@@ -114,7 +112,8 @@ def side_by_side(groups: Sequence[Group]) -> list[tuple[str, dict[str, Tensor]]]
             shown = {"a photo": photos[i % len(photos)]} if len(photos) else {}
             base = next((one["base"] for one in found.values() if one["base"] is not None), None)
             shown |= {} if base is None else {"base model": base}
-            rows.append((f"{Path(concept).name.replace('_', ' ')}: {prompt} (seed {seed})",
+            name = Path(concept).name if names.count(Path(concept).name) == 1 else concept  # folders of one name
+            rows.append((f"{name.replace('_', ' ')}: {prompt} (seed {seed})",
                          shown | {name: one["ours"] for name, one in found.items()}))  # fmt: skip
     return rows
 

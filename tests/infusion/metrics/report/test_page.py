@@ -63,8 +63,16 @@ def test_a_row_is_of_one_prompt_and_seed():
         ["a photo", "base model", "infusion"], ["a photo", "base model", "infusion", "words", "lora"]
     ]  # fmt: skip
     assert rows[0][0].endswith(": a cat at sea (seed 9)")
-    assert [said for said, _ in rows] == [said for said, _ in side_by_side(groups_of(runs))]
+    for (said, shown), (again, as_before) in zip(rows, side_by_side(groups_of(runs)), strict=True):
+        assert said == again and list(shown) == list(as_before)
+        assert all(shown[name].equal(as_before[name]) for name in shown)
     assert not rows[0][1]["infusion"].equal(rows[1][1]["infusion"])
+
+
+def test_folders_of_one_name_have_rows_of_their_own():
+    runs = [result(f"cat {place}", photos=f"{place}/cat") for place in ("home", "street")]
+    titles = [said for said, _ in side_by_side(groups_of(runs))]
+    assert len(titles) == len(set(titles)) and {said.split(":")[0] for said in titles} == {"home/cat", "street/cat"}
 
 
 def test_best_and_worst_are_of_different_concepts():
