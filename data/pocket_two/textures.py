@@ -17,7 +17,7 @@ from torch import Tensor
 WORDS = ("striped", "dotted", "checkered", "zigzag", "ringed", "halved", "gridded", "rayed", "banded", "faded")
 UPRIGHT, ASLANT, LEVEL = 0.0, math.pi / 4, math.pi / 2
 TURN, SHIFT = 0.35, 0.35  # a texture turns by so many radians either way, and shifts by up to so much of a period
-STYLES = {  # kind -> its angle, and cycles in a sprite's side from, to
+RANGES = {  # kind -> its angle, and cycles in a sprite's side from, to
     "striped": (UPRIGHT, 3.0, 3.6),
     "dotted": (ASLANT, 3.0, 3.6),
     "checkered": (UPRIGHT, 1.9, 2.3),
@@ -51,7 +51,7 @@ def draw_texture(rng: np.random.Generator, kind: str, free: bool = False) -> Tex
         waves = tuple(_wave(rng) for _ in range(rng.integers(2, 4)))
         angle, frequency, phase = waves[0]
         return Texture(kind, angle, frequency, (phase, 0.0), float(rng.uniform(-1, 1)), waves[1:])
-    angle, low, high = STYLES[kind]
+    angle, low, high = RANGES[kind]
     turn, shift = (math.pi, 1.0) if free else (TURN, SHIFT)
     angle += float(rng.uniform(-turn, turn))
     frequency = float(rng.integers(int(low), int(high) + 1)) if kind == "rayed" else float(rng.uniform(low, high))
